@@ -1,0 +1,235 @@
+//! A locked directory of preallocated files: what the backends of real disks share.
+
+use std::{
+    fs::{self, File, OpenOptions, TryLockError},
+    io::{self, Read, Write},
+    os::{
+        fd::AsRawFd,
+        unix::{ffi::OsStrExt, fs::OpenOptionsExt},
+    },
+    path::{Path, PathBuf},
+    sync::{Mutex, OnceLock},
+};
+
+use super::{FileId, FileSpec};
+use crate::{Error, Notice, locked};
+
+const LOCK_NAME: &str = ".lock";
+
+#[derive(Debug)]
+pub(crate) struct Directory {
+    path: PathBuf,
+    /// The lock lasts as long as this file is open.
+    _lock: File,
+    files: OnceLock<Vec<OpenFile>>,
+    notices: Mutex<Vec<Notice>>,
+}
+
+#[derive(Debug)]
+pub(crate) struct OpenFile {
+    pub(crate) path: PathBuf,
+    pub(crate) file: File,
+}
+
+impl Directory {
+    /// Locks an existing directory.
+    pub(crate) fn lock(path: &Path) -> Result<Self, Error> {
+        let lock_path = path.join(LOCK_NAME);
+        let failed = |source| Error::File { operation: "lock", path: lock_path.clone(), source };
+        let lock =
+            OpenOptions::new().create(true).truncate(false).write(true).open(&lock_path).map_err(failed)?;
+        match lock.try_lock() {
+            Ok(()) => {}
+            Err(TryLockError::WouldBlock) => return Err(Error::Locked { directory: path.to_owned() }),
+            Err(TryLockError::Error(source)) => return Err(failed(source)),
+        }
+        Ok(Self { path: path.to_owned(), _lock: lock, files: OnceLock::new(), notices: Mutex::default() })
+    }
+
+    pub(crate) fn files(&self) -> &[OpenFile] {
+        self.files.get().map_or(&[], Vec::as_slice)
+    }
+
+    /// The file of a request. A number that was never given out is an error of the request, not of the process.
+    pub(crate) fn file(&self, file: FileId) -> Result<&OpenFile, Error> {
+        self.files().get(file.0).ok_or_else(|| Error::File {
+            operation: "find file number",
+            path: self.path.join(file.0.to_string()),
+            source: io::ErrorKind::NotFound.into(),
+        })
+    }
+
+    pub(crate) fn path_of(&self, name: &str) -> PathBuf {
+        self.path.join(name)
+    }
+
+    pub(crate) fn note(&self, notice: Notice) {
+        locked(&self.notices).push(notice);
+    }
+
+    pub(crate) fn notices(&self) -> Vec<Notice> {
+        locked(&self.notices).clone()
+    }
+
+    /// Makes the files at their full size; on an error removes what was made.
+    pub(crate) fn allocate_files(&self, files: &[FileSpec]) -> Result<(), Error> {
+        let made = files.iter().map(|spec| self.allocate_file(spec)).collect::<Result<Vec<_>, Error>>();
+        let made = made.map_err(|error| {
+            let needed_bytes = files.iter().map(|spec| spec.bytes).sum();
+            for spec in files {
+                let _ = fs::remove_file(self.path_of(&spec.name));
+            }
+            match error {
+                Error::File { source, .. } if is_full(&source) => Error::DiskFull {
+                    path: self.path.clone(),
+                    needed_bytes,
+                    available_bytes: available_bytes(&self.path),
+                },
+                other => other,
+            }
+        })?;
+        self.sync_directory()?;
+        self.keep(made);
+        Ok(())
+    }
+
+    /// Opens files made earlier and checks their sizes.
+    pub(crate) fn open_files(&self, files: &[FileSpec]) -> Result<(), Error> {
+        let mut opened = Vec::with_capacity(files.len());
+        for spec in files {
+            let open = self.open(&spec.name, OpenOptions::new().read(true).write(true))?;
+            let failed = |source| Error::File { operation: "inspect", path: open.path.clone(), source };
+            let found_bytes = open.file.metadata().map_err(failed)?.len();
+            if found_bytes < spec.bytes {
+                let path = open.path;
+                return Err(Error::TruncatedFile { path, expected_bytes: spec.bytes, found_bytes });
+            }
+            opened.push(open);
+        }
+        self.keep(opened);
+        Ok(())
+    }
+
+    fn keep(&self, files: Vec<OpenFile>) {
+        // A second call keeps the first files; a store makes only one.
+        let _ = self.files.set(files);
+    }
+
+    fn allocate_file(&self, spec: &FileSpec) -> Result<OpenFile, Error> {
+        let open = self.open(
+            &spec.name,
+            OpenOptions::new().read(true).write(true).create(true).truncate(true).mode(0o644),
+        )?;
+        let failed = |operation, source| Error::File { operation, path: self.path_of(&spec.name), source };
+        match reserve_space(&open.file, spec.bytes) {
+            Ok(()) => {}
+            Err(error) if error.raw_os_error() == Some(libc::EOPNOTSUPP) => {
+                open.file.set_len(spec.bytes).map_err(|source| failed("set the size of", source))?;
+                let text = format!(
+                    "the file system of {} cannot reserve space: it may fill up",
+                    open.path.display()
+                );
+                self.note_once(Notice::new("space-not-reserved", text));
+            }
+            Err(error) => return Err(failed("reserve the space of", error)),
+        }
+        open.file.sync_all().map_err(|source| failed("sync", source))?;
+        Ok(open)
+    }
+
+    /// Opens past the page cache where the file system allows it.
+    fn open(&self, name: &str, options: &mut OpenOptions) -> Result<OpenFile, Error> {
+        let path = self.path_of(name);
+        let direct = options.clone().custom_flags(libc::O_DIRECT).open(&path);
+        let file = match direct {
+            Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {
+                let text = format!(
+                    "the file system of {} refuses direct transfers: they are buffered",
+                    path.display()
+                );
+                self.note_once(Notice::new("direct-io-refused", text));
+                options.open(&path)
+            }
+            other => other,
+        };
+        let file = file.map_err(|source| Error::File { operation: "open", path: path.clone(), source })?;
+        Ok(OpenFile { path, file })
+    }
+
+    fn note_once(&self, notice: Notice) {
+        let mut notices = locked(&self.notices);
+        if !notices.iter().any(|earlier| earlier.code == notice.code) {
+            notices.push(notice);
+        }
+    }
+
+    pub(crate) fn sync(&self, file: FileId) -> Result<(), Error> {
+        let open = self.file(file)?;
+        open.file.sync_data().map_err(|source| Error::File {
+            operation: "sync",
+            path: open.path.clone(),
+            source,
+        })
+    }
+
+    /// New file, sync, rename, sync of the directory: a reader finds the old document or the new one.
+    pub(crate) fn save_document(&self, name: &str, bytes: &[u8]) -> Result<(), Error> {
+        let (path, new_path) = (self.path_of(name), self.path_of(&format!("{name}.new")));
+        let written = File::create(&new_path).and_then(|mut file| {
+            file.write_all(bytes)?;
+            file.sync_all()
+        });
+        written.map_err(|source| Error::File { operation: "write", path: new_path.clone(), source })?;
+        fs::rename(&new_path, &path).map_err(|source| Error::File { operation: "replace", path, source })?;
+        self.sync_directory()
+    }
+
+    pub(crate) fn load_document(&self, name: &str) -> Result<Option<Vec<u8>>, Error> {
+        let path = self.path_of(name);
+        let mut bytes = Vec::new();
+        match File::open(&path).and_then(|mut file| file.read_to_end(&mut bytes)) {
+            Ok(_) => Ok(Some(bytes)),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(source) => Err(Error::File { operation: "read", path, source }),
+        }
+    }
+
+    fn sync_directory(&self) -> Result<(), Error> {
+        let synced = File::open(&self.path).and_then(|directory| directory.sync_all());
+        synced.map_err(|source| Error::File { operation: "sync", path: self.path.clone(), source })
+    }
+}
+
+fn reserve_space(file: &File, bytes: u64) -> io::Result<()> {
+    if bytes == 0 {
+        return Ok(());
+    }
+    let length = libc::off_t::try_from(bytes).map_err(|_| io::Error::from_raw_os_error(libc::EFBIG))?;
+    loop {
+        // SAFETY: the descriptor is open, and the call touches no memory of this process.
+        if unsafe { libc::fallocate(file.as_raw_fd(), 0, 0, length) } == 0 {
+            return Ok(());
+        }
+        let error = io::Error::last_os_error();
+        if error.kind() != io::ErrorKind::Interrupted {
+            return Err(error);
+        }
+    }
+}
+
+fn is_full(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::ENOSPC | libc::EDQUOT | libc::EFBIG))
+}
+
+/// Free bytes of a file system; 0 when it does not say.
+fn available_bytes(path: &Path) -> u64 {
+    let Ok(path) = std::ffi::CString::new(path.as_os_str().as_bytes()) else { return 0 };
+    let mut statistics = std::mem::MaybeUninit::<libc::statvfs>::uninit();
+    // SAFETY: the path ends in a zero byte and the target has room for the answer.
+    if unsafe { libc::statvfs(path.as_ptr(), statistics.as_mut_ptr()) } != 0 {
+        return 0;
+    }
+    // SAFETY: the call succeeded and so has filled it in.
+    let statistics = unsafe { statistics.assume_init() };
+    statistics.f_bavail * statistics.f_frsize
+}

@@ -1,0 +1,416 @@
+//! Extents of bytes on disk, moved in checked pieces and committed as a whole.
+//!
+//! | file | holds |
+//! |---|---|
+//! | `state-a.bin`, `state-b.bin` | two places for each piece of the state extents, at the same offset in both |
+//! | `scratch.bin` | one place for each piece of the scratch extents |
+//! | `manifest.json` | the last commit: its generation, the extents, where each piece is, its checksum |
+//! | `.lock` | kept locked by the one process that uses the directory |
+//!
+//! A write goes to the place that the last commit does not hold, so until the next commit both the committed and the
+//! new bytes of a piece are on disk. A commit makes the data durable and then replaces the manifest in one step;
+//! no bytes of state are copied. What was written and not committed is forgotten when the store is opened again.
+
+use std::{
+    fs,
+    path::Path,
+    sync::{Arc, Mutex},
+};
+
+use serde::{Deserialize, Serialize};
+
+use crate::{
+    Arena, Completion, Error, Lease, Notice,
+    io::{FaultPlan, Faulty, Io, Job, Mem, Pool, Request, Throttled, Verb, Workers},
+    locked, padded_bytes,
+};
+
+mod layout;
+mod manifest;
+mod table;
+
+pub use layout::{Extent, ExtentId, ExtentKind, ExtentSpec};
+pub use table::Traffic;
+
+use layout::{Layout, Piece};
+use manifest::Manifest;
+use table::{Located, Table};
+
+/// Threads that compute checksums and run the callbacks of users.
+const CHECKER_THREADS: usize = 2;
+
+/// How a store is made or opened. The default is right for a local NVMe drive.
+#[derive(Clone, Debug)]
+pub struct StoreOptions {
+    /// Bytes of all pieces of an extent but the last: a multiple of [`crate::PAGE_BYTES`]. Default 4 MiB. A store that
+    /// is opened keeps the piece size that it was made with.
+    pub piece_bytes: usize,
+    /// What moves the bytes. Default: [`BackendChoice::Auto`].
+    pub backend: BackendChoice,
+    /// The arena that the leases will come from; io_uring then maps its pages once and not at each request.
+    pub arena: Option<Arena>,
+    /// Failures to inject.
+    pub faults: Option<FaultPlan>,
+    /// Bandwidths to slow down to.
+    pub throttle: Option<Throttle>,
+}
+
+impl Default for StoreOptions {
+    fn default() -> Self {
+        Self {
+            piece_bytes: 4 << 20,
+            backend: BackendChoice::default(),
+            arena: None,
+            faults: None,
+            throttle: None,
+        }
+    }
+}
+
+/// What moves the bytes of a store.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum BackendChoice {
+    /// `Uring` where the system has it, else `Pool` with the notice `uring-unavailable`.
+    #[default]
+    Auto,
+    /// io_uring.
+    Uring,
+    /// Threads with pread and pwrite.
+    Pool,
+    /// No disk at all: the files are in memory and end with the store.
+    Memory,
+}
+
+/// Bandwidths of a slower disk, in bytes a second.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Throttle {
+    /// Of reads.
+    pub read_bytes_per_s: f64,
+    /// Of writes.
+    pub write_bytes_per_s: f64,
+}
+
+/// What the last commit says.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Commit {
+    /// Counts commits, from 1.
+    pub generation: u64,
+    /// Whatever was given to [`Store::commit`].
+    pub application: serde_json::Value,
+}
+
+/// Extents on disk. Shared by reference between threads; see the [module](self) for the layout.
+pub struct Store {
+    // Dropped in this order: the backend ends all transfers, and the checkers then run the callbacks.
+    io: Arc<dyn Io>,
+    checkers: Workers,
+    shared: Arc<Shared>,
+    notices: Vec<Notice>,
+}
+
+struct Shared {
+    layout: Layout,
+    table: Mutex<Table>,
+}
+
+impl Store {
+    /// Makes the files of a new store in `directory`, which is made too if need be. Nothing is committed yet.
+    ///
+    /// # Errors
+    /// [`Error::AlreadyCommitted`], [`Error::DiskFull`] (nothing is left behind), [`Error::Locked`],
+    /// [`Error::BadLayout`], or what the file system answers.
+    pub fn create(directory: &Path, specs: Vec<ExtentSpec>, options: StoreOptions) -> Result<Self, Error> {
+        let layout = Layout::new(specs, options.piece_bytes)?;
+        let in_memory = options.backend == BackendChoice::Memory;
+        let is_new = !in_memory && !directory.exists();
+        if is_new {
+            let failed = |source| Error::File { operation: "make", path: directory.to_owned(), source };
+            fs::create_dir_all(directory).map_err(failed)?;
+        }
+        let created = connect(directory, &options)
+            .and_then(|(io, notices)| Self::create_from(io, layout, directory, notices));
+        if created.is_err() && is_new {
+            // Only what was made here: a directory with anything else in it stays.
+            let _ = fs::remove_file(directory.join(".lock"));
+            let _ = fs::remove_dir(directory);
+        }
+        created
+    }
+
+    /// Opens the last commit of the store in `directory`.
+    ///
+    /// # Errors
+    /// [`Error::NoCommit`], [`Error::Locked`], [`Error::NewerFormat`], [`Error::CorruptManifest`],
+    /// [`Error::TruncatedFile`], or what the file system answers.
+    pub fn open(directory: &Path, options: StoreOptions) -> Result<Self, Error> {
+        if options.backend == BackendChoice::Memory || !directory.is_dir() {
+            return Err(Error::NoCommit { directory: directory.to_owned() });
+        }
+        let (io, notices) = connect(directory, &options)?;
+        Self::open_from(io, directory, notices)
+    }
+
+    /// As [`Store::create`], on a backend or a stack of wrappers of your own.
+    pub fn create_on(io: Arc<dyn Io>, specs: Vec<ExtentSpec>, piece_bytes: usize) -> Result<Self, Error> {
+        let directory = io.path_of("");
+        Self::create_from(io, Layout::new(specs, piece_bytes)?, &directory, Vec::new())
+    }
+
+    /// As [`Store::open`], on a backend or a stack of wrappers of your own.
+    pub fn open_on(io: Arc<dyn Io>) -> Result<Self, Error> {
+        let directory = io.path_of("");
+        Self::open_from(io, &directory, Vec::new())
+    }
+
+    fn create_from(
+        io: Arc<dyn Io>,
+        layout: Layout,
+        directory: &Path,
+        notices: Vec<Notice>,
+    ) -> Result<Self, Error> {
+        if io.load_document(manifest::NAME)?.is_some() {
+            return Err(Error::AlreadyCommitted { directory: directory.to_owned() });
+        }
+        io.allocate_files(&layout.files())?;
+        let table = Table::new(&layout);
+        Self::start(io, layout, table, notices)
+    }
+
+    fn open_from(io: Arc<dyn Io>, directory: &Path, notices: Vec<Notice>) -> Result<Self, Error> {
+        let document = io.load_document(manifest::NAME)?;
+        let document = document.ok_or_else(|| Error::NoCommit { directory: directory.to_owned() })?;
+        let (layout, table) = Manifest::decode(&document, &io.path_of(manifest::NAME))?;
+        io.open_files(&layout.files())?;
+        Self::start(io, layout, table, notices)
+    }
+
+    fn start(io: Arc<dyn Io>, layout: Layout, table: Table, mut notices: Vec<Notice>) -> Result<Self, Error> {
+        let checkers = Workers::spawn("ferrozero-check", CHECKER_THREADS)?;
+        notices.extend(io.notices());
+        let shared = Arc::new(Shared { layout, table: Mutex::new(table) });
+        Ok(Self { io, checkers, shared, notices })
+    }
+
+    /// The last commit, if there is one.
+    pub fn committed(&self) -> Option<Arc<Commit>> {
+        locked(&self.shared.table).committed()
+    }
+
+    /// All extents, in the order in which they were specified.
+    pub fn extents(&self) -> &[Extent] {
+        self.shared.layout.extents()
+    }
+
+    /// Finds an extent by its name.
+    pub fn extent(&self, name: &str) -> Option<ExtentId> {
+        self.shared.layout.find(name)
+    }
+
+    /// Bytes of all pieces of an extent but the last.
+    pub fn piece_bytes(&self) -> usize {
+        self.shared.layout.piece_bytes()
+    }
+
+    /// Pieces of an extent.
+    ///
+    /// # Errors
+    /// [`Error::UnknownPiece`] when the id is of another store.
+    pub fn piece_count(&self, extent: ExtentId) -> Result<usize, Error> {
+        self.shared.layout.piece_count(extent)
+    }
+
+    /// Bytes of one piece, without padding.
+    ///
+    /// # Errors
+    /// [`Error::UnknownPiece`].
+    pub fn piece_bytes_of(&self, extent: ExtentId, piece: usize) -> Result<usize, Error> {
+        Ok(self.shared.layout.piece(extent, piece)?.bytes)
+    }
+
+    /// Reads the latest bytes of a piece into the start of `lease`, which must be at least as long as the piece.
+    ///
+    /// `on_done` runs once, on a thread of the store, and may start the next transfer. Its result is an error if the
+    /// piece was never written, is being written, could not be read, or does not match its checksum.
+    pub fn read(
+        &self,
+        extent: ExtentId,
+        piece: usize,
+        lease: Lease,
+        on_done: impl FnOnce(Completion) + Send + 'static,
+    ) {
+        self.transfer(Verb::Read, extent, piece, lease, on_done);
+    }
+
+    /// Writes the start of `lease` to a piece, to the place that the last commit does not hold.
+    ///
+    /// `on_done` runs once, on a thread of the store, and may start the next transfer. After an error the piece
+    /// can be neither read nor committed until a write of it succeeds; the last commit is untouched.
+    pub fn write(
+        &self,
+        extent: ExtentId,
+        piece: usize,
+        lease: Lease,
+        on_done: impl FnOnce(Completion) + Send + 'static,
+    ) {
+        self.transfer(Verb::Write, extent, piece, lease, on_done);
+    }
+
+    fn transfer(
+        &self,
+        verb: Verb,
+        extent: ExtentId,
+        piece: usize,
+        lease: Lease,
+        on_done: impl FnOnce(Completion) + Send + 'static,
+    ) {
+        let begun = self.shared.begin(verb, extent, piece, &lease);
+        let begun = match begun {
+            Ok(begun) => begun,
+            // Also a refusal comes from a thread of the store: the caller may hold a lock that `on_done` takes.
+            Err(error) => {
+                return self.checkers.run(move || on_done(Completion { lease, result: Err(error) }));
+            }
+        };
+        let (piece, located) = begun;
+        let checkers = self.checkers.sender();
+        let shared = self.shared.clone();
+        let path = self.io.path_of(layout::file_name(located.place));
+        let finish = move |completion: Completion| {
+            let job: Job = Box::new(move || on_done(shared.finish(verb, piece, located, &path, completion)));
+            // The store keeps the checkers alive until its backend has ended all transfers.
+            let _ = checkers.send(job);
+        };
+        let length_bytes = padded_bytes(piece.bytes);
+        match Request::new(verb, located.place.file(), piece.offset_bytes, length_bytes, lease) {
+            Ok(request) => self.io.submit(request, Box::new(finish)),
+            Err(refused) => finish(refused),
+        }
+    }
+
+    /// Makes everything written so far the state to come back to, together with `application`, and answers the
+    /// generation of the commit. Blocks until it is durable.
+    ///
+    /// # Errors
+    /// [`Error::WritesInFlight`]; [`Error::SyncFailed`] once data could not be made durable: what was written since the
+    /// last commit is then lost; any other error leaves it open whether the commit is on disk, so that it must be
+    /// tried again before the next write of state.
+    pub fn commit(&self, application: serde_json::Value) -> Result<u64, Error> {
+        let commit = locked(&self.shared.table).begin_commit(&self.shared.layout, application)?;
+        let saved = self.save(&commit);
+        let generation = commit.generation;
+        locked(&self.shared.table).end_commit(saved.as_ref().ok().map(|()| commit));
+        saved.map(|()| generation)
+    }
+
+    fn save(&self, commit: &Commit) -> Result<(), Error> {
+        for file in layout::state_files() {
+            if let Err(error) = self.io.sync(file) {
+                locked(&self.shared.table).distrust();
+                return Err(error);
+            }
+        }
+        let document = {
+            let table = locked(&self.shared.table);
+            Manifest::encode(&self.shared.layout, &table, commit, &self.io.path_of(manifest::NAME))?
+        };
+        self.io.save_document(manifest::NAME, &document)
+    }
+
+    /// Bytes of pieces moved so far.
+    pub fn traffic(&self) -> Traffic {
+        locked(&self.shared.table).traffic()
+    }
+
+    /// Bytes of all files together: twice the state, once the scratch.
+    pub fn disk_bytes(&self) -> u64 {
+        self.shared.layout.files().iter().map(|file| file.bytes).sum()
+    }
+
+    /// Fallbacks that were taken.
+    pub fn notices(&self) -> &[Notice] {
+        &self.notices
+    }
+}
+
+impl Shared {
+    /// Checks a transfer and marks its piece as in use.
+    fn begin(
+        &self,
+        verb: Verb,
+        extent: ExtentId,
+        piece: usize,
+        lease: &Lease,
+    ) -> Result<(Piece, Located), Error> {
+        let piece = self.layout.piece(extent, piece)?;
+        if lease.len() < piece.bytes {
+            return Err(Error::LeaseTooSmall {
+                extent: self.layout.name(extent).to_owned(),
+                piece: piece.number,
+                needed_bytes: piece.bytes,
+                lease_bytes: lease.len(),
+            });
+        }
+        let mut table = locked(&self.table);
+        let located = match verb {
+            Verb::Read => table.begin_read(&self.layout, piece)?,
+            Verb::Write => table.begin_write(&self.layout, piece)?,
+        };
+        Ok((piece, located))
+    }
+
+    /// Checks what arrived, or notes the checksum of what was written.
+    fn finish(
+        &self,
+        verb: Verb,
+        piece: Piece,
+        located: Located,
+        path: &Path,
+        completion: Completion,
+    ) -> Completion {
+        let Completion { lease, result } = completion;
+        let crc = result.is_ok().then(|| piece.checksum(&lease[..piece.bytes]));
+        let mut table = locked(&self.table);
+        let generation = table.generation();
+        match verb {
+            Verb::Read => table.end_read(piece, crc.is_some()),
+            Verb::Write => table.end_write(piece, located.place, crc),
+        }
+        drop(table);
+        let extent = || self.layout.name(piece.extent).to_owned();
+        let result = match result {
+            Ok(()) if verb == Verb::Read && crc != Some(located.crc) => Err(Error::Checksum {
+                path: path.to_owned(),
+                extent: extent(),
+                piece: piece.number,
+                offset_bytes: piece.offset_bytes,
+                generation,
+            }),
+            Ok(()) => Ok(()),
+            Err(error) => Err(Error::Piece {
+                extent: extent(),
+                piece: piece.number,
+                generation,
+                source: Box::new(error),
+            }),
+        };
+        Completion { lease, result }
+    }
+}
+
+/// The backend that the options ask for, in its wrappers.
+fn connect(directory: &Path, options: &StoreOptions) -> Result<(Arc<dyn Io>, Vec<Notice>), Error> {
+    let no_faults = FaultPlan::default();
+    let faults = options.faults.as_ref().unwrap_or(&no_faults);
+    let mut io: Arc<dyn Io> = match options.backend {
+        BackendChoice::Memory => Arc::new(Mem::new(faults)?),
+        _ => Arc::new(Pool::new(directory, faults)?),
+    };
+    if options.faults.is_some() {
+        io = Arc::new(Faulty::new(io, faults));
+    }
+    if let Some(Throttle { read_bytes_per_s, write_bytes_per_s }) = options.throttle {
+        io = Arc::new(Throttled::new(io, read_bytes_per_s, write_bytes_per_s)?);
+    }
+    Ok((io, Vec::new()))
+}
