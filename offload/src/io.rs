@@ -22,12 +22,15 @@ mod mem;
 mod pool;
 mod progress;
 mod throttled;
+mod uring;
 mod workers;
 
+pub(crate) use directory::Directory;
 pub use fault::{Fault, FaultKind, FaultPlan, FaultPoint, Faulty};
 pub use mem::Mem;
 pub use pool::Pool;
 pub use throttled::Throttled;
+pub use uring::Uring;
 pub(crate) use workers::{Job, Workers};
 
 /// A set of files and small documents in one place.

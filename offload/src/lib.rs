@@ -39,8 +39,7 @@
 //! ```
 //!
 //! Modules, from the bottom: `budget`, `arena`, `slot` and `copy` are memory; [`io`] is the trait of disk
-//! backends with its backends and wrappers; `store` gives pieces, checksums and commits; [`memory`] counts what the
-//! rest of a process allocates.
+//! backends with its backends and wrappers; `store` gives pieces, checksums and commits.
 
 mod arena;
 mod budget;

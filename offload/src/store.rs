@@ -21,7 +21,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     Arena, Completion, Error, Lease, Notice,
-    io::{FaultPlan, Faulty, Io, Job, Mem, Pool, Request, Throttled, Verb, Workers},
+    io::{Directory, FaultPlan, Faulty, Io, Job, Mem, Pool, Request, Throttled, Uring, Verb, Workers},
     locked, padded_bytes,
 };
 
@@ -399,12 +399,26 @@ impl Shared {
 }
 
 /// The backend that the options ask for, in its wrappers.
-fn connect(directory: &Path, options: &StoreOptions) -> Result<(Arc<dyn Io>, Vec<Notice>), Error> {
+fn connect(path: &Path, options: &StoreOptions) -> Result<(Arc<dyn Io>, Vec<Notice>), Error> {
     let no_faults = FaultPlan::default();
     let faults = options.faults.as_ref().unwrap_or(&no_faults);
+    let arena = options.arena.as_ref();
+    let mut notices = Vec::new();
     let mut io: Arc<dyn Io> = match options.backend {
         BackendChoice::Memory => Arc::new(Mem::new(faults)?),
-        _ => Arc::new(Pool::new(directory, faults)?),
+        BackendChoice::Pool => Arc::new(Pool::new(path, faults)?),
+        BackendChoice::Uring => Arc::new(Uring::new(path, arena, faults)?),
+        BackendChoice::Auto => {
+            let directory = Arc::new(Directory::lock(path)?);
+            match Uring::over(directory.clone(), arena, faults) {
+                Ok(uring) => Arc::new(uring),
+                Err(error) => {
+                    let text = format!("{error}; the disk is used through a pool of threads");
+                    notices.push(Notice::new("uring-unavailable", text));
+                    Arc::new(Pool::over(directory, faults)?)
+                }
+            }
+        }
     };
     if options.faults.is_some() {
         io = Arc::new(Faulty::new(io, faults));
@@ -412,5 +426,5 @@ fn connect(directory: &Path, options: &StoreOptions) -> Result<(Arc<dyn Io>, Vec
     if let Some(Throttle { read_bytes_per_s, write_bytes_per_s }) = options.throttle {
         io = Arc::new(Throttled::new(io, read_bytes_per_s, write_bytes_per_s)?);
     }
-    Ok((io, Vec::new()))
+    Ok((io, notices))
 }

@@ -19,8 +19,7 @@ const LOCK_NAME: &str = ".lock";
 #[derive(Debug)]
 pub(crate) struct Directory {
     path: PathBuf,
-    /// The lock lasts as long as this file is open.
-    _lock: File,
+    lock: File,
     files: OnceLock<Vec<OpenFile>>,
     notices: Mutex<Vec<Notice>>,
 }
@@ -29,6 +28,13 @@ pub(crate) struct Directory {
 pub(crate) struct OpenFile {
     pub(crate) path: PathBuf,
     pub(crate) file: File,
+}
+
+impl Drop for Directory {
+    fn drop(&mut self) {
+        // Closing is not enough: a child process that is just being started has the file open too.
+        let _ = self.lock.unlock();
+    }
 }
 
 impl Directory {
@@ -43,7 +49,7 @@ impl Directory {
             Err(TryLockError::WouldBlock) => return Err(Error::Locked { directory: path.to_owned() }),
             Err(TryLockError::Error(source)) => return Err(failed(source)),
         }
-        Ok(Self { path: path.to_owned(), _lock: lock, files: OnceLock::new(), notices: Mutex::default() })
+        Ok(Self { path: path.to_owned(), lock, files: OnceLock::new(), notices: Mutex::default() })
     }
 
     pub(crate) fn files(&self) -> &[OpenFile] {

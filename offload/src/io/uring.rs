@@ -1,0 +1,222 @@
+//! io_uring: one thread that keeps many transfers in flight.
+
+use std::{
+    fs::File,
+    io::{self, Read, Write},
+    os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd},
+    panic::{AssertUnwindSafe, catch_unwind},
+    path::{Path, PathBuf},
+    sync::{Arc, Mutex, OnceLock},
+    thread::{self, JoinHandle},
+    time::Duration,
+};
+
+use crossbeam::channel::{Receiver, Sender, unbounded};
+use io_uring::IoUring;
+
+use super::{
+    FileId, FileSpec, Io, OnDone, Request,
+    directory::Directory,
+    fault::{FaultPlan, Script},
+};
+use crate::{Arena, Error, Notice, locked};
+
+mod ring;
+
+use ring::{Ring, Submission};
+
+/// Places for files in the ring; a store has three.
+const FILES_MAX: u32 = 16;
+
+/// Most bytes of one registered buffer; the kernel's own limit.
+const BUFFER_BYTES_MAX: usize = 1 << 30;
+
+/// An [`Io`] over io_uring: requests are split into parts, of which a bounded number is in flight.
+#[derive(Debug)]
+pub struct Uring {
+    directory: Arc<Directory>,
+    script: Arc<Script>,
+    /// The ring until its thread starts, which is when the files are known.
+    idle: Mutex<Option<Idle>>,
+    running: OnceLock<Running>,
+}
+
+struct Idle {
+    ring: IoUring,
+    buffers: Option<Arena>,
+}
+
+#[derive(Debug)]
+struct Running {
+    submissions: Option<Sender<Submission>>,
+    waker: Waker,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Uring {
+    /// Locks `directory`, which must exist. With an `arena` its pages are registered, where the system allows it.
+    /// System calls fail as `faults` says.
+    ///
+    /// # Errors
+    /// [`Error::UringUnavailable`] where the system has no io_uring or forbids it; [`Error::Locked`].
+    pub fn new(directory: &Path, arena: Option<&Arena>, faults: &FaultPlan) -> Result<Self, Error> {
+        Self::over(Arc::new(Directory::lock(directory)?), arena, faults)
+    }
+
+    pub(crate) fn over(
+        directory: Arc<Directory>,
+        arena: Option<&Arena>,
+        faults: &FaultPlan,
+    ) -> Result<Self, Error> {
+        let made = IoUring::new(ring::ENTRIES).and_then(|ring| {
+            ring.submitter().register_files_sparse(FILES_MAX)?;
+            Ok(ring)
+        });
+        let ring = made.map_err(|source| Error::UringUnavailable { source })?;
+        let mut buffers = arena.cloned();
+        if let Some(arena) = arena
+            && let Err(refusal) = register_buffers(&ring, arena)
+        {
+            buffers = None;
+            let text =
+                format!("io_uring could not register the arena ({refusal}): each request maps its own pages");
+            directory.note(Notice::new("buffers-not-registered", text));
+        }
+        Ok(Self {
+            directory,
+            script: Arc::new(Script::below(faults)),
+            idle: Mutex::new(Some(Idle { ring, buffers })),
+            running: OnceLock::new(),
+        })
+    }
+
+    /// Hands the ring, with the files that are now open, to its thread.
+    fn start(&self) -> Result<(), Error> {
+        let Some(Idle { ring, buffers }) = locked(&self.idle).take() else { return Ok(()) };
+        let files: Vec<RawFd> = self.directory.files().iter().map(|open| open.file.as_raw_fd()).collect();
+        let unavailable = |source| Error::UringUnavailable { source };
+        ring.submitter().register_files_update(0, &files).map_err(unavailable)?;
+        let waker = Waker::new().map_err(unavailable)?;
+        let sleeper = waker.try_clone().map_err(unavailable)?;
+        let (sender, submissions) = unbounded();
+        let (directory, script) = (self.directory.clone(), self.script.clone());
+        let run = move || Ring::new(ring, buffers, directory, script, submissions, sleeper).run();
+        let spawned = thread::Builder::new().name("ferrozero-uring".to_owned()).spawn(run);
+        let thread = Some(spawned.map_err(|source| Error::Thread { source })?);
+        let _ = self.running.set(Running { submissions: Some(sender), waker, thread });
+        Ok(())
+    }
+}
+
+impl Io for Uring {
+    fn allocate_files(&self, files: &[FileSpec]) -> Result<(), Error> {
+        self.directory.allocate_files(files)?;
+        self.start()
+    }
+
+    fn open_files(&self, files: &[FileSpec]) -> Result<(), Error> {
+        self.directory.open_files(files)?;
+        self.start()
+    }
+
+    fn submit(&self, request: Request, on_done: OnDone) {
+        // Also checks that the ring runs: without open files there is nothing to transfer.
+        let error = match (self.directory.file(request.file()), self.running.get()) {
+            (Ok(_), Some(running)) => return running.submit(Submission { request, on_done }),
+            (Err(error), _) => error,
+            (Ok(open), None) => request.error(open.path.clone(), io::ErrorKind::NotConnected.into()),
+        };
+        on_done(request.complete(Err(error)));
+    }
+
+    fn sync(&self, file: FileId) -> Result<(), Error> {
+        self.directory.sync(file)
+    }
+
+    fn save_document(&self, name: &str, bytes: &[u8]) -> Result<(), Error> {
+        self.directory.save_document(name, bytes)
+    }
+
+    fn load_document(&self, name: &str) -> Result<Option<Vec<u8>>, Error> {
+        self.directory.load_document(name)
+    }
+
+    fn path_of(&self, name: &str) -> PathBuf {
+        self.directory.path_of(name)
+    }
+
+    fn notices(&self) -> Vec<Notice> {
+        self.directory.notices()
+    }
+}
+
+impl Running {
+    fn submit(&self, submission: Submission) {
+        if let Some(submissions) = &self.submissions {
+            // The thread holds the receiver until the sender is dropped, so this cannot fail.
+            let _ = submissions.send(submission);
+            self.waker.wake();
+        }
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        self.submissions = None;
+        self.waker.wake();
+        if let Some(thread) = self.thread.take()
+            && thread.thread().id() != thread::current().id()
+        {
+            let _ = thread.join();
+        }
+    }
+}
+
+impl std::fmt::Debug for Idle {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        formatter.write_str("Idle")
+    }
+}
+
+fn register_buffers(ring: &IoUring, arena: &Arena) -> io::Result<()> {
+    let base = arena.base().as_ptr();
+    let buffers: Vec<libc::iovec> = (0..arena.capacity_bytes())
+        .step_by(BUFFER_BYTES_MAX)
+        .map(|start| libc::iovec {
+            iov_base: base.wrapping_add(start).cast(),
+            iov_len: BUFFER_BYTES_MAX.min(arena.capacity_bytes() - start),
+        })
+        .collect();
+    // SAFETY: the ranges tile the arena's mapping, which the ring's owner keeps alive longer than the ring.
+    unsafe { ring.submitter().register_buffers(&buffers) }
+}
+
+/// Wakes the ring's thread: an eventfd that the ring itself reads.
+#[derive(Debug)]
+struct Waker(File);
+
+impl Waker {
+    fn new() -> io::Result<Self> {
+        // SAFETY: the call takes no pointers.
+        let descriptor = unsafe { libc::eventfd(0, libc::EFD_CLOEXEC) };
+        if descriptor < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        // SAFETY: the descriptor was just made and belongs to nobody else.
+        Ok(Self(File::from(unsafe { OwnedFd::from_raw_fd(descriptor) })))
+    }
+
+    fn try_clone(&self) -> io::Result<Self> {
+        self.0.try_clone().map(Self)
+    }
+
+    fn wake(&self) {
+        // Fails only when 2^64 - 2 wake-ups are pending.
+        let _ = (&self.0).write(&1_u64.to_ne_bytes());
+    }
+
+    /// Takes back all wake-ups so far, of which there must be one.
+    fn clear(&self) {
+        let _ = (&self.0).read(&mut [0; 8]);
+    }
+}

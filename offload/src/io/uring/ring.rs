@@ -1,0 +1,266 @@
+//! The thread that owns the ring, and every request until its completion.
+
+use std::collections::VecDeque;
+
+use crossbeam::channel::TryRecvError;
+use io_uring::{opcode, squeue, types};
+
+use super::*;
+use crate::io::{
+    Verb,
+    progress::{Progress, Step},
+};
+
+/// Parts in flight at once.
+const DEPTH: usize = 32;
+
+/// Submission entries: all parts and the wake-up.
+pub(super) const ENTRIES: u32 = (2 * DEPTH) as u32;
+
+/// Most bytes of one part. A multiple of [`crate::PAGE_BYTES`].
+const PART_BYTES: usize = 1 << 20;
+
+/// Marks the wake-up among the completions; parts are marked by their place, which is less than [`DEPTH`].
+const WAKE: u64 = u64::MAX;
+
+/// A request on its way to the thread.
+pub(super) struct Submission {
+    pub(super) request: Request,
+    pub(super) on_done: OnDone,
+}
+
+/// A request with parts waiting or in flight.
+struct Active {
+    submission: Submission,
+    parts_left: usize,
+    /// The first failure of a part.
+    error: Option<io::Error>,
+}
+
+/// A range of a request that is moved by one entry at a time.
+struct Part {
+    request: usize,
+    start_bytes: usize,
+    progress: Progress,
+}
+
+pub(super) struct Ring {
+    // Dropped in this order: no buffer outlives the ring that may write to it.
+    ring: IoUring,
+    buffers: Option<Arena>,
+    directory: Arc<Directory>,
+    script: Arc<Script>,
+    submissions: Receiver<Submission>,
+    waker: Waker,
+    is_waker_armed: bool,
+    is_closing: bool,
+    active: Vec<Option<Active>>,
+    waiting: VecDeque<Part>,
+    in_flight: [Option<Part>; DEPTH],
+}
+
+/// Requests own their buffers, and the kernel may be writing to them: if this thread were to unwind and drop them, other
+/// parts of the process would find foreign bytes in their memory.
+struct AbortOnPanic;
+
+impl Drop for AbortOnPanic {
+    fn drop(&mut self) {
+        if thread::panicking() {
+            tracing::error!("the io_uring thread panicked with buffers in flight");
+            std::process::abort();
+        }
+    }
+}
+
+impl Ring {
+    pub(super) fn new(
+        ring: IoUring,
+        buffers: Option<Arena>,
+        directory: Arc<Directory>,
+        script: Arc<Script>,
+        submissions: Receiver<Submission>,
+        waker: Waker,
+    ) -> Self {
+        Self {
+            ring,
+            buffers,
+            directory,
+            script,
+            submissions,
+            waker,
+            is_waker_armed: false,
+            is_closing: false,
+            active: Vec::new(),
+            waiting: VecDeque::new(),
+            in_flight: [const { None }; DEPTH],
+        }
+    }
+
+    /// Until the sender of submissions is gone and all requests have ended.
+    pub(super) fn run(mut self) {
+        let _guard = AbortOnPanic;
+        loop {
+            self.take_submissions();
+            let is_idle = self.active.iter().all(Option::is_none);
+            if self.is_closing && is_idle && !self.is_waker_armed {
+                return;
+            }
+            self.arm_waker();
+            self.start_parts();
+            self.wait();
+            self.take_completions();
+        }
+    }
+
+    fn take_submissions(&mut self) {
+        loop {
+            match self.submissions.try_recv() {
+                Ok(submission) => self.split(submission),
+                Err(TryRecvError::Empty) => return,
+                Err(TryRecvError::Disconnected) => {
+                    self.is_closing = true;
+                    return;
+                }
+            }
+        }
+    }
+
+    fn split(&mut self, submission: Submission) {
+        let (verb, length_bytes) = (submission.request.verb(), submission.request.length_bytes());
+        let starts = (0..length_bytes).step_by(PART_BYTES);
+        let parts_left = starts.len();
+        if parts_left == 0 {
+            return call_back(submission.on_done, submission.request, Ok(()));
+        }
+        let free = self.active.iter().position(Option::is_none);
+        let request = free.unwrap_or_else(|| {
+            self.active.push(None);
+            self.active.len() - 1
+        });
+        self.active[request] = Some(Active { submission, parts_left, error: None });
+        self.waiting.extend(starts.map(|start_bytes| {
+            let progress = Progress::new(verb, PART_BYTES.min(length_bytes - start_bytes));
+            Part { request, start_bytes, progress }
+        }));
+    }
+
+    fn arm_waker(&mut self) {
+        if self.is_waker_armed || self.is_closing {
+            return;
+        }
+        let poll = opcode::PollAdd::new(types::Fd(self.waker.0.as_raw_fd()), libc::POLLIN as u32);
+        // SAFETY: a poll points to no memory, and `self` keeps the descriptor open longer than the ring.
+        let pushed = unsafe { self.ring.submission().push(&poll.build().user_data(WAKE)) };
+        self.is_waker_armed = pushed.is_ok();
+    }
+
+    /// Fills the free places with waiting parts.
+    fn start_parts(&mut self) {
+        for (place, slot) in self.in_flight.iter_mut().enumerate() {
+            if slot.is_some() {
+                continue;
+            }
+            let Some(part) = self.waiting.pop_front() else { return };
+            let Some(Some(active)) = self.active.get_mut(part.request) else { continue };
+            let entry = entry(&part, &mut active.submission.request, self.buffers.as_ref());
+            // SAFETY: the buffer is a part of the lease that `active` owns until all of the request's parts have
+            // completed, and this thread aborts rather than drop it earlier. The file is registered.
+            let pushed = unsafe { self.ring.submission().push(&entry.user_data(place as u64)) };
+            if pushed.is_err() {
+                // The queue takes all parts and the wake-up, so it is full only after a refused submission.
+                self.waiting.push_front(part);
+                return;
+            }
+            *slot = Some(part);
+        }
+    }
+
+    fn wait(&mut self) {
+        match self.ring.submit_and_wait(1) {
+            Ok(_) => {}
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => {
+                // EAGAIN and EBUSY pass. Nothing else is expected; and since buffers may be in flight, there is
+                // nothing better to do than to try again.
+                tracing::warn!(%error, "io_uring refused a submission");
+                thread::sleep(Duration::from_millis(1));
+            }
+        }
+    }
+
+    fn take_completions(&mut self) {
+        loop {
+            let Some(completion) = self.ring.completion().next() else { return };
+            let place = completion.user_data();
+            if place == WAKE {
+                self.is_waker_armed = false;
+                self.waker.clear();
+                continue;
+            }
+            if let Some(part) = self.in_flight.get_mut(place as usize).and_then(Option::take) {
+                let result = completion.result();
+                let moved = usize::try_from(result).map_err(|_| io::Error::from_raw_os_error(-result));
+                self.advance(part, moved);
+            }
+        }
+    }
+
+    /// Continues a part, or ends it and perhaps its request.
+    fn advance(&mut self, mut part: Part, moved: io::Result<usize>) {
+        let Some(slot) = self.active.get_mut(part.request) else { return };
+        let Some(active) = slot else { return };
+        let moved = self.script.distort(active.submission.request.verb(), moved);
+        match part.progress.record(moved) {
+            Step::Again => return self.waiting.push_back(part),
+            Step::Failed(error) => drop(active.error.get_or_insert(error)),
+            Step::Done => {}
+        }
+        active.parts_left -= 1;
+        if active.parts_left > 0 {
+            return;
+        }
+        if let Some(Active { submission: Submission { request, on_done }, error, .. }) = slot.take() {
+            let result = match (error, self.directory.file(request.file())) {
+                (None, _) => Ok(()),
+                (Some(source), Ok(open)) => Err(request.error(open.path.clone(), source)),
+                (Some(_), Err(unknown)) => Err(unknown),
+            };
+            call_back(on_done, request, result);
+        }
+    }
+}
+
+fn call_back(on_done: OnDone, request: Request, result: Result<(), Error>) {
+    if catch_unwind(AssertUnwindSafe(|| on_done(request.complete(result)))).is_err() {
+        tracing::error!("a completion callback panicked");
+    }
+}
+
+/// What the kernel is asked to do next for a part.
+fn entry(part: &Part, request: &mut Request, arena: Option<&Arena>) -> squeue::Entry {
+    let file = types::Fixed(request.file().0 as u32);
+    let verb = request.verb();
+    let done_bytes = part.start_bytes + part.progress.done_bytes();
+    let end_bytes = part.start_bytes + PART_BYTES.min(request.length_bytes() - part.start_bytes);
+    let offset_bytes = request.offset_bytes() + done_bytes as u64;
+    let buffer = &mut request.buffer_mut()[done_bytes..end_bytes];
+    let (start, length) = (buffer.as_mut_ptr(), buffer.len() as u32);
+    match (verb, arena.and_then(|arena| registered_index(arena, buffer))) {
+        (Verb::Read, None) => opcode::Read::new(file, start, length).offset(offset_bytes).build(),
+        (Verb::Write, None) => opcode::Write::new(file, start, length).offset(offset_bytes).build(),
+        (Verb::Read, Some(index)) => {
+            opcode::ReadFixed::new(file, start, length, index).offset(offset_bytes).build()
+        }
+        (Verb::Write, Some(index)) => {
+            opcode::WriteFixed::new(file, start, length, index).offset(offset_bytes).build()
+        }
+    }
+}
+
+/// Which registered buffer holds all of `buffer`; none for a lease of another arena.
+fn registered_index(arena: &Arena, buffer: &[u8]) -> Option<u16> {
+    let start = buffer.as_ptr().addr().checked_sub(arena.base().addr().get())?;
+    let last = start + buffer.len().checked_sub(1)?;
+    let index = start / BUFFER_BYTES_MAX;
+    (last < arena.capacity_bytes() && last / BUFFER_BYTES_MAX == index).then_some(index as u16)
+}
