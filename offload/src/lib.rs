@@ -39,7 +39,8 @@
 //! ```
 //!
 //! Modules, from the bottom: `budget`, `arena`, `slot` and `copy` are memory; [`io`] is the trait of disk
-//! backends with its backends and wrappers; `store` gives pieces, checksums and commits.
+//! backends with its backends and wrappers; `store` gives pieces, checksums and commits; [`memory`] counts what
+//! the rest of a process allocates.
 
 mod arena;
 mod budget;
@@ -47,6 +48,7 @@ mod clock;
 mod copy;
 mod error;
 pub mod io;
+pub mod memory;
 mod notice;
 mod slot;
 mod store;

@@ -367,3 +367,43 @@ fn registered_buffers_and_wrappers_move_the_same_bytes() {
         }
     }
 }
+
+/// Makes `io_uring_setup` fail with `EPERM` for this thread, as many containers do.
+fn forbid_uring() {
+    const fn step(code: u32, value: u32, skip_if_false: u8) -> libc::sock_filter {
+        libc::sock_filter { code: code as u16, jt: 0, jf: skip_if_false, k: value }
+    }
+    let mut steps = [
+        // The number of the system call is the first word.
+        step(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, 0, 0),
+        step(libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K, libc::SYS_io_uring_setup as u32, 1),
+        step(libc::BPF_RET | libc::BPF_K, libc::SECCOMP_RET_ERRNO | libc::EPERM as u32, 0),
+        step(libc::BPF_RET | libc::BPF_K, libc::SECCOMP_RET_ALLOW, 0),
+    ];
+    let program = libc::sock_fprog { len: steps.len() as u16, filter: steps.as_mut_ptr() };
+    // SAFETY: the program and its steps outlive the calls, which copy them.
+    unsafe {
+        assert_eq!(libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), 0);
+        assert_eq!(libc::prctl(libc::PR_SET_SECCOMP, libc::SECCOMP_MODE_FILTER, &program), 0);
+    }
+}
+
+#[test]
+fn without_io_uring_the_pool_takes_over_with_a_notice() {
+    let run = || {
+        forbid_uring();
+        let directory = tempfile::tempdir().unwrap();
+        let options = |backend| StoreOptions { backend, piece_bytes: 4096, ..StoreOptions::default() };
+        let asked = Store::create(directory.path(), state("weights", 50_000), options(BackendChoice::Uring));
+        assert!(matches!(asked.map(drop), Err(Error::UringUnavailable { .. })));
+        let store =
+            Store::create(directory.path(), state("weights", 50_000), options(BackendChoice::Auto)).unwrap();
+        assert_eq!(store.notices().iter().map(|notice| notice.code).next(), Some("uring-unavailable"));
+        let arena = arena(1 << 20);
+        write_all(&store, &arena, 1);
+        for piece in pieces(&store) {
+            expect_round(&store, &arena, piece, 1);
+        }
+    };
+    std::thread::spawn(run).join().unwrap();
+}

@@ -103,12 +103,21 @@ impl Ring {
             self.take_submissions();
             let is_idle = self.active.iter().all(Option::is_none);
             if self.is_closing && is_idle && !self.is_waker_armed {
-                return;
+                return self.unregister();
             }
             self.arm_waker();
             self.start_parts();
             self.wait();
             self.take_completions();
+        }
+    }
+
+    /// Lets go of the files and pages now: the kernel takes a closed ring apart at a time of its own choice.
+    fn unregister(&self) {
+        let submitter = self.ring.submitter();
+        let _ = submitter.unregister_files();
+        if self.buffers.is_some() {
+            let _ = submitter.unregister_buffers();
         }
     }
 
