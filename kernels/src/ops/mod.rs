@@ -1,1 +1,41 @@
+//! Differentiable, fused, threaded candle operations for training.
+//!
+//! candle-nn's fast layers have no backward: they cut the gradient without a word. The operations here take the
+//! same arguments where candle-nn has one, and every tracked input receives its gradient.
+//!
+//! | operation | shapes | what it fuses |
+//! |---|---|---|
+//! | [`linear`] | `[.., in] → [.., out]` | product and bias; weight gradient laid out like the weight |
+//! | [`layer_norm`], [`rms_norm`] | `[.., C] → [.., C]` | statistics, scale and shift |
+//! | [`gelu`], [`silu`], [`swiglu`] | element by element | the whole formula, one pass each way |
+//! | [`softmax_last_dim`], [`causal_softmax`] | `[.., T, S]` | scale, mask and softmax |
+//! | [`rope`], [`rope_i`] | `[B, H, T, D]` | both halves of the rotation |
+//! | [`causal_attention`] | `[B, T, 3·C] → [B, T, C]` | attention on packed q, k, v; no T×T matrix is kept |
+//! | [`cross_entropy`], [`linear_cross_entropy`] | `[N, C] → []` | log-softmax and mean; no full logits in the latter |
+//!
+//! **Devices and dtypes.** On the CPU the elements are `f32`; every other dtype and device is refused with an
+//! [`OpError`] that says what to do. Inputs need not be contiguous (they are made so first).
+//!
+//! **Reproducibility.** Work is split in chunks that depend on shapes alone, and partial sums are combined in a
+//! fixed order: on one machine the bits are the same from run to run and for any number of rayon threads.
 
+mod activation;
+mod attention;
+mod cross_entropy;
+mod error;
+mod input;
+mod linear;
+mod matrix;
+mod norm;
+mod rope;
+mod softmax;
+mod vector;
+
+pub use activation::{gelu, silu, swiglu};
+pub use attention::causal_attention;
+pub use cross_entropy::{cross_entropy, linear_cross_entropy};
+pub use error::OpError;
+pub use linear::linear;
+pub use norm::{layer_norm, rms_norm};
+pub use rope::{rope, rope_i};
+pub use softmax::{causal_softmax, softmax_last_dim};

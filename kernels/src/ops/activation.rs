@@ -1,0 +1,180 @@
+//! Activations: GELU, SiLU and SwiGLU, one pass forward and one pass backward.
+
+use candle_core::{CpuStorage, CustomOp1, D, Layout, Result, Shape, Tensor};
+use rayon::prelude::*;
+
+use super::error::shapes_error;
+use super::input::{Input, cpu_tensor, elements};
+use super::vector::{chunk_elements, sigmoid, vectorized};
+
+/// `x·Φ(x)` in the form with tanh: `x/2·(1 + tanh u)`, `u = √(2/π)·(x + 0.044715·x³)`.
+///
+/// Any shape. The formula is that of Hendrycks and Gimpel, *Gaussian Error Linear Units* (arXiv 1606.08415), as in
+/// GPT-2 and [`Tensor::gelu`]. It is computed as `x·s` with `s = sigmoid(2u)`, which is the same, and loses no digits
+/// for negative `x`. Backward: `dx = dy·(s + x·s·(1 − s)·2u')`.
+///
+/// # Errors
+/// [`OpError::DType`](super::OpError::DType) unless the elements are `f32`.
+pub fn gelu(xs: &Tensor) -> Result<Tensor> {
+    xs.contiguous()?.apply_op1(GELU)
+}
+
+/// `x·sigmoid(x)` (Elfwing et al., arXiv 1702.03118), as [`candle_nn::ops::silu`]. Any shape.
+///
+/// Backward: `dx = dy·s·(1 + x·(1 − s))` with `s = sigmoid(x)`.
+///
+/// # Errors
+/// [`OpError::DType`](super::OpError::DType) unless the elements are `f32`.
+pub fn silu(xs: &Tensor) -> Result<Tensor> {
+    xs.contiguous()?.apply_op1(SILU)
+}
+
+/// `silu(gate)·up` for `xs = [gate, up]`, halves of the last dimension: `[.., 2·C] → [.., C]`, as
+/// [`candle_nn::ops::swiglu`] (Shazeer, arXiv 2002.05202).
+///
+/// # Errors
+/// [`OpError::DType`](super::OpError::DType) unless the elements are `f32`;
+/// [`OpError::Shapes`](super::OpError::Shapes) unless the last dimension is even.
+pub fn swiglu(xs: &Tensor) -> Result<Tensor> {
+    if xs.rank() == 0 || !xs.dim(D::Minus1)?.is_multiple_of(2) {
+        return Err(shapes_error(SwiGlu::NAME, "the last dimension must be even", &[xs.shape()]));
+    }
+    xs.contiguous()?.apply_op1(SwiGlu)
+}
+
+/// A function of one element, over slices.
+struct Elementwise {
+    name: &'static str,
+    /// `out = f(x)`.
+    forward: fn(&mut [f32], &[f32]),
+    /// `out = dy·f'(x)`, arguments `out`, `x`, `dy`.
+    backward: fn(&mut [f32], &[f32], &[f32]),
+}
+
+const GELU: Elementwise = Elementwise { name: "gelu", forward: gelu_forward, backward: gelu_backward };
+const SILU: Elementwise = Elementwise { name: "silu", forward: silu_forward, backward: silu_backward };
+
+impl CustomOp1 for Elementwise {
+    fn name(&self) -> &'static str {
+        self.name
+    }
+
+    fn cpu_fwd(&self, storage: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
+        let xs = elements::<f32>(self.name, storage, layout)?;
+        let mut out = vec![0f32; xs.len()];
+        let chunk = chunk_elements(1);
+        out.par_chunks_mut(chunk).zip(xs.par_chunks(chunk)).for_each(|(out, xs)| (self.forward)(out, xs));
+        Ok((CpuStorage::F32(out), layout.shape().clone()))
+    }
+
+    fn bwd(&self, xs: &Tensor, _res: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
+        let grad = grad.contiguous()?;
+        let (x, dy) = (Input::new(self.name, xs), Input::new(self.name, &grad));
+        let (x, dy) = (x.elements::<f32>()?, dy.elements::<f32>()?);
+        let mut dx = vec![0f32; x.len()];
+        let chunk = chunk_elements(1);
+        dx.par_chunks_mut(chunk)
+            .zip(x.par_chunks(chunk))
+            .zip(dy.par_chunks(chunk))
+            .for_each(|((dx, x), dy)| (self.backward)(dx, x, dy));
+        Ok(Some(cpu_tensor(dx, xs)?))
+    }
+}
+
+struct SwiGlu;
+
+impl SwiGlu {
+    const NAME: &'static str = "swiglu";
+}
+
+impl CustomOp1 for SwiGlu {
+    fn name(&self) -> &'static str {
+        Self::NAME
+    }
+
+    fn cpu_fwd(&self, storage: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
+        let xs = elements::<f32>(Self::NAME, storage, layout)?;
+        let mut dims = layout.dims().to_vec();
+        let width = dims.last().map_or(0, |&last| last / 2);
+        if let Some(last) = dims.last_mut() {
+            *last = width;
+        }
+        let mut out = vec![0f32; xs.len() / 2];
+        let chunk = chunk_elements(width);
+        out.par_chunks_mut(chunk)
+            .zip(xs.par_chunks(2 * chunk))
+            .for_each(|(out, xs)| swiglu_forward(out, xs, width));
+        Ok((CpuStorage::F32(out), Shape::from(dims)))
+    }
+
+    fn bwd(&self, xs: &Tensor, _res: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
+        let width = xs.dim(D::Minus1)? / 2;
+        let grad = grad.contiguous()?;
+        let (x, dy) = (Input::new(Self::NAME, xs), Input::new(Self::NAME, &grad));
+        let (x, dy) = (x.elements::<f32>()?, dy.elements::<f32>()?);
+        let mut dx = vec![0f32; x.len()];
+        let chunk = chunk_elements(width);
+        dx.par_chunks_mut(2 * chunk)
+            .zip(x.par_chunks(2 * chunk))
+            .zip(dy.par_chunks(chunk))
+            .for_each(|((dx, x), dy)| swiglu_backward(dx, x, dy, width));
+        Ok(Some(cpu_tensor(dx, xs)?))
+    }
+}
+
+/// `2·√(2/π)`: GELU needs twice `u`.
+const TWO_SQRT_2_OVER_PI: f32 = 1.595_769;
+const CUBIC: f32 = 0.044_715;
+
+vectorized! {
+    fn gelu_forward(out: &mut [f32], xs: &[f32]) {
+        for (out, &x) in out.iter_mut().zip(xs) {
+            *out = x * sigmoid(TWO_SQRT_2_OVER_PI * (x + CUBIC * x * x * x));
+        }
+    }
+
+    fn gelu_backward(dx: &mut [f32], xs: &[f32], dy: &[f32]) {
+        for ((dx, &x), &dy) in dx.iter_mut().zip(xs).zip(dy) {
+            let s = sigmoid(TWO_SQRT_2_OVER_PI * (x + CUBIC * x * x * x));
+            let slope = TWO_SQRT_2_OVER_PI * (1.0 + 3.0 * CUBIC * x * x);
+            *dx = dy * (s + x * s * (1.0 - s) * slope);
+        }
+    }
+
+    fn silu_forward(out: &mut [f32], xs: &[f32]) {
+        for (out, &x) in out.iter_mut().zip(xs) {
+            *out = x * sigmoid(x);
+        }
+    }
+
+    fn silu_backward(dx: &mut [f32], xs: &[f32], dy: &[f32]) {
+        for ((dx, &x), &dy) in dx.iter_mut().zip(xs).zip(dy) {
+            let s = sigmoid(x);
+            *dx = dy * s * (1.0 + x * (1.0 - s));
+        }
+    }
+
+    /// Rows of `width` from rows of twice that.
+    fn swiglu_forward(out: &mut [f32], xs: &[f32], width: usize) {
+        for (out, xs) in out.chunks_exact_mut(width).zip(xs.chunks_exact(2 * width)) {
+            let (gate, up) = xs.split_at(width);
+            for ((out, &gate), &up) in out.iter_mut().zip(gate).zip(up) {
+                *out = gate * sigmoid(gate) * up;
+            }
+        }
+    }
+
+    fn swiglu_backward(dx: &mut [f32], xs: &[f32], dy: &[f32], width: usize) {
+        let rows = dx.chunks_exact_mut(2 * width).zip(xs.chunks_exact(2 * width)).zip(dy.chunks_exact(width));
+        for ((dx, xs), dy) in rows {
+            let (gate, up) = xs.split_at(width);
+            let (d_gate, d_up) = dx.split_at_mut(width);
+            let inputs = gate.iter().zip(up).zip(dy);
+            for ((d_gate, d_up), ((&gate, &up), &dy)) in d_gate.iter_mut().zip(d_up).zip(inputs) {
+                let s = sigmoid(gate);
+                *d_gate = dy * up * s * (1.0 + gate * (1.0 - s));
+                *d_up = dy * gate * s;
+            }
+        }
+    }
+}

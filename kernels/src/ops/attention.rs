@@ -1,0 +1,215 @@
+//! Causal self-attention on packed queries, keys and values.
+
+use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor};
+use rayon::prelude::*;
+
+use super::error::shapes_error;
+use super::input::{Input, cpu_tensor, elements};
+use super::matrix::{Matrix, MatrixMut, Threads, multiply};
+use super::softmax::{Rows, softmax_rows, softmax_rows_backward};
+
+/// `softmax(q·kᵀ/√D, causal)·v` for every head: `qkv` `[B, T, 3·C]` → `[B, T, C]`.
+///
+/// The last dimension of `qkv` holds `q`, `k` and `v` of `C` elements each; head `h` takes columns `h·D..(h+1)·D` of
+/// each, `D = C/heads`. The heads' results lie in the same order in the output.
+///
+/// Only a block of rows of one head's probabilities exists at a time, and none is kept: the backward recomputes
+/// them, an idea of FlashAttention (Dao et al., arXiv 2205.14135). With `p` the probabilities, `s` the scores and
+/// `o` the result: `dv = pᵀ·do`, `dp = do·vᵀ`, `ds = p·(dp − Σ dp·p)/√D`, `dq = ds·k`, `dk = dsᵀ·q`.
+///
+/// # Errors
+/// [`OpError::DType`](super::OpError::DType) unless the elements are `f32`;
+/// [`OpError::Shapes`](super::OpError::Shapes) unless `qkv` has three dimensions and the last one is a multiple of
+/// `3·heads`.
+pub fn causal_attention(qkv: &Tensor, heads: usize) -> Result<Tensor> {
+    match *qkv.dims() {
+        [_, _, width] if heads > 0 && width > 0 && width.is_multiple_of(3 * heads) => {
+            qkv.contiguous()?.apply_op1(CausalAttention { heads })
+        }
+        _ => Err(shapes_error(NAME, "expected [B, T, 3·C] with C a multiple of the heads", &[qkv.shape()])),
+    }
+}
+
+const NAME: &str = "causal_attention";
+
+/// Query rows whose probabilities exist together. Fewer skip more of the masked half; more make larger products.
+const BLOCK_ROWS: usize = 64;
+
+struct CausalAttention {
+    heads: usize,
+}
+
+impl CustomOp1 for CausalAttention {
+    fn name(&self) -> &'static str {
+        NAME
+    }
+
+    fn cpu_fwd(&self, storage: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
+        let qkv = elements::<f32>(NAME, storage, layout)?;
+        let sizes = Sizes::new(layout.shape(), self.heads)?;
+        let mut out = vec![0f32; sizes.batch * sizes.positions * sizes.channels];
+        let outputs = sizes.column_blocks(&mut out, sizes.channels);
+        outputs.into_par_iter().enumerate().for_each_init(Vec::new, |scratch, (index, out)| {
+            sizes.head(qkv, index).forward(out, scratch);
+        });
+        Ok((CpuStorage::F32(out), (sizes.batch, sizes.positions, sizes.channels).into()))
+    }
+
+    fn bwd(&self, qkv: &Tensor, _res: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
+        let grad = grad.contiguous()?;
+        let (input, d_out) = (Input::new(NAME, qkv), Input::new(NAME, &grad));
+        let (input, d_out) = (input.elements::<f32>()?, d_out.elements::<f32>()?);
+        let sizes = Sizes::new(qkv.shape(), self.heads)?;
+        let mut d_qkv = vec![0f32; input.len()];
+        let blocks = sizes.column_blocks(&mut d_qkv, 3 * sizes.channels);
+        let gradients = head_gradients(blocks, self.heads);
+        gradients.into_par_iter().enumerate().for_each_init(
+            Default::default,
+            |scratch, (index, gradient)| {
+                let d_out = sizes.head_columns(d_out, index, sizes.channels, 0);
+                sizes.head(input, index).backward(gradient, d_out, scratch);
+            },
+        );
+        Ok(Some(cpu_tensor(d_qkv, qkv)?))
+    }
+}
+
+#[derive(Clone, Copy)]
+struct Sizes {
+    batch: usize,
+    positions: usize,
+    /// Elements of one of q, k and v at one position: heads × head width.
+    channels: usize,
+    heads: usize,
+    head_width: usize,
+}
+
+impl Sizes {
+    fn new(qkv: &Shape, heads: usize) -> Result<Self> {
+        let (batch, positions, width) = qkv.dims3()?;
+        let channels = width / 3;
+        Ok(Sizes { batch, positions, channels, heads, head_width: channels / heads })
+    }
+
+    /// A matrix for each block of `head_width` columns, sequence by sequence; a position holds `row_width` elements.
+    fn column_blocks<'a>(&self, elements: &'a mut [f32], row_width: usize) -> Vec<MatrixMut<'a>> {
+        let sequence_elements = (self.positions * row_width).max(1);
+        let sequences = elements.chunks_mut(sequence_elements);
+        sequences
+            .flat_map(|sequence| MatrixMut::column_blocks(sequence, row_width, self.head_width))
+            .collect()
+    }
+
+    /// The columns of head `index`, counted over all sequences, of a `[B, T, row_width]` tensor, from `first_column`.
+    fn head_columns<'a>(
+        &self,
+        elements: &'a [f32],
+        index: usize,
+        row_width: usize,
+        first_column: usize,
+    ) -> Matrix<'a> {
+        let (sequence, head) = (index / self.heads, index % self.heads);
+        let start = sequence * self.positions * row_width + first_column + head * self.head_width;
+        Matrix::strided(&elements[start..], self.positions, self.head_width, row_width)
+    }
+
+    fn head<'a>(&self, qkv: &'a [f32], index: usize) -> Head<'a> {
+        let part = |part: usize| self.head_columns(qkv, index, 3 * self.channels, part * self.channels);
+        Head { positions: self.positions, query: part(0), key: part(1), value: part(2) }
+    }
+}
+
+/// The gradients of one head's query, key and value.
+struct HeadGradient<'a> {
+    query: MatrixMut<'a>,
+    key: MatrixMut<'a>,
+    value: MatrixMut<'a>,
+}
+
+/// Groups the column blocks of a packed `[B, T, 3·C]` gradient by head.
+fn head_gradients(blocks: Vec<MatrixMut<'_>>, heads: usize) -> Vec<HeadGradient<'_>> {
+    let mut gradients = Vec::with_capacity(blocks.len() / 3);
+    let mut blocks = blocks.into_iter();
+    loop {
+        let mut part = || blocks.by_ref().take(heads).collect::<Vec<_>>();
+        let (queries, keys, values) = (part(), part(), part());
+        if values.is_empty() {
+            return gradients;
+        }
+        let parts = queries.into_iter().zip(keys).zip(values);
+        gradients.extend(parts.map(|((query, key), value)| HeadGradient { query, key, value }));
+    }
+}
+
+/// One head of one sequence; each matrix is `[positions, head width]`.
+struct Head<'a> {
+    positions: usize,
+    query: Matrix<'a>,
+    key: Matrix<'a>,
+    value: Matrix<'a>,
+}
+
+impl Head<'_> {
+    fn scale(&self) -> f32 {
+        1.0 / (self.query.columns() as f32).sqrt()
+    }
+
+    fn forward(&self, mut out: MatrixMut<'_>, scratch: &mut Vec<f32>) {
+        for block in self.blocks() {
+            self.probabilities(&block, scratch);
+            let probabilities = Matrix::new(scratch, block.rows, block.seen);
+            let value = self.value.rows(0, block.seen);
+            multiply(out.rows(block.first, block.rows), false, probabilities, value, Threads::One);
+        }
+    }
+
+    fn backward(&self, mut gradient: HeadGradient<'_>, d_out: Matrix<'_>, scratch: &mut [Vec<f32>; 2]) {
+        let [probabilities, d_scores] = scratch;
+        for Block { first, rows, seen } in self.blocks() {
+            let block = Block { first, rows, seen };
+            self.probabilities(&block, probabilities);
+            let d_out = d_out.rows(first, rows);
+            let p = Matrix::new(probabilities, rows, seen);
+            multiply(gradient.value.rows(0, seen), true, p.transposed(), d_out, Threads::One);
+
+            d_scores.resize(rows * seen, 0.0);
+            let destination = MatrixMut::new(d_scores, rows, seen);
+            multiply(destination, false, d_out, self.value.rows(0, seen).transposed(), Threads::One);
+            softmax_rows_backward(d_scores, probabilities, 0, block.visibility(), self.scale());
+            let d_scores = Matrix::new(d_scores, rows, seen);
+            let query = self.query.rows(first, rows);
+            multiply(gradient.query.rows(first, rows), false, d_scores, self.key.rows(0, seen), Threads::One);
+            multiply(gradient.key.rows(0, seen), true, d_scores.transposed(), query, Threads::One);
+        }
+    }
+
+    /// The probabilities of one block of query rows over the keys that any of them sees: `[rows, seen]`.
+    fn probabilities(&self, block: &Block, out: &mut Vec<f32>) {
+        out.resize(block.rows * block.seen, 0.0);
+        let query = self.query.rows(block.first, block.rows);
+        let key = self.key.rows(0, block.seen).transposed();
+        multiply(MatrixMut::new(out, block.rows, block.seen), false, query, key, Threads::One);
+        softmax_rows(out, 0, block.visibility(), self.scale());
+    }
+
+    fn blocks(&self) -> impl Iterator<Item = Block> + use<> {
+        let positions = self.positions;
+        (0..positions).step_by(BLOCK_ROWS).map(move |first| {
+            let rows = BLOCK_ROWS.min(positions - first);
+            Block { first, rows, seen: first + rows }
+        })
+    }
+}
+
+/// Some query rows, and the number of keys that the last of them sees.
+struct Block {
+    first: usize,
+    rows: usize,
+    seen: usize,
+}
+
+impl Block {
+    fn visibility(&self) -> Rows {
+        Rows { columns: self.seen, query_rows: self.rows }
+    }
+}

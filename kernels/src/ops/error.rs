@@ -1,0 +1,75 @@
+//! What the operations refuse.
+
+use candle_core::{DType, DeviceLocation, Shape};
+
+/// Why an operation refused its inputs. It reaches the caller inside [`candle_core::Error`].
+#[derive(Debug, thiserror::Error)]
+pub enum OpError {
+    /// The elements have a dtype that the device's code does not compute in.
+    #[error("{op}: dtype {dtype:?} is not supported on the CPU: cast the tensor to {expected:?}")]
+    DType {
+        /// The operation that refused.
+        op: &'static str,
+        /// The dtype that it was given.
+        dtype: DType,
+        /// The dtype that it needs.
+        expected: DType,
+    },
+    /// A tensor lives on a device that the operation has no code for.
+    #[error("{op}: no code for device {device:?}: move the tensor to the CPU")]
+    Device {
+        /// The operation that refused.
+        op: &'static str,
+        /// Where the tensor lives.
+        device: DeviceLocation,
+    },
+    /// The shapes do not fit together.
+    #[error("{op}: {expected}, got {shapes:?}")]
+    Shapes {
+        /// The operation that refused.
+        op: &'static str,
+        /// The rule that the shapes break.
+        expected: &'static str,
+        /// The shapes, in the order of the arguments.
+        shapes: Vec<Shape>,
+    },
+    /// A target names no entry of the vocabulary.
+    #[error(
+        "{op}: target {target} at row {row} is out of range for a vocabulary of {vocabulary_size}: check the \
+         tokenizer against the model's vocabulary size"
+    )]
+    TargetOutOfRange {
+        /// The operation that refused.
+        op: &'static str,
+        /// The row of the first such target.
+        row: usize,
+        /// The target found there.
+        target: u32,
+        /// The number of entries.
+        vocabulary_size: usize,
+    },
+    /// An input that the operation treats as a constant is tracked for gradients.
+    #[error("{op}: {input} receives no gradient from this operation: detach it, or compose the operation")]
+    TrackedConstant {
+        /// The operation that refused.
+        op: &'static str,
+        /// The input's name.
+        input: &'static str,
+    },
+}
+
+impl From<OpError> for candle_core::Error {
+    fn from(error: OpError) -> Self {
+        candle_core::Error::wrap(error)
+    }
+}
+
+/// The error for shapes that break the rule `expected`.
+pub(super) fn shapes_error(
+    op: &'static str,
+    expected: &'static str,
+    shapes: &[&Shape],
+) -> candle_core::Error {
+    let shapes = shapes.iter().map(|&shape| shape.clone()).collect();
+    OpError::Shapes { op, expected, shapes }.into()
+}

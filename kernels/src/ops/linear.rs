@@ -1,0 +1,188 @@
+//! The affine layer.
+
+use candle_core::{CpuStorage, CustomOp2, CustomOp3, D, Layout, Result, Shape, Tensor};
+use rayon::prelude::*;
+
+use super::error::shapes_error;
+use super::input::{Input, cpu_tensor, elements};
+use super::matrix::{Matrix, MatrixMut, Threads, multiply};
+use super::vector::vectorized;
+
+/// `xs·weightᵀ + bias`: `xs` `[.., in]`, `weight` `[out, in]`, `bias` `[out]`, result `[.., out]`.
+///
+/// Backward, with the leading dimensions taken together as rows: `d xs = dy·weight`, `d weight = dyᵀ·xs` (contiguous
+/// in `[out, in]`, so that an optimizer reads it as it lies), `d bias = Σ dy` over the rows. Gradients of inputs that
+/// are not tracked, such as a frozen weight or the first layer's input, are not computed.
+///
+/// # Errors
+/// [`OpError::DType`](super::OpError::DType) unless all elements are `f32`;
+/// [`OpError::Shapes`](super::OpError::Shapes) unless the shapes are as above.
+pub fn linear(xs: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
+    let (out_width, in_width) = weight.dims2().unwrap_or((0, 0));
+    let bias_fits = bias.is_none_or(|bias| bias.dims() == [out_width]);
+    if weight.rank() != 2 || xs.dim(D::Minus1).ok() != Some(in_width) || !bias_fits {
+        let mut shapes = vec![xs.shape(), weight.shape()];
+        shapes.extend(bias.map(|bias| bias.shape()));
+        return Err(shapes_error(NAME, "expected [.., in], [out, in] and, if any, a bias [out]", &shapes));
+    }
+    let (xs, weight) = (xs.contiguous()?, weight.contiguous()?);
+    match bias {
+        Some(bias) => xs.apply_op3(&weight, &bias.contiguous()?, Linear),
+        None => xs.apply_op2(&weight, Linear),
+    }
+}
+
+const NAME: &str = "linear";
+
+struct Linear;
+
+impl CustomOp2 for Linear {
+    fn name(&self) -> &'static str {
+        NAME
+    }
+
+    fn cpu_fwd(
+        &self,
+        xs: &CpuStorage,
+        xs_layout: &Layout,
+        weight: &CpuStorage,
+        weight_layout: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        let xs = elements::<f32>(NAME, xs, xs_layout)?;
+        let weight = elements::<f32>(NAME, weight, weight_layout)?;
+        let dims = Dimensions::new(xs_layout.shape(), weight_layout.shape())?;
+        let mut out = vec![0f32; dims.rows * dims.out_width];
+        dims.forward(&mut out, false, xs, weight);
+        Ok((CpuStorage::F32(out), dims.out_shape))
+    }
+
+    fn bwd(
+        &self,
+        xs: &Tensor,
+        weight: &Tensor,
+        _res: &Tensor,
+        grad: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>)> {
+        backward(xs, weight, &grad.contiguous()?)
+    }
+}
+
+impl CustomOp3 for Linear {
+    fn name(&self) -> &'static str {
+        NAME
+    }
+
+    fn cpu_fwd(
+        &self,
+        xs: &CpuStorage,
+        xs_layout: &Layout,
+        weight: &CpuStorage,
+        weight_layout: &Layout,
+        bias: &CpuStorage,
+        bias_layout: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        let xs = elements::<f32>(NAME, xs, xs_layout)?;
+        let weight = elements::<f32>(NAME, weight, weight_layout)?;
+        let bias = elements::<f32>(NAME, bias, bias_layout)?;
+        let dims = Dimensions::new(xs_layout.shape(), weight_layout.shape())?;
+        // The product is added to rows that start as the bias: no pass of its own.
+        let mut out = bias.repeat(dims.rows);
+        dims.forward(&mut out, true, xs, weight);
+        Ok((CpuStorage::F32(out), dims.out_shape))
+    }
+
+    fn bwd(
+        &self,
+        xs: &Tensor,
+        weight: &Tensor,
+        bias: &Tensor,
+        _res: &Tensor,
+        grad: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
+        let grad = grad.contiguous()?;
+        let (d_xs, d_weight) = backward(xs, weight, &grad)?;
+        let d_bias = match bias.track_op() {
+            true => Some(cpu_tensor(column_sums(&grad, bias.elem_count())?, bias)?),
+            false => None,
+        };
+        Ok((d_xs, d_weight, d_bias))
+    }
+}
+
+/// The sizes of the product, and the shape of its result.
+struct Dimensions {
+    rows: usize,
+    in_width: usize,
+    out_width: usize,
+    out_shape: Shape,
+}
+
+impl Dimensions {
+    fn new(xs: &Shape, weight: &Shape) -> Result<Self> {
+        let (out_width, in_width) = weight.dims2()?;
+        let mut dims = xs.dims().to_vec();
+        dims.pop();
+        let rows = dims.iter().product();
+        dims.push(out_width);
+        Ok(Dimensions { rows, in_width, out_width, out_shape: Shape::from(dims) })
+    }
+
+    fn forward(&self, out: &mut [f32], accumulate: bool, xs: &[f32], weight: &[f32]) {
+        let out = MatrixMut::new(out, self.rows, self.out_width);
+        let xs = Matrix::new(xs, self.rows, self.in_width);
+        let weight = Matrix::new(weight, self.out_width, self.in_width);
+        multiply(out, accumulate, xs, weight.transposed(), Threads::All);
+    }
+}
+
+/// The gradients of the input and the weight, each only if it is tracked.
+fn backward(xs: &Tensor, weight: &Tensor, grad: &Tensor) -> Result<(Option<Tensor>, Option<Tensor>)> {
+    let dims = Dimensions::new(xs.shape(), weight.shape())?;
+    let (x, w, dy) = (Input::new(NAME, xs), Input::new(NAME, weight), Input::new(NAME, grad));
+    let x = Matrix::new(x.elements()?, dims.rows, dims.in_width);
+    let w = Matrix::new(w.elements()?, dims.out_width, dims.in_width);
+    let dy = Matrix::new(dy.elements()?, dims.rows, dims.out_width);
+    let product = |tensor: &Tensor, rows, a, b| {
+        if !tensor.track_op() {
+            return Ok(None);
+        }
+        let mut out = vec![0f32; rows * dims.in_width];
+        multiply(MatrixMut::new(&mut out, rows, dims.in_width), false, a, b, Threads::All);
+        cpu_tensor(out, tensor).map(Some)
+    };
+    Ok((product(xs, dims.rows, dy, w)?, product(weight, dims.out_width, dy.transposed(), x)?))
+}
+
+/// Rows that are summed before they join the total.
+const BLOCK_ROWS: usize = 64;
+/// Columns that one task sums.
+const STRIPE_COLUMNS: usize = 64;
+
+/// Sums each column of `grad`, whose last dimension is `width`.
+fn column_sums(grad: &Tensor, width: usize) -> Result<Vec<f32>> {
+    let grad = Input::new(NAME, grad);
+    let grad = grad.elements::<f32>()?;
+    let mut sums = vec![0f32; width];
+    sums.par_chunks_mut(STRIPE_COLUMNS)
+        .enumerate()
+        .for_each(|(stripe, sums)| sum_stripe(sums, grad, stripe * STRIPE_COLUMNS, width));
+    Ok(sums)
+}
+
+vectorized! {
+    /// Adds up the columns of one stripe: blocks of rows in order, which keeps the rounding error of long sums small.
+    fn sum_stripe(totals: &mut [f32], grad: &[f32], first_column: usize, width: usize) {
+        for block in grad.chunks(BLOCK_ROWS * width) {
+            let mut sums = [0f32; STRIPE_COLUMNS];
+            for row in block.chunks_exact(width) {
+                let row = &row[first_column..first_column + totals.len()];
+                for (sum, &element) in sums.iter_mut().zip(row) {
+                    *sum += element;
+                }
+            }
+            for (total, sum) in totals.iter_mut().zip(sums) {
+                *total += sum;
+            }
+        }
+    }
+}

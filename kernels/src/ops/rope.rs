@@ -1,0 +1,180 @@
+//! Rotary position embedding.
+
+use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Tensor};
+use rayon::prelude::*;
+
+use super::error::{OpError, shapes_error};
+use super::input::{Input, cpu_tensor, elements};
+use super::vector::{chunk_elements, vectorized};
+
+/// Rotates the pairs (element `i`, element `i + D/2`) of each head by an angle of its position (Su et al., arXiv
+/// 2104.09864, in the layout of Llama checkpoints).
+///
+/// `xs` `[B, H, T, D]`; `cos` and `sin` `[T', D/2]` or `[B, T', D/2]` with `T' ≥ T`, constants whose first `T` rows are
+/// used; result like `xs`. Arguments as [`candle_nn::rotary_emb::rope`]. The backward rotates by the opposite angle.
+///
+/// # Errors
+/// [`OpError::DType`](super::OpError::DType) unless all elements are `f32`;
+/// [`OpError::Shapes`](super::OpError::Shapes) unless the shapes are as above;
+/// [`OpError::TrackedConstant`](super::OpError::TrackedConstant) if `cos` or `sin` is tracked for gradients.
+pub fn rope(xs: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<Tensor> {
+    rotate_checked(xs, cos, sin, Rope { name: "rope", interleaved: false })
+}
+
+/// [`rope`] on the pairs (element `2·i`, element `2·i + 1`), as [`candle_nn::rotary_emb::rope_i`].
+///
+/// # Errors
+/// As [`rope`].
+pub fn rope_i(xs: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<Tensor> {
+    rotate_checked(xs, cos, sin, Rope { name: "rope_i", interleaved: true })
+}
+
+fn rotate_checked(xs: &Tensor, cos: &Tensor, sin: &Tensor, op: Rope) -> Result<Tensor> {
+    for (table, input) in [(cos, "cos"), (sin, "sin")] {
+        if table.track_op() {
+            return Err(OpError::TrackedConstant { op: op.name, input }.into());
+        }
+    }
+    if Sizes::new(xs.shape(), cos.shape()).is_none() || cos.shape() != sin.shape() {
+        let expected = "expected [B, H, T, D] with D even, and cos and sin [T' ≥ T, D/2] or [B, T' ≥ T, D/2]";
+        return Err(shapes_error(op.name, expected, &[xs.shape(), cos.shape(), sin.shape()]));
+    }
+    xs.contiguous()?.apply_op3(&cos.contiguous()?, &sin.contiguous()?, op)
+}
+
+struct Rope {
+    name: &'static str,
+    interleaved: bool,
+}
+
+/// How the rows of `xs` find their row of `cos` and `sin`.
+#[derive(Clone, Copy)]
+struct Sizes {
+    heads: usize,
+    positions: usize,
+    head_width: usize,
+    /// Rows of a table between one sequence and the next: 0 if all share one.
+    table_rows: usize,
+}
+
+impl Sizes {
+    fn new(xs: &Shape, table: &Shape) -> Option<Self> {
+        let &[batch, heads, positions, head_width] = xs.dims() else { return None };
+        let (table_positions, table_width, table_rows) = match *table.dims() {
+            [rows, width] => (rows, width, 0),
+            [sequences, rows, width] if sequences == batch => (rows, width, rows),
+            _ => return None,
+        };
+        let fits = 2 * table_width == head_width && positions <= table_positions;
+        fits.then_some(Sizes { heads, positions, head_width, table_rows })
+    }
+
+    /// Where the table's row for a row of `xs` starts, in elements.
+    #[inline(always)]
+    fn table_start(self, row: usize) -> usize {
+        let sequence = row / (self.heads * self.positions);
+        (sequence * self.table_rows + row % self.positions) * (self.head_width / 2)
+    }
+}
+
+impl Rope {
+    /// Rotates every row of `xs` by its angle, or its opposite when `direction` is −1.
+    fn rotate(&self, xs: &[f32], cos: &[f32], sin: &[f32], sizes: Sizes, direction: f32) -> Vec<f32> {
+        let mut out = vec![0f32; xs.len()];
+        let chunk = chunk_elements(sizes.head_width);
+        let rotate_rows = if self.interleaved { rotate_neighbours } else { rotate_halves };
+        out.par_chunks_mut(chunk).zip(xs.par_chunks(chunk)).enumerate().for_each(|(index, (out, xs))| {
+            let first_row = index * chunk / sizes.head_width;
+            rotate_rows(out, xs, cos, sin, sizes, first_row, direction);
+        });
+        out
+    }
+}
+
+impl CustomOp3 for Rope {
+    fn name(&self) -> &'static str {
+        self.name
+    }
+
+    fn cpu_fwd(
+        &self,
+        xs: &CpuStorage,
+        xs_layout: &Layout,
+        cos: &CpuStorage,
+        cos_layout: &Layout,
+        sin: &CpuStorage,
+        sin_layout: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        let shape = xs_layout.shape();
+        let xs = elements::<f32>(self.name, xs, xs_layout)?;
+        let cos = elements::<f32>(self.name, cos, cos_layout)?;
+        let sin = elements::<f32>(self.name, sin, sin_layout)?;
+        let out = match Sizes::new(shape, cos_layout.shape()) {
+            Some(sizes) => self.rotate(xs, cos, sin, sizes, 1.0),
+            None => Vec::new(),
+        };
+        Ok((CpuStorage::F32(out), shape.clone()))
+    }
+
+    fn bwd(
+        &self,
+        xs: &Tensor,
+        cos: &Tensor,
+        sin: &Tensor,
+        _res: &Tensor,
+        grad: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
+        let grad = grad.contiguous()?;
+        let [dy, c, s] = [&grad, cos, sin].map(|tensor| Input::new(self.name, tensor));
+        let dx = match Sizes::new(xs.shape(), cos.shape()) {
+            Some(sizes) => self.rotate(dy.elements()?, c.elements()?, s.elements()?, sizes, -1.0),
+            None => Vec::new(),
+        };
+        Ok((Some(cpu_tensor(dx, xs)?), None, None))
+    }
+}
+
+vectorized! {
+    fn rotate_halves(
+        out: &mut [f32],
+        xs: &[f32],
+        cos: &[f32],
+        sin: &[f32],
+        sizes: Sizes,
+        first_row: usize,
+        direction: f32,
+    ) {
+        let (width, half) = (sizes.head_width, sizes.head_width / 2);
+        for (row, (out, xs)) in out.chunks_exact_mut(width).zip(xs.chunks_exact(width)).enumerate() {
+            let start = sizes.table_start(first_row + row);
+            let angles = cos[start..start + half].iter().zip(&sin[start..start + half]);
+            let (out_a, out_b) = out.split_at_mut(half);
+            let (a, b) = xs.split_at(half);
+            let outputs = out_a.iter_mut().zip(out_b);
+            for (((out_a, out_b), (&a, &b)), (&cos, &sin)) in outputs.zip(a.iter().zip(b)).zip(angles) {
+                *out_a = a * cos - b * (direction * sin);
+                *out_b = a * (direction * sin) + b * cos;
+            }
+        }
+    }
+
+    fn rotate_neighbours(
+        out: &mut [f32],
+        xs: &[f32],
+        cos: &[f32],
+        sin: &[f32],
+        sizes: Sizes,
+        first_row: usize,
+        direction: f32,
+    ) {
+        let (width, half) = (sizes.head_width, sizes.head_width / 2);
+        for (row, (out, xs)) in out.chunks_exact_mut(width).zip(xs.chunks_exact(width)).enumerate() {
+            let start = sizes.table_start(first_row + row);
+            let angles = cos[start..start + half].iter().zip(&sin[start..start + half]);
+            let (outputs, inputs) = (out.as_chunks_mut::<2>().0, xs.as_chunks::<2>().0);
+            for ((out, &[a, b]), (&cos, &sin)) in outputs.iter_mut().zip(inputs).zip(angles) {
+                *out = [a * cos - b * (direction * sin), a * (direction * sin) + b * cos];
+            }
+        }
+    }
+}

@@ -1,0 +1,142 @@
+//! Softmax over the last dimension, plain and causal.
+
+use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor};
+use rayon::prelude::*;
+
+use super::error::shapes_error;
+use super::input::{Input, cpu_tensor, elements};
+use super::vector::{chunk_elements, exp, maximum, sum_by, sum_by2, vectorized};
+
+/// `e^(x − max) / Σ e^(x − max)` over the last dimension, as [`candle_nn::ops::softmax_last_dim`].
+///
+/// Any shape of rank 1 or more. Backward: `dx = y·(dy − Σ dy·y)`.
+///
+/// # Errors
+/// [`OpError::DType`](super::OpError::DType) unless the elements are `f32`;
+/// [`OpError::Shapes`](super::OpError::Shapes) for a scalar.
+pub fn softmax_last_dim(xs: &Tensor) -> Result<Tensor> {
+    let Some(&columns) = xs.dims().last() else {
+        return Err(shapes_error("softmax_last_dim", "expected [.., S]", &[xs.shape()]));
+    };
+    // One query row a matrix sees every column: causal over nothing.
+    let shape = Rows { columns, query_rows: 1 };
+    xs.contiguous()?.apply_op1(Softmax { name: "softmax_last_dim", shape, scale: 1.0 })
+}
+
+/// `softmax(scale·scores)` where row `i` sees the columns `j ≤ i + (S − T)` and the others become 0.
+///
+/// `scores` `[.., T, S]` with `S ≥ T`: the last `T` of `S` positions are the queries, as with a key-value cache. Masked
+/// scores are not read. Backward: `d scores = scale·y·(dy − Σ dy·y)`.
+///
+/// # Errors
+/// [`OpError::DType`](super::OpError::DType) unless the elements are `f32`;
+/// [`OpError::Shapes`](super::OpError::Shapes) unless `S ≥ T`.
+pub fn causal_softmax(scores: &Tensor, scale: f32) -> Result<Tensor> {
+    const NAME: &str = "causal_softmax";
+    match *scores.dims() {
+        [.., query_rows, columns] if columns >= query_rows => {
+            let shape = Rows { columns, query_rows };
+            scores.contiguous()?.apply_op1(Softmax { name: NAME, shape, scale })
+        }
+        _ => Err(shapes_error(NAME, "expected [.., T, S] with S ≥ T", &[scores.shape()])),
+    }
+}
+
+/// How the rows of a stack of matrices see their columns.
+#[derive(Clone, Copy)]
+pub(super) struct Rows {
+    /// Elements a row.
+    pub(super) columns: usize,
+    /// Rows a matrix, at most `columns`; the last sees every column, each before it one less.
+    pub(super) query_rows: usize,
+}
+
+impl Rows {
+    /// The columns that a row sees, counting rows over all matrices.
+    #[inline(always)]
+    fn visible(self, row: usize) -> usize {
+        row % self.query_rows + self.columns - self.query_rows + 1
+    }
+}
+
+struct Softmax {
+    name: &'static str,
+    shape: Rows,
+    scale: f32,
+}
+
+impl CustomOp1 for Softmax {
+    fn name(&self) -> &'static str {
+        self.name
+    }
+
+    fn cpu_fwd(&self, storage: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
+        let scores = elements::<f32>(self.name, storage, layout)?;
+        let mut out = vec![0f32; scores.len()];
+        let chunk = chunk_elements(self.shape.columns);
+        out.par_chunks_mut(chunk).zip(scores.par_chunks(chunk)).enumerate().for_each(
+            |(index, (out, scores))| {
+                out.copy_from_slice(scores);
+                softmax_rows(out, index * chunk / self.shape.columns, self.shape, self.scale);
+            },
+        );
+        Ok((CpuStorage::F32(out), layout.shape().clone()))
+    }
+
+    fn bwd(&self, _scores: &Tensor, res: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
+        let grad = grad.contiguous()?;
+        let (y, dy) = (Input::new(self.name, res), Input::new(self.name, &grad));
+        let (y, dy) = (y.elements::<f32>()?, dy.elements::<f32>()?);
+        let mut dx = vec![0f32; y.len()];
+        let chunk = chunk_elements(self.shape.columns);
+        let chunks = dx.par_chunks_mut(chunk).zip(y.par_chunks(chunk)).zip(dy.par_chunks(chunk));
+        chunks.enumerate().for_each(|(index, ((dx, y), dy))| {
+            dx.copy_from_slice(dy);
+            softmax_rows_backward(dx, y, index * chunk / self.shape.columns, self.shape, self.scale);
+        });
+        Ok(Some(cpu_tensor(dx, res)?))
+    }
+}
+
+vectorized! {
+    /// Turns rows of scores into probabilities in place; `first_row` is the number of the first.
+    pub(super) fn softmax_rows(scores: &mut [f32], first_row: usize, shape: Rows, scale: f32) {
+        for (row, scores) in scores.chunks_exact_mut(shape.columns).enumerate() {
+            let (scores, masked) = scores.split_at_mut(shape.visible(first_row + row));
+            // The largest of the scaled scores: a negative scale turns the order around.
+            for score in scores.iter_mut() {
+                *score *= scale;
+            }
+            let largest = maximum(scores);
+            for score in scores.iter_mut() {
+                *score = exp(*score - largest);
+            }
+            let inverse = 1.0 / sum_by(scores, |power| power);
+            for score in scores.iter_mut() {
+                *score *= inverse;
+            }
+            masked.fill(0.0);
+        }
+    }
+
+    /// Turns gradients of probabilities into gradients of scores in place.
+    pub(super) fn softmax_rows_backward(
+        gradients: &mut [f32],
+        probabilities: &[f32],
+        first_row: usize,
+        shape: Rows,
+        scale: f32,
+    ) {
+        let rows = gradients.chunks_exact_mut(shape.columns).zip(probabilities.chunks_exact(shape.columns));
+        for (row, (gradients, probabilities)) in rows.enumerate() {
+            let visible = shape.visible(first_row + row);
+            let (gradients, masked) = gradients.split_at_mut(visible);
+            let probabilities = &probabilities[..visible];
+            let dot = sum_by2(gradients, probabilities, |gradient, probability| gradient * probability);
+            for (gradient, &probability) in gradients.iter_mut().zip(probabilities) {
+                *gradient = scale * probability * (*gradient - dot);
+            }
+            masked.fill(0.0);
+        }
+    }
+}

@@ -1,0 +1,244 @@
+//! The table of operations that every promise is tested on.
+
+use candle_core::{D, DType, Device, Result, Tensor};
+use ferrozero_kernels::ops;
+
+type Operation = Box<dyn Fn(&[Tensor]) -> Result<Tensor> + Sync>;
+
+/// One operation on inputs of one shape, beside the same composed of candle's own operations.
+pub struct Case {
+    pub name: String,
+    /// Shapes of the inputs that receive gradients.
+    pub shapes: Vec<Vec<usize>>,
+    pub ours: Operation,
+    /// Runs in any float dtype.
+    pub composed: Operation,
+}
+
+impl Case {
+    fn new(
+        name: &str,
+        shapes: &[&[usize]],
+        ours: impl Fn(&[Tensor]) -> Result<Tensor> + Sync + 'static,
+        composed: impl Fn(&[Tensor]) -> Result<Tensor> + Sync + 'static,
+    ) -> Self {
+        let name = format!("{name} {shapes:?}");
+        let shapes = shapes.iter().map(|shape| shape.to_vec()).collect();
+        Case { name, shapes, ours: Box::new(ours), composed: Box::new(composed) }
+    }
+
+    /// Random inputs, the same at each call.
+    pub fn inputs(&self) -> Vec<Tensor> {
+        let seeds = 1..;
+        self.shapes.iter().zip(seeds).map(|(shape, seed)| random(shape, seed)).collect()
+    }
+}
+
+/// Sums of three uniform numbers, in −3..3, from a hash of seed and index.
+pub fn random(shape: &[usize], seed: u64) -> Tensor {
+    let uniform = |counter: u64| {
+        let mut bits = (counter ^ seed.rotate_left(32)).wrapping_add(0x9e37_79b9_7f4a_7c15);
+        bits = (bits ^ (bits >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        bits = (bits ^ (bits >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        ((bits ^ (bits >> 31)) >> 40) as f32 / (1u64 << 23) as f32 - 1.0
+    };
+    let count = shape.iter().product::<usize>() as u64;
+    let elements: Vec<f32> = (0..count).map(|i| (0..3).map(|part| uniform(3 * i + part)).sum()).collect();
+    Tensor::from_vec(elements, shape, &Device::Cpu).unwrap()
+}
+
+fn targets(rows: usize, vocabulary_size: usize) -> Tensor {
+    let targets: Vec<u32> = (0..rows).map(|row| ((row * 7 + 3) % vocabulary_size) as u32).collect();
+    Tensor::from_vec(targets, rows, &Device::Cpu).unwrap()
+}
+
+/// Small shapes with sizes that no vector width divides; some span more than one block.
+pub fn small() -> Vec<Case> {
+    let mut cases = Vec::new();
+    for (rows, width) in [(1, 1), (3, 17), (5, 33), (2, 40)] {
+        cases.extend(element_cases(&[rows, 2, width]));
+        cases.push(layer_norm(&[rows, 2, width + 1]));
+        cases.push(rms_norm(&[rows, 2, width]));
+        cases.push(softmax(&[rows, width]));
+    }
+    cases.push(layer_norm(&[67, 3]));
+    for (query_rows, columns) in [(1, 1), (1, 9), (3, 3), (17, 17), (5, 33)] {
+        cases.push(causal_softmax(2, query_rows, columns));
+    }
+    for (positions, pairs, batched) in [(1, 1, false), (5, 3, false), (17, 4, true)] {
+        cases.extend(rope_cases(2, 3, positions, pairs, batched));
+    }
+    for (rows, in_width, out_width) in [(1, 1, 1), (3, 17, 5), (17, 3, 33), (67, 2, 3)] {
+        cases.extend(linear_cases(rows, in_width, out_width));
+    }
+    for (batch, positions, heads, head_width) in [(1, 1, 1, 1), (2, 3, 3, 2), (1, 17, 2, 5), (1, 67, 1, 1)] {
+        cases.push(causal_attention(batch, positions, heads, head_width));
+    }
+    for (rows, vocabulary_size) in [(1, 1), (3, 17), (17, 33)] {
+        cases.push(cross_entropy(rows, vocabulary_size));
+        cases.push(linear_cross_entropy(rows, 3, vocabulary_size));
+    }
+    cases
+}
+
+/// Shapes that give several tasks to every threaded loop and product, and several tiles of logits.
+pub fn large() -> Vec<Case> {
+    let mut cases = element_cases(&[3, 129, 258]);
+    cases.push(layer_norm(&[301, 193]));
+    cases.push(rms_norm(&[301, 193]));
+    cases.push(softmax(&[301, 193]));
+    cases.push(causal_softmax(5, 129, 131));
+    cases.extend(rope_cases(2, 3, 129, 33, true));
+    cases.extend(linear_cases(301, 193, 257));
+    cases.push(causal_attention(2, 150, 3, 17));
+    cases.push(cross_entropy(301, 193));
+    cases.push(linear_cross_entropy(1101, 17, 2100));
+    cases
+}
+
+fn element_cases(shape: &[usize]) -> Vec<Case> {
+    let mut doubled = shape.to_vec();
+    doubled[shape.len() - 1] *= 2;
+    vec![
+        Case::new("gelu", &[shape], |x| ops::gelu(&x[0]), |x| x[0].gelu()),
+        Case::new("silu", &[shape], |x| ops::silu(&x[0]), |x| x[0].silu()),
+        Case::new("swiglu", &[&doubled], |x| ops::swiglu(&x[0]), |x| candle_nn::ops::swiglu(&x[0])),
+    ]
+}
+
+const EPS: f32 = 1e-5;
+
+fn layer_norm(shape: &[usize]) -> Case {
+    let width = [shape[shape.len() - 1]];
+    let composed = |x: &[Tensor]| {
+        let centred = x[0].broadcast_sub(&x[0].mean_keepdim(D::Minus1)?)?;
+        let variance = centred.sqr()?.mean_keepdim(D::Minus1)?;
+        let normalised = centred.broadcast_div(&(variance + f64::from(EPS))?.sqrt()?)?;
+        normalised.broadcast_mul(&x[1])?.broadcast_add(&x[2])
+    };
+    let ours = |x: &[Tensor]| ops::layer_norm(&x[0], &x[1], &x[2], EPS);
+    Case::new("layer_norm", &[shape, &width, &width], ours, composed)
+}
+
+fn rms_norm(shape: &[usize]) -> Case {
+    let width = [shape[shape.len() - 1]];
+    let composed = |x: &[Tensor]| {
+        let mean_square = x[0].sqr()?.mean_keepdim(D::Minus1)?;
+        x[0].broadcast_div(&(mean_square + f64::from(EPS))?.sqrt()?)?.broadcast_mul(&x[1])
+    };
+    Case::new("rms_norm", &[shape, &width], |x| ops::rms_norm(&x[0], &x[1], EPS), composed)
+}
+
+fn softmax(shape: &[usize]) -> Case {
+    let composed = |x: &[Tensor]| candle_nn::ops::softmax(&x[0], D::Minus1);
+    Case::new("softmax_last_dim", &[shape], |x| ops::softmax_last_dim(&x[0]), composed)
+}
+
+/// 0 where a row sees a column, −∞ elsewhere: `[query_rows, columns]`.
+fn causal_mask(query_rows: usize, columns: usize, dtype: DType) -> Result<Tensor> {
+    let hidden = |i: usize, j: usize| if j <= i + columns - query_rows { 0.0 } else { f32::NEG_INFINITY };
+    let mask: Vec<f32> = (0..query_rows * columns).map(|at| hidden(at / columns, at % columns)).collect();
+    Tensor::from_vec(mask, (query_rows, columns), &Device::Cpu)?.to_dtype(dtype)
+}
+
+fn causal_softmax(matrices: usize, query_rows: usize, columns: usize) -> Case {
+    let composed = move |x: &[Tensor]| {
+        let mask = causal_mask(query_rows, columns, x[0].dtype())?;
+        candle_nn::ops::softmax(&(&x[0] * 0.7)?.broadcast_add(&mask)?, D::Minus1)
+    };
+    let ours = |x: &[Tensor]| ops::causal_softmax(&x[0], 0.7);
+    Case::new("causal_softmax", &[&[matrices, query_rows, columns]], ours, composed)
+}
+
+fn rope_cases(batch: usize, heads: usize, positions: usize, pairs: usize, batched: bool) -> Vec<Case> {
+    let table_positions = positions + 2;
+    let table_shape =
+        if batched { vec![batch, table_positions, pairs] } else { vec![table_positions, pairs] };
+    let angles = random(&table_shape, 99);
+    let (cos, sin) = (angles.cos().unwrap(), angles.sin().unwrap());
+    let composed = |interleaved: bool| {
+        let tables = [cos.clone(), sin.clone()];
+        move |x: &[Tensor]| {
+            let tables = tables.iter().map(|table| {
+                let sequences = if batched { batch } else { 1 };
+                let table = table.reshape((sequences, 1, table_positions, pairs))?.narrow(2, 0, positions)?;
+                table.to_dtype(x[0].dtype())?.broadcast_as((batch, heads, positions, pairs))
+            });
+            let tables = tables.collect::<Result<Vec<_>>>()?;
+            let (pair_dimension, shape) = match interleaved {
+                true => (4, (batch, heads, positions, pairs, 2)),
+                false => (3, (batch, heads, positions, 2, pairs)),
+            };
+            let split = x[0].reshape(shape)?;
+            let (a, b) = (split.get_on_dim(pair_dimension, 0)?, split.get_on_dim(pair_dimension, 1)?);
+            let rotated_a = ((&a * &tables[0])? - (&b * &tables[1])?)?;
+            let rotated_b = ((&a * &tables[1])? + (&b * &tables[0])?)?;
+            Tensor::stack(&[rotated_a, rotated_b], pair_dimension)?.reshape(x[0].shape())
+        }
+    };
+    let shape = [batch, heads, positions, 2 * pairs];
+    let halves = {
+        let (cos, sin) = (cos.clone(), sin.clone());
+        move |x: &[Tensor]| ops::rope(&x[0], &cos, &sin)
+    };
+    let neighbours = {
+        let (cos, sin) = (cos.clone(), sin.clone());
+        move |x: &[Tensor]| ops::rope_i(&x[0], &cos, &sin)
+    };
+    vec![
+        Case::new("rope", &[&shape], halves, composed(false)),
+        Case::new("rope_i", &[&shape], neighbours, composed(true)),
+    ]
+}
+
+fn linear_cases(rows: usize, in_width: usize, out_width: usize) -> Vec<Case> {
+    let product = |x: &[Tensor]| x[0].broadcast_matmul(&x[1].t()?);
+    let (xs, weight) = ([1, rows, in_width], [out_width, in_width]);
+    vec![
+        Case::new("linear", &[&xs, &weight], |x| ops::linear(&x[0], &x[1], None), product),
+        Case::new(
+            "linear with bias",
+            &[&xs, &weight, &[out_width]],
+            |x| ops::linear(&x[0], &x[1], Some(&x[2])),
+            move |x| product(x)?.broadcast_add(&x[2]),
+        ),
+    ]
+}
+
+fn causal_attention(batch: usize, positions: usize, heads: usize, head_width: usize) -> Case {
+    let channels = heads * head_width;
+    let composed = move |x: &[Tensor]| {
+        let part = |index: usize| {
+            let part = x[0].narrow(2, index * channels, channels)?;
+            part.reshape((batch, positions, heads, head_width))?.transpose(1, 2)?.contiguous()
+        };
+        let scores = (part(0)?.matmul(&part(1)?.t()?)? / (head_width as f64).sqrt())?;
+        let scores = scores.broadcast_add(&causal_mask(positions, positions, scores.dtype())?)?;
+        let mixed = candle_nn::ops::softmax(&scores, D::Minus1)?.matmul(&part(2)?)?;
+        mixed.transpose(1, 2)?.reshape((batch, positions, channels))
+    };
+    let ours = move |x: &[Tensor]| ops::causal_attention(&x[0], heads);
+    Case::new(
+        &format!("causal_attention, {heads} heads"),
+        &[&[batch, positions, 3 * channels]],
+        ours,
+        composed,
+    )
+}
+
+fn cross_entropy(rows: usize, vocabulary_size: usize) -> Case {
+    let targets = targets(rows, vocabulary_size);
+    let same_targets = targets.clone();
+    let composed = move |x: &[Tensor]| candle_nn::loss::cross_entropy(&x[0], &same_targets);
+    let ours = move |x: &[Tensor]| ops::cross_entropy(&x[0], &targets);
+    Case::new("cross_entropy", &[&[rows, vocabulary_size]], ours, composed)
+}
+
+fn linear_cross_entropy(rows: usize, width: usize, vocabulary_size: usize) -> Case {
+    let targets = targets(rows, vocabulary_size);
+    let same_targets = targets.clone();
+    let composed =
+        move |x: &[Tensor]| candle_nn::loss::cross_entropy(&x[0].matmul(&x[1].t()?)?, &same_targets);
+    let ours = move |x: &[Tensor]| ops::linear_cross_entropy(&x[0], &x[1], &targets);
+    Case::new("linear_cross_entropy", &[&[rows, width], &[vocabulary_size, width]], ours, composed)
+}
