@@ -1,1 +1,92 @@
-//! x
+//! ferrozero trains models that are larger than the memory of the machine that trains them.
+//!
+//! Optimizer state, gradients, parameters and boundary activations live where a plan puts them (device memory,
+//! host memory, disk), move just in time, and move while something computes. Where they are never changes what
+//! comes out: losses and weights have the same bits under every placement.
+//!
+//! ```
+//! use candle_core::{DType, Device, Module, Tensor};
+//! use candle_nn::VarBuilder;
+//! use ferrozero::{AdamW, Config, Engine};
+//! use ferrozero_kernels::ops;
+//!
+//! /// A part of a model: plain candle.
+//! struct Block {
+//!     weight: Tensor,
+//! }
+//!
+//! impl Module for Block {
+//!     fn forward(&self, xs: &Tensor) -> candle_core::Result<Tensor> {
+//!         xs + ops::gelu(&ops::linear(xs, &self.weight, None)?)?
+//!     }
+//! }
+//!
+//! # fn main() -> ferrozero::Result<()> {
+//! let engine = Engine::new(Config { memory_bytes: Some(256 << 20), ..Config::default() })?;
+//! let vb = engine.var_builder(); // instead of a VarMap
+//! let block = |vb: VarBuilder| {
+//!     let init = candle_nn::Init::Randn { mean: 0.0, stdev: 0.02 };
+//!     Ok(Block { weight: vb.get_with_hints((64, 64), "weight", init)? })
+//! };
+//! let blocks =
+//!     (0..4).map(|i| engine.segment(vb.pp(format!("h.{i}")), block)).collect::<ferrozero::Result<Vec<_>>>()?;
+//! let inputs = Tensor::ones((8, 64), DType::F32, &Device::Cpu)?;
+//! let loss = || {
+//!     let mut xs = inputs.clone();
+//!     for block in &blocks {
+//!         xs = block.forward(&xs)?;
+//!     }
+//!     xs.sqr()?.mean_all()
+//! };
+//! let plan = engine.plan(AdamW::default(), loss)?; // one rehearsal of the loss: shapes, order, working memory
+//! println!("{plan}");
+//! let mut trainer = engine.trainer(plan)?;
+//! let first = trainer.step(|_| loss())?; // instead of loss.backward() and optimizer.step()
+//! let second = trainer.step(|_| loss())?;
+//! assert!(second.loss < first.loss);
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! # Memory
+//!
+//! | tier | what lies there | bounded by |
+//! |---|---|---|
+//! | device | slots that groups take turns in, the resident group, the model's own tensors | the plan; checked against a counting allocator |
+//! | host | pieces of state at home, pieces on their way | one arena, made once |
+//! | disk | everything else, in two places of which the last commit holds one | files reserved before the first step |
+//!
+//! # Modules
+//!
+//! A step is data: [`schedule`] says what operations are, [`builder`] makes lists of them, [`plan`] counts them
+//! before anything is allocated, the executor runs them, and [`trace`] records what happened. [`Segment`] is where
+//! candle's autograd and the schedule meet.
+
+pub mod arrangement;
+pub mod builder;
+mod checkpoint;
+mod engine;
+mod error;
+mod executor;
+pub mod layout;
+pub mod models;
+mod pass;
+pub mod plan;
+mod registry;
+mod rehearsal;
+pub mod schedule;
+mod segment;
+pub mod trace;
+mod trainer;
+mod vacancy;
+mod work;
+
+pub use engine::{AdamW, Config, Engine};
+pub use error::{Error, Result};
+pub use ferrozero_offload::io::FaultPlan;
+pub use ferrozero_offload::memory::CountingAllocator;
+pub use ferrozero_offload::{BackendChoice, Notice, Throttle, Tier};
+pub use plan::{Placement, Plan};
+pub use registry::ParameterRule;
+pub use segment::Segment;
+pub use trainer::{StepReport, Trainer, Usage};

@@ -208,6 +208,7 @@ impl Ticket {
     /// # Panics
     /// When the callback was dropped without being called, which no backend does.
     pub fn wait(self) -> Completion {
+        // INVARIANT: a backend calls every callback, also when it ends, and nobody else has the sender.
         self.completion.recv().expect("every transfer calls its callback")
     }
 

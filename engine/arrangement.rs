@@ -1,0 +1,305 @@
+//! The static part of a plan: which tier is home to each piece, and every buffer, slot, gradient set and passage that a
+//! schedule may use. Nothing else is allocated while steps run, so the bytes of an arrangement are the bytes of a run.
+
+use crate::layout::{Group, Layout};
+use crate::schedule::{Buffer, GroupIndex, Slot, Stream};
+use ferrozero_offload::Tier;
+use std::collections::HashMap;
+
+/// Home of each state stream of one group.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct GroupPlacement {
+    /// Home of the master parameters. `Device` means a slot of its own.
+    pub master: Tier,
+    /// Home of the first moment.
+    pub first_moment: Tier,
+    /// Home of the second moment.
+    pub second_moment: Tier,
+    /// Home of the gradient, where it must be kept beyond its group's backward.
+    pub gradient: Tier,
+}
+
+impl GroupPlacement {
+    /// All streams in one tier.
+    pub fn all(tier: Tier) -> Self {
+        Self { master: tier, first_moment: tier, second_moment: tier, gradient: tier }
+    }
+
+    /// Home of `stream`.
+    pub fn home(&self, stream: Stream) -> Tier {
+        match stream {
+            Stream::Master => self.master,
+            Stream::FirstMoment => self.first_moment,
+            Stream::SecondMoment => self.second_moment,
+            Stream::Gradient => self.gradient,
+        }
+    }
+
+    /// Sets the home of `stream`.
+    pub fn set_home(&mut self, stream: Stream, tier: Tier) {
+        match stream {
+            Stream::Master => self.master = tier,
+            Stream::FirstMoment => self.first_moment = tier,
+            Stream::SecondMoment => self.second_moment = tier,
+            Stream::Gradient => self.gradient = tier,
+        }
+    }
+}
+
+/// One run of a segment within a step, as the rehearsal saw it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Call {
+    /// The group of the segment.
+    pub group: GroupIndex,
+    /// Elements of the first input, which is the boundary activation.
+    pub boundary_elements: usize,
+    /// Whether the boundary can leave the device: plain f32 storage that only this call reads.
+    pub boundary_moves: bool,
+}
+
+/// How much of everything that is shared.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Depths {
+    /// Slots of each class of equally laid out groups.
+    pub slots: usize,
+    /// Pieces that may be read ahead of their upload.
+    pub look_ahead: usize,
+    /// Pieces that the optimizer's pipeline has in flight, a multiple of four.
+    pub state_pieces: usize,
+    /// Groups whose gradients may be on the device at once.
+    pub gradient_sets: usize,
+}
+
+/// One buffer of a plan.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct BufferSpec {
+    /// Tier whose budget it is drawn from.
+    pub tier: Tier,
+    /// Size.
+    pub bytes: usize,
+    /// What it is for.
+    pub use_: BufferUse,
+}
+
+/// What a buffer is for: the rows of the plan's table.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum BufferUse {
+    /// Home of a state stream.
+    Home(Stream),
+    /// Home of boundary activations.
+    BoundaryHome,
+    /// Parameters between disk and slot.
+    FetchPieces,
+    /// State streams between disk and optimizer.
+    StatePieces,
+    /// Gradients between device and optimizer or disk.
+    GradientPieces,
+    /// Boundary activations between device and disk.
+    BoundaryPieces,
+}
+
+/// One slot of a plan.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SlotSpec {
+    /// Elements of each tensor, in the order of the groups' tables.
+    pub tensor_elements: Vec<usize>,
+}
+
+/// Everything that schedules of one run may use.
+#[derive(Debug, Clone)]
+pub struct Arrangement {
+    /// Home of each group's streams.
+    pub placements: Vec<GroupPlacement>,
+    /// Home of boundary activations.
+    pub boundary_home: Tier,
+    /// All buffers.
+    pub buffers: Vec<BufferSpec>,
+    /// All slots.
+    pub slots: Vec<SlotSpec>,
+    /// Slots that each group may use: one of its own where the device is home, else those of its class.
+    pub slots_of: Vec<Vec<Slot>>,
+    /// Buffers that are home to the pieces of a stream.
+    pub homes: HashMap<(GroupIndex, Stream), Vec<Buffer>>,
+    /// Buffers that are home to the pieces of a call's boundary.
+    pub boundary_homes: Vec<Vec<Buffer>>,
+    /// Pieces between disk and slot.
+    pub fetch_pool: Vec<Buffer>,
+    /// Pieces between disk and optimizer.
+    pub state_pool: Vec<Buffer>,
+    /// Pieces between device and optimizer.
+    pub gradient_pool: Vec<Buffer>,
+    /// Pieces between device and boundaries on disk.
+    pub boundary_pool: Vec<Buffer>,
+    /// Number of gradient sets.
+    pub gradient_sets: usize,
+    /// Number of passages.
+    pub passages: usize,
+}
+
+/// What decides an arrangement.
+#[derive(Debug, Clone)]
+pub struct Needs<'a> {
+    /// Groups.
+    pub layout: &'a Layout,
+    /// Segments in the order in which they run.
+    pub calls: &'a [Call],
+    /// Whether a group's gradient is consumed within its own backward.
+    pub gradient_passes_through: bool,
+}
+
+impl Arrangement {
+    /// Lays out everything for the given placements and depths.
+    pub fn new(needs: &Needs, placements: Vec<GroupPlacement>, boundary_home: Tier, depths: Depths) -> Self {
+        let mut this = Self {
+            placements,
+            boundary_home,
+            buffers: vec![],
+            slots: vec![],
+            slots_of: vec![],
+            homes: HashMap::new(),
+            boundary_homes: vec![vec![]; needs.calls.len()],
+            fetch_pool: vec![],
+            state_pool: vec![],
+            gradient_pool: vec![],
+            boundary_pool: vec![],
+            gradient_sets: depths.gradient_sets,
+            passages: 0,
+        };
+        this.add_slots(needs.layout, depths.slots);
+        this.add_homes(needs);
+        this.add_pools(needs, depths);
+        this.add_boundaries(needs);
+        this
+    }
+
+    fn add_slots(&mut self, layout: &Layout, slots: usize) {
+        let elements = |group: &Group| group.table.iter().map(|entry| entry.elements).collect::<Vec<_>>();
+        let mut classes: HashMap<Vec<usize>, Vec<Slot>> = HashMap::new();
+        for (group, placement) in layout.groups.iter().zip(&self.placements) {
+            let tensor_elements = elements(group);
+            if placement.master == Tier::Device {
+                self.slots_of.push(vec![Slot(self.slots.len())]);
+                self.slots.push(SlotSpec { tensor_elements });
+                continue;
+            }
+            let members = layout
+                .groups
+                .iter()
+                .zip(&self.placements)
+                .filter(|(other, place)| place.master != Tier::Device && elements(other) == tensor_elements)
+                .count();
+            let class = classes.entry(tensor_elements.clone()).or_insert_with(|| {
+                let first = self.slots.len();
+                let count = slots.min(members);
+                self.slots.extend((0..count).map(|_| SlotSpec { tensor_elements: tensor_elements.clone() }));
+                (first..first + count).map(Slot).collect()
+            });
+            self.slots_of.push(class.clone());
+        }
+    }
+
+    fn add_buffer(&mut self, tier: Tier, elements: usize, use_: BufferUse) -> Buffer {
+        self.buffers.push(BufferSpec { tier, bytes: 4 * elements, use_ });
+        Buffer(self.buffers.len() - 1)
+    }
+
+    fn add_homes(&mut self, needs: &Needs) {
+        for group in 0..needs.layout.groups.len() {
+            for stream in Stream::ALL {
+                let tier = self.placements[group].home(stream);
+                let passes = stream == Stream::Gradient && needs.gradient_passes_through;
+                let in_slot = stream == Stream::Master && tier == Tier::Device;
+                if tier == Tier::Disk || passes || in_slot {
+                    continue;
+                }
+                let elements = stream.elements(needs.layout, group);
+                let pieces = (0..needs.layout.piece_count(elements))
+                    .map(|piece| {
+                        let range = needs.layout.piece_range(elements, piece);
+                        self.add_buffer(tier, range.len(), BufferUse::Home(stream))
+                    })
+                    .collect();
+                self.homes.insert((group, stream), pieces);
+            }
+        }
+    }
+
+    /// Elements of the largest piece of any group.
+    fn largest_piece(layout: &Layout) -> usize {
+        let largest = layout.groups.iter().map(|group| group.elements).max().unwrap_or(0);
+        largest.min(layout.piece_elements)
+    }
+
+    fn add_pools(&mut self, needs: &Needs, depths: Depths) {
+        let layout = needs.layout;
+        let elements = Self::largest_piece(layout);
+        let pool = |this: &mut Self, count: usize, use_| -> Vec<Buffer> {
+            (0..count).map(|_| this.add_buffer(Tier::Host, elements, use_)).collect()
+        };
+        let most_pieces = |keep: &dyn Fn(&Self, usize) -> bool, this: &Self| {
+            (0..layout.groups.len())
+                .filter(|&group| keep(this, group))
+                .map(|group| layout.piece_count(layout.groups[group].trainable_elements))
+                .max()
+                .unwrap_or(0)
+        };
+        // Initial values pass through the fetch pool on their way to a slot or to disk, so there is always one.
+        self.fetch_pool = pool(self, depths.look_ahead.max(1), BufferUse::FetchPieces);
+        let any_on_disk = self.placements.iter().any(|place| {
+            [place.master, place.first_moment, place.second_moment].contains(&Tier::Disk)
+                || (place.gradient == Tier::Disk && !needs.gradient_passes_through)
+        });
+        if any_on_disk {
+            self.state_pool = pool(self, depths.state_pieces, BufferUse::StatePieces);
+        }
+        let gradient_pieces = if needs.gradient_passes_through {
+            most_pieces(&|_, _| true, self) * depths.gradient_sets
+        } else if self.placements.iter().any(|place| place.gradient == Tier::Disk) {
+            most_pieces(&|this, group| this.placements[group].gradient == Tier::Disk, self)
+                .min(depths.state_pieces)
+        } else {
+            0
+        };
+        self.gradient_pool = pool(self, gradient_pieces, BufferUse::GradientPieces);
+    }
+
+    fn add_boundaries(&mut self, needs: &Needs) {
+        if self.boundary_home == Tier::Device || !needs.calls.iter().any(|call| call.boundary_moves) {
+            return;
+        }
+        self.passages = 2;
+        let moving = |call: &&Call| call.boundary_moves;
+        match self.boundary_home {
+            Tier::Host => {
+                for (index, call) in needs.calls.iter().enumerate().filter(|(_, call)| call.boundary_moves) {
+                    self.boundary_homes[index] = (0..needs.layout.piece_count(call.boundary_elements))
+                        .map(|piece| {
+                            let range = needs.layout.piece_range(call.boundary_elements, piece);
+                            self.add_buffer(Tier::Host, range.len(), BufferUse::BoundaryHome)
+                        })
+                        .collect();
+                }
+            }
+            _ => {
+                let largest =
+                    needs.calls.iter().filter(moving).map(|call| call.boundary_elements).max().unwrap_or(0);
+                let pieces = needs.layout.piece_count(largest);
+                let elements = largest.min(needs.layout.piece_elements);
+                self.boundary_pool = (0..2 * pieces)
+                    .map(|_| self.add_buffer(Tier::Host, elements, BufferUse::BoundaryPieces))
+                    .collect();
+            }
+        }
+    }
+
+    /// Bytes of all buffers of a tier, each rounded up to a page as the arena does.
+    pub fn buffer_bytes(&self, tier: Tier) -> u64 {
+        let of_tier = self.buffers.iter().filter(|buffer| buffer.tier == tier);
+        of_tier.map(|buffer| buffer.bytes.next_multiple_of(4096) as u64).sum()
+    }
+
+    /// Bytes of all slots.
+    pub fn slot_bytes(&self) -> u64 {
+        self.slots.iter().flat_map(|slot| &slot.tensor_elements).map(|&elements| 4 * elements as u64).sum()
+    }
+}

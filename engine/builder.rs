@@ -1,0 +1,429 @@
+//! The one builder of schedules. A new policy is a change here: the executor only runs what it is given.
+
+use crate::arrangement::{Arrangement, Call};
+use crate::layout::Layout;
+use crate::schedule::{
+    Buffer, Extent, GradientSet, GroupIndex, MasterPlace, Operation, Passage, Slot, Stream,
+};
+use ferrozero_offload::Tier;
+
+/// What a schedule is for and what it may use.
+#[derive(Debug, Clone, Copy)]
+pub struct Builder<'a> {
+    /// Groups.
+    pub layout: &'a Layout,
+    /// Segments in the order in which they run.
+    pub calls: &'a [Call],
+    /// Homes, buffers and slots.
+    pub arrangement: &'a Arrangement,
+    /// Micro-batches of a step.
+    pub accumulate: usize,
+    /// Whether the norm of all gradients is needed before any update.
+    pub clip: bool,
+}
+
+/// Hands out the members of a pool in turn.
+struct Rotation<'a, T>(&'a [T], usize);
+
+impl<T: Copy> Rotation<'_, T> {
+    fn next(&mut self) -> T {
+        let item = self.0[self.1 % self.0.len()];
+        self.1 += 1;
+        item
+    }
+}
+
+/// A schedule in the making.
+struct Draft<'a> {
+    builder: Builder<'a>,
+    operations: Vec<Operation>,
+    fetch_pool: Rotation<'a, Buffer>,
+    state_pool: Rotation<'a, Buffer>,
+    gradient_pool: Rotation<'a, Buffer>,
+    boundary_pool: Rotation<'a, Buffer>,
+    /// Which group's current values each slot holds, and when it was last used.
+    slot_contents: Vec<(Option<GroupIndex>, usize)>,
+    gradient_sets: usize,
+    passages: usize,
+    /// How often each group's gradient is still to be accumulated in this step, and how often it has been.
+    accumulations: Vec<(usize, usize)>,
+    /// Gradient buffers of the group that was accumulated last, where gradients pass through.
+    gradients: Vec<Buffer>,
+}
+
+impl<'a> Builder<'a> {
+    /// One training step.
+    pub fn train(&self) -> Vec<Operation> {
+        let mut draft = self.draft();
+        let resident = self.layout.resident();
+        for call in self.calls {
+            draft.accumulations[call.group].0 += self.accumulate;
+        }
+        draft.accumulations[resident].0 = self.accumulate;
+        for _ in 0..self.accumulate {
+            draft.attach();
+            for call in 0..self.calls.len() {
+                draft.forward(call, true);
+            }
+            for call in (0..self.calls.len()).rev() {
+                draft.backward(call);
+            }
+            let gradients = draft.next_gradient_set();
+            draft
+                .operations
+                .push(Operation::Detach { slot: draft.own_slot(resident), gradients: Some(gradients) });
+            draft.accumulate(resident, gradients);
+        }
+        draft.operations.push(Operation::Norm);
+        if self.clip {
+            // In the order in which the next step asks for them, which therefore starts before the last is done.
+            for group in std::iter::once(resident).chain(0..resident) {
+                draft.update(group);
+            }
+        }
+        draft.operations
+    }
+
+    /// One pass without gradients.
+    pub fn evaluate(&self) -> Vec<Operation> {
+        let mut draft = self.draft();
+        draft.attach();
+        for call in 0..self.calls.len() {
+            draft.forward(call, false);
+        }
+        draft
+            .operations
+            .push(Operation::Detach { slot: draft.own_slot(self.layout.resident()), gradients: None });
+        draft.operations
+    }
+
+    /// Initial values of every state stream, brought home.
+    pub fn initialize(&self) -> Vec<Operation> {
+        self.bring_home(|draft, group, stream, piece, buffer, on_disk| {
+            draft.operations.push(Operation::Initialize { group, stream, piece, buffer });
+            if on_disk {
+                draft.operations.push(Operation::Write {
+                    extent: Extent::State(group, stream),
+                    piece,
+                    buffer,
+                });
+            }
+        })
+    }
+
+    /// What the last commit holds, brought to those homes that are not on disk.
+    pub fn restore(&self) -> Vec<Operation> {
+        self.bring_home(|draft, group, stream, piece, buffer, on_disk| {
+            if !on_disk {
+                let extent = Extent::State(group, stream);
+                draft.operations.push(Operation::Read { extent, piece, buffer, fetch: true });
+            }
+        })
+    }
+
+    fn bring_home(
+        &self,
+        mut make: impl FnMut(&mut Draft<'a>, GroupIndex, Stream, usize, Buffer, bool),
+    ) -> Vec<Operation> {
+        let mut draft = self.draft();
+        for group in 0..self.layout.groups.len() {
+            for stream in Stream::STATE {
+                let home = self.arrangement.placements[group].home(stream);
+                for piece in 0..self.layout.piece_count(stream.elements(self.layout, group)) {
+                    let buffer = match self.arrangement.homes.get(&(group, stream)) {
+                        Some(home) => home[piece],
+                        None => draft.fetch_pool.next(),
+                    };
+                    make(&mut draft, group, stream, piece, buffer, home == Tier::Disk);
+                    if stream == Stream::Master && home == Tier::Device {
+                        let slot = draft.own_slot(group);
+                        draft.operations.push(Operation::Upload { group, piece, buffer, slot });
+                    }
+                }
+            }
+        }
+        draft.operations
+    }
+
+    /// Writes to disk what a commit needs and has another home. Frozen parameters change in the first commit only.
+    pub fn commit(&self, first: bool) -> Vec<Operation> {
+        let mut draft = self.draft();
+        for (group, placement) in self.arrangement.placements.iter().enumerate() {
+            let changes = if first { usize::MAX } else { self.layout.groups[group].trainable_elements };
+            for stream in Stream::STATE.into_iter().filter(|&stream| placement.home(stream) != Tier::Disk) {
+                let elements = stream.elements(self.layout, group).min(changes);
+                for piece in 0..self.layout.piece_count(elements) {
+                    let buffer = match self.arrangement.homes.get(&(group, stream)) {
+                        Some(home) => home[piece],
+                        None => {
+                            let buffer = draft.fetch_pool.next();
+                            let slot = draft.own_slot(group);
+                            draft.operations.push(Operation::Download { group, piece, slot, buffer });
+                            buffer
+                        }
+                    };
+                    draft.operations.push(Operation::Write {
+                        extent: Extent::State(group, stream),
+                        piece,
+                        buffer,
+                    });
+                }
+            }
+        }
+        draft.operations
+    }
+
+    /// Hands pieces `pieces` of a group's master parameters to the caller.
+    pub fn collect(&self, group: GroupIndex, pieces: std::ops::Range<usize>) -> Vec<Operation> {
+        let mut draft = self.draft();
+        for piece in pieces {
+            let master = draft.master_place(group, piece, true);
+            draft.operations.push(Operation::Collect { group, piece, master });
+        }
+        draft.operations
+    }
+
+    fn draft(&self) -> Draft<'a> {
+        let arrangement = self.arrangement;
+        Draft {
+            builder: *self,
+            operations: vec![],
+            fetch_pool: Rotation(&arrangement.fetch_pool, 0),
+            state_pool: Rotation(&arrangement.state_pool, 0),
+            gradient_pool: Rotation(&arrangement.gradient_pool, 0),
+            boundary_pool: Rotation(&arrangement.boundary_pool, 0),
+            slot_contents: vec![(None, 0); arrangement.slots.len()],
+            gradient_sets: 0,
+            passages: 0,
+            accumulations: vec![(0, 0); self.layout.groups.len()],
+            gradients: vec![],
+        }
+    }
+}
+
+impl Draft<'_> {
+    /// The slot of a group whose home is the device.
+    fn own_slot(&self, group: GroupIndex) -> Slot {
+        self.builder.arrangement.slots_of[group][0]
+    }
+
+    fn attach(&mut self) {
+        self.operations.push(Operation::Attach { slot: self.own_slot(self.builder.layout.resident()) });
+    }
+
+    fn next_gradient_set(&mut self) -> GradientSet {
+        self.gradient_sets += 1;
+        GradientSet(self.gradient_sets % self.builder.arrangement.gradient_sets)
+    }
+
+    fn next_passage(&mut self) -> Passage {
+        self.passages += 1;
+        Passage(self.passages % self.builder.arrangement.passages)
+    }
+
+    fn moves(&self, call: usize) -> bool {
+        self.builder.arrangement.boundary_home != Tier::Device && self.builder.calls[call].boundary_moves
+    }
+
+    /// Sees to it that the parameters of a group are in a slot.
+    fn fetch(&mut self, group: GroupIndex) -> Slot {
+        let arrangement = self.builder.arrangement;
+        let now = self.operations.len();
+        let candidates = &arrangement.slots_of[group];
+        if arrangement.placements[group].master == Tier::Device {
+            return candidates[0];
+        }
+        if let Some(&slot) = candidates.iter().find(|slot| self.slot_contents[slot.0].0 == Some(group)) {
+            self.slot_contents[slot.0].1 = now;
+            return slot;
+        }
+        let slot = *candidates
+            .iter()
+            .min_by_key(|slot| (self.slot_contents[slot.0].0.is_some(), self.slot_contents[slot.0].1))
+            .unwrap_or(&candidates[0]);
+        self.slot_contents[slot.0] = (Some(group), now);
+        for piece in 0..self.builder.layout.piece_count(self.builder.layout.groups[group].elements) {
+            let buffer = match arrangement.homes.get(&(group, Stream::Master)) {
+                Some(home) => home[piece],
+                None => {
+                    let buffer = self.fetch_pool.next();
+                    let extent = Extent::State(group, Stream::Master);
+                    self.operations.push(Operation::Read { extent, piece, buffer, fetch: true });
+                    buffer
+                }
+            };
+            self.operations.push(Operation::Upload { group, piece, buffer, slot });
+        }
+        slot
+    }
+
+    fn forward(&mut self, call: usize, train: bool) {
+        let slot = self.fetch(self.builder.calls[call].group);
+        let passage = (train && self.moves(call)).then(|| self.next_passage());
+        self.operations.push(Operation::Forward { call, slot, passage });
+        let Some(passage) = passage else { return };
+        for piece in 0..self.boundary_pieces(call) {
+            let buffer = self.boundary_buffer(call, piece);
+            self.operations.push(Operation::SaveBoundary { call, piece, passage, buffer });
+            if self.builder.arrangement.boundary_home == Tier::Disk {
+                self.operations.push(Operation::Write { extent: Extent::Boundary(call), piece, buffer });
+            }
+        }
+    }
+
+    fn boundary_pieces(&self, call: usize) -> usize {
+        self.builder.layout.piece_count(self.builder.calls[call].boundary_elements)
+    }
+
+    fn boundary_buffer(&mut self, call: usize, piece: usize) -> Buffer {
+        match self.builder.arrangement.boundary_home {
+            Tier::Disk => self.boundary_pool.next(),
+            _ => self.builder.arrangement.boundary_homes[call][piece],
+        }
+    }
+
+    fn load_boundary(&mut self, call: usize) -> Option<Passage> {
+        if !self.moves(call) {
+            return None;
+        }
+        let passage = self.next_passage();
+        for piece in 0..self.boundary_pieces(call) {
+            let buffer = self.boundary_buffer(call, piece);
+            if self.builder.arrangement.boundary_home == Tier::Disk {
+                let extent = Extent::Boundary(call);
+                self.operations.push(Operation::Read { extent, piece, buffer, fetch: true });
+            }
+            self.operations.push(Operation::LoadBoundary { call, piece, passage, buffer });
+        }
+        Some(passage)
+    }
+
+    fn backward(&mut self, call: usize) {
+        let group = self.builder.calls[call].group;
+        let passage = self.load_boundary(call);
+        let slot = self.fetch(group);
+        let gradients = self.next_gradient_set();
+        self.operations.push(Operation::Backward { call, slot, passage, gradients });
+        self.accumulate(group, gradients);
+    }
+
+    /// Takes a group's gradients off the device, and updates the group where nothing global is awaited.
+    fn accumulate(&mut self, group: GroupIndex, gradients: GradientSet) {
+        let arrangement = self.builder.arrangement;
+        let (left, so_far) = self.accumulations[group];
+        self.accumulations[group] = (left - 1, so_far + 1);
+        let (add, measure) = (so_far > 0, left == 1);
+        let home = arrangement.homes.get(&(group, Stream::Gradient));
+        let on_disk = self.gradient_on_disk(group);
+        let extent = Extent::State(group, Stream::Gradient);
+        self.gradients.clear();
+        for piece in 0..self.builder.layout.piece_count(self.builder.layout.groups[group].trainable_elements)
+        {
+            let buffer = match home {
+                Some(home) => home[piece],
+                None => self.gradient_pool.next(),
+            };
+            if on_disk && add {
+                self.operations.push(Operation::Read { extent, piece, buffer, fetch: false });
+            }
+            self.operations.push(Operation::Accumulate { group, piece, gradients, buffer, add, measure });
+            if on_disk {
+                self.operations.push(Operation::Write { extent, piece, buffer });
+            }
+            self.gradients.push(buffer);
+        }
+        if measure && !self.builder.clip {
+            self.update(group);
+        }
+    }
+
+    /// Whether a group's gradient has to be kept, and is kept on disk.
+    fn gradient_on_disk(&self, group: GroupIndex) -> bool {
+        !self.builder.gradient_passes_through()
+            && self.builder.arrangement.placements[group].gradient == Tier::Disk
+    }
+
+    /// The buffer that holds a piece of a state stream, read from disk if that is its home.
+    fn state_buffer(&mut self, group: GroupIndex, stream: Stream, piece: usize) -> Buffer {
+        if let Some(home) = self.builder.arrangement.homes.get(&(group, stream)) {
+            return home[piece];
+        }
+        let buffer = self.state_pool.next();
+        let extent = Extent::State(group, stream);
+        self.operations.push(Operation::Read { extent, piece, buffer, fetch: false });
+        buffer
+    }
+
+    fn master_place(&mut self, group: GroupIndex, piece: usize, fetch: bool) -> MasterPlace {
+        if self.builder.arrangement.placements[group].master == Tier::Device {
+            return MasterPlace::Slot(self.own_slot(group));
+        }
+        if !fetch || self.builder.arrangement.homes.contains_key(&(group, Stream::Master)) {
+            return MasterPlace::Buffer(self.state_buffer(group, Stream::Master, piece));
+        }
+        let buffer = self.fetch_pool.next();
+        let extent = Extent::State(group, Stream::Master);
+        self.operations.push(Operation::Read { extent, piece, buffer, fetch });
+        MasterPlace::Buffer(buffer)
+    }
+
+    fn update(&mut self, group: GroupIndex) {
+        let layout = self.builder.layout;
+        for piece in 0..layout.piece_count(layout.groups[group].trainable_elements) {
+            let gradient = if self.builder.gradient_passes_through() {
+                self.gradients[piece]
+            } else {
+                self.state_buffer(group, Stream::Gradient, piece)
+            };
+            let master = self.master_place(group, piece, false);
+            let first_moment = self.state_buffer(group, Stream::FirstMoment, piece);
+            let second_moment = self.state_buffer(group, Stream::SecondMoment, piece);
+            let clipped = self.builder.clip;
+            self.operations.push(Operation::Update {
+                group,
+                piece,
+                master,
+                first_moment,
+                second_moment,
+                gradient,
+                clipped,
+            });
+            let written = [
+                (Stream::Master, if let MasterPlace::Buffer(buffer) = master { Some(buffer) } else { None }),
+                (Stream::FirstMoment, Some(first_moment)),
+                (Stream::SecondMoment, Some(second_moment)),
+            ];
+            for (stream, buffer) in written {
+                if let (Some(buffer), Tier::Disk) =
+                    (buffer, self.builder.arrangement.placements[group].home(stream))
+                {
+                    self.operations.push(Operation::Write {
+                        extent: Extent::State(group, stream),
+                        piece,
+                        buffer,
+                    });
+                }
+            }
+        }
+        for contents in &mut self.slot_contents {
+            if contents.0 == Some(group) && layout.groups[group].trainable_elements > 0 {
+                contents.0 = None;
+            }
+        }
+    }
+}
+
+impl Builder<'_> {
+    /// Whether each group's gradient is used up within its own backward, so that it needs no home.
+    pub fn gradient_passes_through(&self) -> bool {
+        gradient_passes_through(self.calls, self.accumulate, self.clip)
+    }
+}
+
+/// Whether each group's gradient is used up within its own backward: one micro-batch, no clipping, and no segment
+/// that runs twice.
+pub fn gradient_passes_through(calls: &[Call], accumulate: usize, clip: bool) -> bool {
+    let mut groups: Vec<_> = calls.iter().map(|call| call.group).collect();
+    groups.sort_unstable();
+    accumulate == 1 && !clip && groups.windows(2).all(|pair| pair[0] != pair[1])
+}

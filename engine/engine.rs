@@ -1,0 +1,288 @@
+//! The engine as a user meets it: configuration, the `VarBuilder`, segments, the plan.
+
+use crate::checkpoint::{self, Stores};
+use crate::error::{Error, Result};
+use crate::layout::{ALIGNMENT_ELEMENTS, Layout};
+use crate::pass::{Mode, Observed, Passes, lock};
+use crate::plan::{Limits, Placement, Plan};
+use crate::registry::{GroupTensors, ParameterRule, Registry};
+use crate::rehearsal::Rehearsal;
+use crate::segment::Segment;
+use crate::trainer::Trainer;
+use candle_core::{DType, Device, Tensor};
+use candle_nn::VarBuilder;
+use ferrozero_offload::io::FaultPlan;
+use ferrozero_offload::{BackendChoice, Store, Throttle, Tier};
+use std::fmt;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex};
+
+/// Settings of an engine. Everything has a default; what is none is found out or not limited.
+#[derive(Debug, Clone)]
+pub struct Config {
+    /// Bytes of memory for everything that the engine and the model's tensors use.
+    pub memory_bytes: Option<u64>,
+    /// Bytes of it that may be device memory.
+    pub device_memory_bytes: Option<u64>,
+    /// Folder of the state on disk, which is the checkpoint. Without one there is no disk tier and no commit.
+    pub directory: Option<PathBuf>,
+    /// Opens the last commit in `directory` instead of starting anew.
+    pub resume: bool,
+    /// Homes of the state streams.
+    pub placement: Placement,
+    /// Home of boundary activations; none: the device, or disk where that would not fit.
+    pub boundaries: Option<Tier>,
+    /// Micro-batches of a step.
+    pub accumulate: usize,
+    /// Largest gradient norm that is not scaled down; none: no clipping.
+    pub clip: Option<f64>,
+    /// Seed of the initial values.
+    pub seed: u64,
+    /// Threads of the host's arithmetic; none: one a processor.
+    pub threads: Option<usize>,
+    /// What moves the bytes of the disk tier.
+    pub backend: BackendChoice,
+    /// Bytes of a piece, a multiple of 4 KiB; none: 4 MiB, or what the folder's checkpoint has.
+    pub piece_bytes: Option<usize>,
+    /// Slots of each class of groups; none: two, or one where memory is short.
+    pub slots: Option<usize>,
+    /// Pieces of parameters that may be read ahead of their upload; none: four, or one where memory is short.
+    pub look_ahead: Option<usize>,
+    /// Faults that the disk tier acts out, for tests.
+    pub faults: Option<FaultPlan>,
+    /// Bandwidths of a slower disk, for tests and measurements.
+    pub throttle: Option<Throttle>,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            memory_bytes: None,
+            device_memory_bytes: None,
+            directory: None,
+            resume: false,
+            placement: Placement::Auto,
+            boundaries: None,
+            accumulate: 1,
+            clip: None,
+            seed: 0,
+            threads: None,
+            backend: BackendChoice::Auto,
+            piece_bytes: None,
+            slots: None,
+            look_ahead: None,
+            faults: None,
+            throttle: None,
+        }
+    }
+}
+
+/// The AdamW optimizer (Loshchilov and Hutter, "Decoupled weight decay regularization", arXiv 1711.05101).
+#[derive(Clone)]
+pub struct AdamW {
+    /// Learning rate.
+    pub learning_rate: f64,
+    /// Decay of the first moment.
+    pub beta1: f64,
+    /// Decay of the second moment.
+    pub beta2: f64,
+    /// Added to the root of the second moment.
+    pub epsilon: f64,
+    /// Weight decay of the parameters that decay.
+    pub weight_decay: f64,
+    /// Which parameters decay. The default: those of two and more dimensions, so neither norms nor biases.
+    pub decays: ParameterRule,
+}
+
+impl fmt::Debug for AdamW {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        let Self { learning_rate, beta1, beta2, epsilon, weight_decay, decays: _ } = self;
+        write!(f, "AdamW {{ {learning_rate}, {beta1}, {beta2}, {epsilon}, {weight_decay} }}")
+    }
+}
+
+impl Default for AdamW {
+    fn default() -> Self {
+        Self {
+            learning_rate: 1e-3,
+            beta1: 0.9,
+            beta2: 0.999,
+            epsilon: 1e-8,
+            weight_decay: 0.01,
+            decays: Arc::new(|_, shape| shape.len() >= 2),
+        }
+    }
+}
+
+/// Where a model's parameters are registered and its segments are made.
+pub struct Engine {
+    config: Config,
+    registry: Registry,
+    passes: Passes,
+    opened: Mutex<Option<Store>>,
+    resumed: Option<serde_json::Value>,
+    piece_bytes: usize,
+}
+
+const DEFAULT_PIECE_BYTES: usize = 4 << 20;
+
+impl Engine {
+    /// Checks the configuration, and with `resume` opens the checkpoint.
+    ///
+    /// # Errors
+    /// [`Error::Configuration`], and what the disk store says of the folder.
+    pub fn new(config: Config) -> Result<Self> {
+        let invalid = |text: &str| Err(Error::Configuration(text.to_owned()));
+        if config.accumulate == 0 {
+            return invalid("accumulate must be at least 1");
+        }
+        if config.slots == Some(0) || config.look_ahead == Some(0) || config.threads == Some(0) {
+            return invalid("slots, look_ahead and threads must be at least 1");
+        }
+        if config.clip.is_some_and(|clip| clip.is_nan() || clip <= 0.0) {
+            return invalid("clip must be above 0; leave it out for no clipping");
+        }
+        if config.piece_bytes.is_some_and(|bytes| bytes == 0 || bytes % (4 * ALIGNMENT_ELEMENTS) != 0) {
+            return invalid("piece_bytes must be a multiple of 4096");
+        }
+        let opened = checkpoint::open(&config)?;
+        let piece_bytes = match &opened {
+            Some(store) => store.piece_bytes(),
+            None => config.piece_bytes.unwrap_or(DEFAULT_PIECE_BYTES),
+        };
+        let resumed =
+            opened.as_ref().and_then(|store| store.committed()).map(|commit| commit.application.clone());
+        Ok(Self {
+            config,
+            registry: Registry::default(),
+            passes: Passes::new(),
+            opened: Mutex::new(opened),
+            resumed,
+            piece_bytes,
+        })
+    }
+
+    /// What the user's side of a resumed checkpoint says: the value given to [`Trainer::commit`].
+    pub fn resumed(&self) -> Option<&serde_json::Value> {
+        self.resumed.as_ref().and_then(|commit| commit.get("user"))
+    }
+
+    /// A builder whose parameters are the engine's. They are vacant: they have no values until a step.
+    pub fn var_builder(&self) -> VarBuilder<'static> {
+        VarBuilder::from_backend(Box::new(self.registry.clone()), DType::F32, Device::Cpu)
+    }
+
+    /// Parameters for which `rule` holds (by name and shape) and that are asked for from now on are frozen: they have
+    /// no gradient and no moments.
+    pub fn freeze(&self, rule: impl Fn(&str, &[usize]) -> bool + Send + Sync + 'static) {
+        self.registry.freeze(Arc::new(rule));
+    }
+
+    /// Makes a part of the model that is fetched, run and released as one. Its name is the builder's prefix.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] for nested segments, names that are taken, and parameters that cannot be held.
+    pub fn segment<M: Send + Sync + 'static>(
+        &self,
+        vb: VarBuilder<'static>,
+        make: impl FnOnce(VarBuilder<'static>) -> candle_core::Result<M>,
+    ) -> Result<Segment<M>> {
+        let group = self.registry.begin_segment(&vb.prefix())?;
+        let module = make(vb);
+        self.registry.end_segment();
+        Ok(Segment::new(module?, group, self.passes.clone()))
+    }
+
+    /// Rehearses `loss` once and makes the plan. Nothing large is allocated for longer than the rehearsal, which runs
+    /// each kind of segment once, with parameters of zero.
+    ///
+    /// # Errors
+    /// [`Error::MissingGradient`], [`Error::BudgetTooSmall`], and whatever `loss` returns.
+    pub fn plan(&self, adamw: AdamW, loss: impl Fn() -> candle_core::Result<Tensor>) -> Result<Plan> {
+        let layout = Arc::new(self.registry.seal(self.piece_bytes / 4, &adamw.decays)?);
+        let names = layout.groups.iter().map(|group| group.name.clone()).collect();
+        self.passes.set_segment_names(names);
+        let tensors = Arc::new(GroupTensors::new(&layout, &self.registry.parameters()));
+        let on_disk_possible =
+            self.config.directory.is_some() || self.config.backend == BackendChoice::Memory;
+        let homes = match self.config.boundaries {
+            Some(home) => vec![home],
+            None if on_disk_possible => vec![Tier::Device, Tier::Disk],
+            None => vec![Tier::Device],
+        };
+        let mut refused = None;
+        for home in homes {
+            let observed = self.rehearse(&layout, &tensors, home, &loss)?;
+            match self.plan_with(layout.clone(), observed, home, &adamw) {
+                Err(error @ Error::BudgetTooSmall { .. }) => refused = Some(error),
+                planned => return planned,
+            }
+        }
+        Err(refused.unwrap_or_else(|| crate::work::internal("no home for boundaries was tried")))
+    }
+
+    fn rehearse(
+        &self,
+        layout: &Arc<Layout>,
+        tensors: &Arc<GroupTensors>,
+        boundary_home: Tier,
+        loss: &dyn Fn() -> candle_core::Result<Tensor>,
+    ) -> Result<Observed> {
+        let moves = boundary_home != Tier::Device;
+        Rehearsal::run(layout.clone(), tensors.clone(), moves, |rehearsal, finish| {
+            let pass = || {
+                let loss = loss()?;
+                self.passes.report(finish(&rehearsal, &loss))
+            };
+            self.passes.within(Mode::Rehearsal(rehearsal.clone()), pass)
+        })
+    }
+
+    fn plan_with(
+        &self,
+        layout: Arc<Layout>,
+        observed: Observed,
+        boundary_home: Tier,
+        adamw: &AdamW,
+    ) -> Result<Plan> {
+        let config = &self.config;
+        let on_disk_possible = config.directory.is_some() || config.backend == BackendChoice::Memory;
+        let limits = Limits {
+            memory_bytes: config.memory_bytes,
+            device_bytes: config.device_memory_bytes,
+            // Without a folder there is no disk to leave anything on.
+            placement: match &config.placement {
+                Placement::Auto if !on_disk_possible => Placement::All(Tier::Device),
+                placement => placement.clone(),
+            },
+            boundaries: config.boundaries,
+            slots: config.slots,
+            look_ahead: config.look_ahead,
+        };
+        let plan = Plan::make(
+            layout,
+            observed,
+            limits,
+            adamw.clone(),
+            (config.accumulate, config.clip),
+            boundary_home,
+        )?;
+        if plan.uses_disk() && !on_disk_possible {
+            return Err(Error::Configuration(
+                "a placement on disk needs a folder: set directory (--dir)".into(),
+            ));
+        }
+        Ok(plan)
+    }
+
+    /// Allocates what the plan says, and makes the initial state or takes it from the checkpoint.
+    ///
+    /// # Errors
+    /// [`Error::CheckpointExists`], [`Error::CheckpointMismatch`], and errors of the tiers.
+    pub fn trainer(self, plan: Plan) -> Result<Trainer> {
+        let opened = lock(&self.opened).take();
+        let stores = Stores::make(&self.config, &plan, opened, self.piece_bytes)?;
+        let parameters = self.registry.parameters();
+        Trainer::start(self.config, plan, parameters, self.passes, stores)
+    }
+}

@@ -1,0 +1,139 @@
+//! The one error type of the engine: what happened, where, and what to do about it.
+
+use std::path::PathBuf;
+
+/// Result of engine calls.
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// What can go wrong between a user's model and its state in tiers.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// An error of candle's, raised in the user's model or in a tensor operation of the engine.
+    #[error(transparent)]
+    Candle(#[from] candle_core::Error),
+    /// An error of the memory or disk tiers.
+    #[error(transparent)]
+    Offload(#[from] ferrozero_offload::Error),
+    /// An error of the numeric kernels.
+    #[error("numeric kernel: {0}")]
+    Kernel(String),
+    /// A setting that cannot be used.
+    #[error("configuration: {0}")]
+    Configuration(String),
+    /// The plan does not fit the budget.
+    #[error(
+        "the plan needs {needed_bytes} bytes of {tier} memory and the budget is {budget_bytes} bytes. \
+         {culprit}. The least that works is {least_bytes} bytes ({least_mib} MiB): raise --memory to that, \
+         or make the model, the batch or the sequence smaller", least_mib = .least_bytes.div_ceil(1 << 20)
+    )]
+    BudgetTooSmall {
+        /// Tier whose budget is too small.
+        tier: ferrozero_offload::Tier,
+        /// Bytes that the smallest plan needs in that tier.
+        needed_bytes: u64,
+        /// Bytes that the budget grants.
+        budget_bytes: u64,
+        /// The least total budget with which the same run is accepted.
+        least_bytes: u64,
+        /// What takes the most memory, by name.
+        culprit: String,
+    },
+    /// Trainable parameters that received no gradient in a backward pass.
+    #[error(
+        "no gradient reached {}: usual culprits are fast candle-nn layers without a backward (LayerNorm, \
+         RmsNorm, softmax_last_dim, rope, sdpa: use ferrozero's ops of the same names), a detach(), or a \
+         part of the model that the loss does not use (freeze it with Engine::freeze)",
+        list_names(.names)
+    )]
+    MissingGradient {
+        /// Names of the parameters.
+        names: Vec<String>,
+    },
+    /// Segments ran in another order than the rehearsal recorded.
+    #[error(
+        "the schedule expects {expected}, and the model asked for {found}: segments must run in the same \
+         order in every step as in the rehearsal that made the plan"
+    )]
+    OrderChanged {
+        /// What the schedule expects next.
+        expected: String,
+        /// What the model did.
+        found: String,
+    },
+    /// A segment ran outside of `Trainer::step` and `Trainer::evaluate`.
+    #[error(
+        "segment {segment} ran outside of Trainer::step and Trainer::evaluate, where its parameters are in their tiers"
+    )]
+    OutsideStep {
+        /// Name of the segment.
+        segment: String,
+    },
+    /// A gradient that is infinite or not a number.
+    #[error(
+        "step {step}: {count} gradient values of {group} are infinite or NaN; nothing of that group was \
+         updated and the last commit is intact. A lower learning rate, a warm-up or clipping usually helps"
+    )]
+    NonFiniteGradient {
+        /// Group whose gradients are not finite.
+        group: String,
+        /// Optimizer step, 1-based.
+        step: u64,
+        /// How many values.
+        count: u64,
+    },
+    /// The loss is infinite or not a number.
+    #[error("step {step}: the loss is {loss}; the last commit is intact")]
+    NonFiniteLoss {
+        /// Optimizer step, 1-based.
+        step: u64,
+        /// The value.
+        loss: f32,
+    },
+    /// A checkpoint that belongs to another model or run.
+    #[error("{path}: the checkpoint does not match this run: {mismatch}")]
+    CheckpointMismatch {
+        /// Folder of the checkpoint.
+        path: PathBuf,
+        /// What differs, stored against asked.
+        mismatch: String,
+    },
+    /// A folder that already holds a checkpoint.
+    #[error("{path} already holds a checkpoint: go on from it with --resume, or choose another --dir")]
+    CheckpointExists {
+        /// Folder of the checkpoint.
+        path: PathBuf,
+    },
+    /// A part of the model that the engine cannot run.
+    #[error("{0}")]
+    Unsupported(String),
+    /// An earlier failure has stopped this trainer.
+    #[error("the trainer was stopped by an earlier error ({0}): open the last commit with a new trainer")]
+    Stopped(String),
+    /// A file that could not be read or written.
+    #[error("{path}: {source}")]
+    File {
+        /// The file.
+        path: PathBuf,
+        /// What the system said.
+        source: std::io::Error,
+    },
+}
+
+impl From<Error> for candle_core::Error {
+    fn from(error: Error) -> Self {
+        match error {
+            Error::Candle(error) => error,
+            other => candle_core::Error::wrap(other),
+        }
+    }
+}
+
+fn list_names(names: &[String]) -> String {
+    const SHOWN: usize = 8;
+    let shown = names.iter().take(SHOWN).cloned().collect::<Vec<_>>().join(", ");
+    match names.len().checked_sub(SHOWN) {
+        Some(more) if more > 0 => format!("{shown} and {more} more"),
+        _ => shown,
+    }
+}

@@ -1,0 +1,548 @@
+//! Runs schedules. One dispatcher thread owns all leases, slots and gradient sets that nobody uses at the moment; it
+//! hands them to the queues as dependencies allow and takes them back. Queues never share memory, they pass it on.
+
+use crate::arrangement::Arrangement;
+use crate::error::{Error, Result};
+use crate::schedule::{Extent, Operation, Queue, Resource};
+use crate::trace::{Trace, TraceEvent};
+use crate::vacancy::DeviceRun;
+use crate::work::{Held, Norm, Shared, StepContext, internal};
+use crossbeam::channel::{Receiver, Sender, bounded, unbounded};
+use ferrozero_kernels::gradient::GradientStatistics;
+use ferrozero_offload::{Completion, ExtentId, Lease, Store};
+use std::collections::{HashMap, VecDeque};
+use std::sync::Arc;
+use std::thread::JoinHandle;
+use std::time::Instant;
+
+/// Transfers that one disk queue keeps in flight.
+const DISK_DEPTH: usize = 8;
+
+/// What the training thread is about to do.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ComputeRequest {
+    /// Give the resident parameters to their tensors.
+    Attach,
+    /// Run the segment of this group.
+    Forward(usize),
+    /// Propagate back through this call.
+    Backward(usize),
+    /// Take the resident parameters back.
+    Detach,
+}
+
+/// A compute operation that may start.
+pub struct Grant {
+    /// The operation as scheduled.
+    pub operation: Operation,
+    /// Its memory, to be handed back with [`Executor::finish`].
+    pub held: Held,
+    id: u64,
+}
+
+type Reply<T> = Sender<Result<T>>;
+
+enum Event {
+    Run { operations: Vec<Operation>, context: Arc<StepContext> },
+    Compute { request: ComputeRequest, reply: Reply<Grant> },
+    Finished { id: u64, held: Held, result: Result<()> },
+    AwaitNorm { reply: Reply<(Norm, Trace)> },
+    Drain { reply: Reply<()> },
+    Stop { reason: String },
+    Shutdown,
+}
+
+/// The training thread's side of the executor.
+pub struct Executor {
+    events: Sender<Event>,
+    dispatcher: Option<JoinHandle<()>>,
+}
+
+/// The memory that a run's schedules use.
+pub struct Memory {
+    /// Leases, by buffer.
+    pub buffers: Vec<Lease>,
+    /// Where on disk everything is that may be there.
+    pub extents: HashMap<Extent, (Arc<Store>, ExtentId)>,
+}
+
+impl Executor {
+    /// Starts the dispatcher and the threads of the queues.
+    pub fn start(shared: Arc<Shared>, arrangement: &Arrangement, memory: Memory) -> Result<Self> {
+        let (events, received) = unbounded();
+        let slots = arrangement.slots.iter().map(|slot| {
+            Some(
+                slot.tensor_elements.iter().map(|&elements| vec![0f32; elements]).collect::<Vec<DeviceRun>>(),
+            )
+        });
+        let mut workers = HashMap::new();
+        for queue in [Queue::Upload, Queue::Download, Queue::Optimizer] {
+            workers.insert(queue, Worker::start(queue, shared.clone(), events.clone())?);
+        }
+        let dispatcher = Dispatcher {
+            started: Instant::now(),
+            buffers: memory.buffers.into_iter().map(Some).collect(),
+            slots: slots.collect(),
+            gradients: vec![Some(vec![]); arrangement.gradient_sets],
+            passages: vec![Some(vec![]); arrangement.passages],
+            statistics: Some(vec![GradientStatistics::default(); shared.layout.groups.len()]),
+            extents: memory.extents,
+            shared,
+            workers,
+            events: events.clone(),
+            received,
+            entries: HashMap::new(),
+            last_user: HashMap::new(),
+            next_id: 0,
+            queues: Queue::ALL.map(|_| VecDeque::new()),
+            in_flight: Queue::ALL.map(|_| 0),
+            compute: None,
+            norm: None,
+            drain: None,
+            latest_context: None,
+            failure: None,
+            stopped: None,
+            trace: Trace::default(),
+        };
+        let dispatcher = std::thread::Builder::new()
+            .name("ferrozero dispatcher".into())
+            .spawn(move || dispatcher.run())
+            .map_err(|error| {
+                Error::Unsupported(format!("the dispatcher thread could not be started: {error}"))
+            })?;
+        Ok(Self { events, dispatcher: Some(dispatcher) })
+    }
+
+    fn send(&self, event: Event) -> Result<()> {
+        self.events.send(event).map_err(|_| Error::Stopped("the dispatcher ended".into()))
+    }
+
+    fn ask<T>(&self, make: impl FnOnce(Reply<T>) -> Event) -> Result<T> {
+        let (reply, answer) = bounded(1);
+        self.send(make(reply))?;
+        answer.recv().map_err(|_| Error::Stopped("the dispatcher ended".into()))?
+    }
+
+    /// Starts nothing any more: `reason` is what later calls are told.
+    pub fn stop(&self, reason: &str) -> Result<()> {
+        self.send(Event::Stop { reason: reason.to_owned() })
+    }
+
+    /// Appends a schedule to what is under way.
+    pub fn run(&self, operations: Vec<Operation>, context: Arc<StepContext>) -> Result<()> {
+        self.send(Event::Run { operations, context })
+    }
+
+    /// Waits until the next compute operation may start, which must be the one that is asked for.
+    pub fn begin(&self, request: ComputeRequest) -> Result<Grant> {
+        self.ask(|reply| Event::Compute { request, reply })
+    }
+
+    /// Hands a compute operation's memory back.
+    pub fn finish(&self, grant: Grant) -> Result<()> {
+        self.send(Event::Finished { id: grant.id, held: grant.held, result: Ok(()) })
+    }
+
+    /// Waits for the gradient norm of the latest step, and takes the trace since the last time.
+    pub fn await_norm(&self) -> Result<(Norm, Trace)> {
+        self.ask(|reply| Event::AwaitNorm { reply })
+    }
+
+    /// Waits until everything that was submitted is done.
+    pub fn drain(&self) -> Result<()> {
+        self.ask(|reply| Event::Drain { reply })
+    }
+}
+
+impl Drop for Executor {
+    fn drop(&mut self) {
+        let _ = self.events.send(Event::Shutdown);
+        if let Some(dispatcher) = self.dispatcher.take() {
+            let _ = dispatcher.join();
+        }
+    }
+}
+
+struct Job {
+    id: u64,
+    operation: Operation,
+    held: Held,
+    context: Arc<StepContext>,
+}
+
+/// The thread of one queue.
+struct Worker {
+    jobs: Option<Sender<Job>>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Worker {
+    fn start(queue: Queue, shared: Arc<Shared>, events: Sender<Event>) -> Result<Self> {
+        let (jobs, received) = bounded::<Job>(1);
+        let thread = std::thread::Builder::new()
+            .name(format!("ferrozero {}", queue.name()))
+            .spawn(move || {
+                for Job { id, operation, mut held, context } in received {
+                    let result = shared.perform(&operation, &mut held, &context);
+                    if events.send(Event::Finished { id, held, result }).is_err() {
+                        return;
+                    }
+                }
+            })
+            .map_err(|error| {
+                Error::Unsupported(format!("the {} thread could not be started: {error}", queue.name()))
+            })?;
+        Ok(Self { jobs: Some(jobs), thread: Some(thread) })
+    }
+}
+
+impl Drop for Worker {
+    fn drop(&mut self) {
+        self.jobs.take();
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+/// An operation that is not done yet.
+struct Entry {
+    operation: Operation,
+    context: Arc<StepContext>,
+    /// Earlier operations that must be done first.
+    waiting_for: usize,
+    /// Later operations that wait for this one.
+    dependents: Vec<u64>,
+    started_s: f64,
+}
+
+struct Dispatcher {
+    started: Instant,
+    shared: Arc<Shared>,
+    workers: HashMap<Queue, Worker>,
+    extents: HashMap<Extent, (Arc<Store>, ExtentId)>,
+    events: Sender<Event>,
+    received: Receiver<Event>,
+    // Memory that no operation uses at the moment.
+    buffers: Vec<Option<Lease>>,
+    slots: Vec<Option<Vec<DeviceRun>>>,
+    gradients: Vec<Option<Vec<DeviceRun>>>,
+    passages: Vec<Option<DeviceRun>>,
+    statistics: Option<Vec<GradientStatistics>>,
+    // Operations under way.
+    entries: HashMap<u64, Entry>,
+    last_user: HashMap<Resource, u64>,
+    next_id: u64,
+    queues: [VecDeque<u64>; Queue::ALL.len()],
+    in_flight: [usize; Queue::ALL.len()],
+    // What the training thread waits for.
+    compute: Option<(ComputeRequest, Reply<Grant>)>,
+    norm: Option<Reply<(Norm, Trace)>>,
+    drain: Option<Reply<()>>,
+    latest_context: Option<Arc<StepContext>>,
+    /// The first error, until it has been told.
+    failure: Option<Error>,
+    /// Its text, from then on.
+    stopped: Option<String>,
+    trace: Trace,
+}
+
+impl Dispatcher {
+    fn run(mut self) {
+        while let Ok(event) = self.received.recv() {
+            let shutdown = matches!(event, Event::Shutdown);
+            self.handle(event);
+            if shutdown {
+                break;
+            }
+            self.advance();
+            self.answer();
+        }
+        // Transfers in flight own their buffers; they end before the memory goes.
+        while self.in_flight_outside() > 0 {
+            match self.received.recv() {
+                Ok(Event::Finished { id, held, result }) => self.finished(id, held, result),
+                Ok(_) => {}
+                Err(_) => break,
+            }
+        }
+    }
+
+    /// Operations that other threads than the training thread are working on.
+    fn in_flight_outside(&self) -> usize {
+        let compute = Queue::Compute as usize;
+        self.in_flight.iter().enumerate().filter(|(queue, _)| *queue != compute).map(|(_, count)| count).sum()
+    }
+
+    fn handle(&mut self, event: Event) {
+        match event {
+            Event::Run { operations, context } => self.admit(operations, context),
+            Event::Compute { request, reply } => self.compute = Some((request, reply)),
+            Event::Finished { id, held, result } => self.finished(id, held, result),
+            Event::AwaitNorm { reply } => self.norm = Some(reply),
+            Event::Drain { reply } => self.drain = Some(reply),
+            Event::Stop { reason } => self.fail(Error::Stopped(reason)),
+            Event::Shutdown => {}
+        }
+    }
+
+    fn admit(&mut self, operations: Vec<Operation>, context: Arc<StepContext>) {
+        self.latest_context = Some(context.clone());
+        if self.stopped.is_some() {
+            return;
+        }
+        for operation in operations {
+            let id = self.next_id;
+            self.next_id += 1;
+            let mut waiting_for = 0;
+            for resource in operation.resources() {
+                let Some(previous) = self.last_user.insert(resource, id) else { continue };
+                if let Some(previous) = self.entries.get_mut(&previous) {
+                    previous.dependents.push(id);
+                    waiting_for += 1;
+                }
+            }
+            self.queues[operation.queue() as usize].push_back(id);
+            let context = context.clone();
+            let entry = Entry { operation, context, waiting_for, dependents: vec![], started_s: 0.0 };
+            self.entries.insert(id, entry);
+        }
+    }
+
+    fn finished(&mut self, id: u64, held: Held, result: Result<()>) {
+        let Some(entry) = self.entries.remove(&id) else { return };
+        self.in_flight[entry.operation.queue() as usize] -= 1;
+        self.put_back(&entry.operation, held);
+        for dependent in entry.dependents {
+            if let Some(dependent) = self.entries.get_mut(&dependent) {
+                dependent.waiting_for -= 1;
+            }
+        }
+        let end_s = self.started.elapsed().as_secs_f64();
+        self.trace.events.push(TraceEvent { operation: entry.operation, start_s: entry.started_s, end_s });
+        if let Err(error) = result {
+            self.fail(error);
+        }
+    }
+
+    /// Keeps the first error and starts nothing any more.
+    fn fail(&mut self, error: Error) {
+        if self.stopped.is_none() {
+            self.stopped = Some(error.to_string());
+            self.failure = Some(error);
+            for queue in &mut self.queues {
+                for id in queue.drain(..) {
+                    self.entries.remove(&id);
+                }
+            }
+        }
+    }
+
+    /// The error for somebody who waits: the first one gets it whole.
+    fn failure(&mut self) -> Option<Error> {
+        let stopped = self.stopped.clone()?;
+        Some(self.failure.take().unwrap_or(Error::Stopped(stopped)))
+    }
+
+    /// Starts all operations that may start.
+    fn advance(&mut self) {
+        for queue in Queue::ALL {
+            while let Some(&id) = self.queues[queue as usize].front() {
+                let Some(entry) = self.entries.get(&id) else { break };
+                if entry.waiting_for > 0 || self.in_flight[queue as usize] >= depth(queue) {
+                    break;
+                }
+                let operation = entry.operation;
+                if queue == Queue::Compute && !self.expects(&operation) {
+                    break;
+                }
+                self.queues[queue as usize].pop_front();
+                self.start(id, operation);
+                if self.stopped.is_some() {
+                    return;
+                }
+            }
+        }
+    }
+
+    /// Whether the training thread has come to `operation`. Another request than this one stops the run.
+    fn expects(&mut self, operation: &Operation) -> bool {
+        let Some((request, _)) = &self.compute else { return false };
+        let matches = match (*request, *operation) {
+            (ComputeRequest::Attach, Operation::Attach { .. }) => true,
+            (ComputeRequest::Detach, Operation::Detach { .. }) => true,
+            (ComputeRequest::Forward(group), Operation::Forward { call, .. }) => {
+                self.shared.calls[call].group == group
+            }
+            (ComputeRequest::Backward(asked), Operation::Backward { call, .. }) => call == asked,
+            _ => false,
+        };
+        if !matches {
+            let error = Error::OrderChanged {
+                expected: self.describe(operation),
+                found: self.describe_request(*request),
+            };
+            self.fail(error);
+        }
+        matches
+    }
+
+    fn describe(&self, operation: &Operation) -> String {
+        let name = |call: usize| &self.shared.layout.groups[self.shared.calls[call].group].name;
+        match *operation {
+            Operation::Forward { call, .. } => format!("the forward of {}", name(call)),
+            Operation::Backward { call, .. } => format!("the backward of {}", name(call)),
+            Operation::Attach { .. } => "the start of a pass".into(),
+            _ => "the end of the pass".into(),
+        }
+    }
+
+    fn describe_request(&self, request: ComputeRequest) -> String {
+        match request {
+            ComputeRequest::Forward(group) => {
+                format!("the forward of {}", self.shared.layout.groups[group].name)
+            }
+            ComputeRequest::Backward(call) => {
+                format!("the backward of {}", self.shared.layout.groups[self.shared.calls[call].group].name)
+            }
+            ComputeRequest::Attach => "the start of a pass".into(),
+            ComputeRequest::Detach => "the end of the pass".into(),
+        }
+    }
+
+    fn start(&mut self, id: u64, operation: Operation) {
+        let held = match self.take(&operation) {
+            Some(held) => held,
+            None => return self.fail(internal("memory of an operation is in use elsewhere")),
+        };
+        let queue = operation.queue();
+        self.in_flight[queue as usize] += 1;
+        let Some(entry) = self.entries.get_mut(&id) else { return };
+        entry.started_s = self.started.elapsed().as_secs_f64();
+        let context = entry.context.clone();
+        match operation {
+            Operation::Read { extent, piece, .. } => self.transfer(id, extent, piece, held, false),
+            Operation::Write { extent, piece, .. } => self.transfer(id, extent, piece, held, true),
+            _ if queue == Queue::Compute => {
+                let Some((_, reply)) = self.compute.take() else { return };
+                if let Err(unsent) = reply.send(Ok(Grant { operation, held, id }))
+                    && let Ok(grant) = unsent.into_inner()
+                {
+                    self.finished(id, grant.held, Err(internal("the training thread went away")));
+                }
+            }
+            _ if queue == Queue::Control => {
+                let mut held = held;
+                let result = self.shared.perform(&operation, &mut held, &context);
+                self.finished(id, held, result);
+            }
+            _ => {
+                let job = Job { id, operation, held, context };
+                let worker = self.workers.get(&queue).and_then(|worker| worker.jobs.as_ref());
+                if worker.is_none_or(|jobs| jobs.send(job).is_err()) {
+                    self.in_flight[queue as usize] -= 1;
+                    self.fail(internal("the thread of a queue ended"));
+                }
+            }
+        }
+    }
+
+    fn transfer(&mut self, id: u64, extent: Extent, piece: usize, mut held: Held, write: bool) {
+        let (Some((store, extent)), Some(lease)) = (self.extents.get(&extent), held.buffers.pop()) else {
+            return self.finished(id, held, Err(internal("a transfer without its extent")));
+        };
+        let events = self.events.clone();
+        let done = move |completion: Completion| {
+            let held = Held { buffers: vec![completion.lease], ..Held::default() };
+            let result = completion.result.map_err(Error::from);
+            // Nobody listens any more only when the dispatcher itself is gone, and the lease with it.
+            let _ = events.send(Event::Finished { id, held, result });
+        };
+        if write { store.write(*extent, piece, lease, done) } else { store.read(*extent, piece, lease, done) }
+    }
+
+    fn take(&mut self, operation: &Operation) -> Option<Held> {
+        let mut held = Held::default();
+        for resource in operation.resources() {
+            match resource {
+                Resource::Buffer(buffer) => held.buffers.push(self.buffers[buffer.0].take()?),
+                Resource::Slot(slot) => held.slot = Some(self.slots[slot.0].take()?),
+                Resource::Gradients(set) => held.gradients = Some(self.gradients[set.0].take()?),
+                Resource::Passage(passage) => held.passage = Some(self.passages[passage.0].take()?),
+                Resource::Statistics => held.statistics = Some(self.statistics.take()?),
+                Resource::Piece(..) => {}
+            }
+        }
+        Some(held)
+    }
+
+    fn put_back(&mut self, operation: &Operation, held: Held) {
+        let mut buffers = held.buffers.into_iter();
+        let (mut slot, mut gradients, mut passage) = (held.slot, held.gradients, held.passage);
+        for resource in operation.resources() {
+            match resource {
+                Resource::Buffer(buffer) => self.buffers[buffer.0] = buffers.next(),
+                Resource::Slot(index) => self.slots[index.0] = slot.take(),
+                Resource::Gradients(set) => self.gradients[set.0] = gradients.take(),
+                Resource::Passage(index) => self.passages[index.0] = passage.take(),
+                Resource::Statistics => {}
+                Resource::Piece(..) => {}
+            }
+        }
+        if held.statistics.is_some() {
+            self.statistics = held.statistics;
+        }
+    }
+
+    /// Answers those who wait for something that has come about.
+    fn answer(&mut self) {
+        if self.stopped.is_some() {
+            if let Some((_, reply)) = self.compute.take()
+                && let Some(error) = self.failure()
+            {
+                let _ = reply.send(Err(error));
+            }
+            if let Some(reply) = self.norm.take()
+                && let Some(error) = self.failure()
+            {
+                let _ = reply.send(Err(error));
+            }
+            if self.in_flight_outside() == 0
+                && let Some(reply) = self.drain.take()
+                && let Some(error) = self.failure()
+            {
+                let _ = reply.send(Err(error));
+            }
+            return;
+        }
+        if let Some(norm) = self.latest_context.as_ref().and_then(|context| context.norm.get())
+            && let Some(reply) = self.norm.take()
+        {
+            let _ = reply.send(Ok((*norm, std::mem::take(&mut self.trace))));
+        }
+        if self.entries.is_empty()
+            && let Some(reply) = self.drain.take()
+        {
+            let _ = reply.send(Ok(()));
+        }
+        // A request that no schedule answers would wait for ever.
+        if self.entries.is_empty()
+            && let Some((request, reply)) = self.compute.take()
+        {
+            let error = Error::OrderChanged {
+                expected: "nothing more in this step".into(),
+                found: self.describe_request(request),
+            };
+            self.stopped = Some(error.to_string());
+            let _ = reply.send(Err(error));
+        }
+    }
+}
+
+/// Operations that a queue may have under way at once.
+fn depth(queue: Queue) -> usize {
+    match queue {
+        Queue::FetchRead | Queue::StateRead | Queue::DiskWrite => DISK_DEPTH,
+        _ => 1,
+    }
+}

@@ -1,0 +1,179 @@
+//! Groups and their tables: which parameter lies where in the contiguous run of its group, and how runs
+//! are cut into pieces.
+//!
+//! A run holds the trainable parameters first and the frozen ones after them, so that moments and gradients,
+//! which only trainable parameters have, are a prefix of it. Every tensor starts at a multiple of
+//! [`ALIGNMENT_ELEMENTS`]: direct I/O needs 4 KiB, and the blocks over which squared norms are summed then never
+//! straddle two tensors or two pieces, so a norm has the same bits whatever the piece size.
+
+use ferrozero_kernels::gradient::BLOCK_ELEMENTS;
+use std::ops::Range;
+
+/// Tensors start at multiples of this many elements within the run of their group.
+pub const ALIGNMENT_ELEMENTS: usize = BLOCK_ELEMENTS;
+
+/// One parameter in the table of its group.
+#[derive(Debug, Clone)]
+pub struct TableEntry {
+    /// Full name, for instance `h.0.attn.c_attn.weight`.
+    pub name: String,
+    /// Shape.
+    pub shape: Vec<usize>,
+    /// First element within the run of the group.
+    pub offset_elements: usize,
+    /// Number of elements.
+    pub elements: usize,
+    /// Whether it has a gradient and moments.
+    pub trainable: bool,
+    /// Whether weight decay applies to it.
+    pub decays: bool,
+    /// Index of the parameter in the registry.
+    pub(crate) parameter: usize,
+}
+
+/// The unit of movement: all parameters of one segment, or the resident group.
+#[derive(Debug, Clone)]
+pub struct Group {
+    /// Name: the prefix of its segment, or `resident`.
+    pub name: String,
+    /// Parameters, the trainable ones first.
+    pub table: Vec<TableEntry>,
+    /// Elements of the run, alignment included.
+    pub elements: usize,
+    /// Elements of the prefix that holds the trainable parameters.
+    pub trainable_elements: usize,
+    /// Whether the group stays on the device for the whole run.
+    pub resident: bool,
+}
+
+/// A part of a piece that belongs to one parameter.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Run {
+    /// Index into the table of the group.
+    pub entry: usize,
+    /// First element within the piece.
+    pub piece_start: usize,
+    /// First element within the parameter.
+    pub entry_start: usize,
+    /// Number of elements.
+    pub elements: usize,
+}
+
+impl Group {
+    /// Lays out parameters given as (registry index, name, shape, trainable, decays).
+    pub(crate) fn new(
+        name: String,
+        resident: bool,
+        parameters: Vec<(usize, String, Vec<usize>, bool, bool)>,
+    ) -> Self {
+        let mut table = Vec::with_capacity(parameters.len());
+        let mut offset_elements = 0;
+        let mut trainable_elements = 0;
+        let (trainable, frozen): (Vec<_>, Vec<_>) = parameters.into_iter().partition(|p| p.3);
+        for (parameter, name, shape, trainable, decays) in trainable.into_iter().chain(frozen) {
+            let elements = shape.iter().product::<usize>();
+            table.push(TableEntry { name, shape, offset_elements, elements, trainable, decays, parameter });
+            offset_elements += elements.next_multiple_of(ALIGNMENT_ELEMENTS);
+            if trainable {
+                trainable_elements = offset_elements;
+            }
+        }
+        Self { name, table, elements: offset_elements, trainable_elements, resident }
+    }
+
+    /// Bytes of the parameters as the device holds them, without alignment.
+    pub fn device_bytes(&self) -> u64 {
+        self.table.iter().map(|entry| 4 * entry.elements as u64).sum()
+    }
+
+    /// Bytes of the trainable parameters' gradients as autograd makes them.
+    pub fn gradient_bytes(&self) -> u64 {
+        self.table.iter().filter(|entry| entry.trainable).map(|entry| 4 * entry.elements as u64).sum()
+    }
+
+    /// The parts of parameters that lie in elements `piece` of the run, in order.
+    pub fn runs(&self, piece: Range<usize>) -> impl Iterator<Item = Run> + '_ {
+        self.table.iter().enumerate().filter_map(move |(entry, table)| {
+            let start = table.offset_elements.max(piece.start);
+            let end = (table.offset_elements + table.elements).min(piece.end);
+            (start < end).then(|| Run {
+                entry,
+                piece_start: start - piece.start,
+                entry_start: start - table.offset_elements,
+                elements: end - start,
+            })
+        })
+    }
+}
+
+/// All groups of a model. Group `i` belongs to segment `i`; the resident group is the last one.
+#[derive(Debug, Clone)]
+pub struct Layout {
+    /// The groups.
+    pub groups: Vec<Group>,
+    /// Elements of a piece, a multiple of [`ALIGNMENT_ELEMENTS`].
+    pub piece_elements: usize,
+}
+
+impl Layout {
+    /// Index of the resident group.
+    pub fn resident(&self) -> usize {
+        self.groups.len() - 1
+    }
+
+    /// Number of pieces that a run of `elements` is cut into.
+    pub fn piece_count(&self, elements: usize) -> usize {
+        elements.div_ceil(self.piece_elements)
+    }
+
+    /// Elements of piece `piece` of a run of `elements`.
+    pub fn piece_range(&self, elements: usize, piece: usize) -> Range<usize> {
+        let start = piece * self.piece_elements;
+        start..(start + self.piece_elements).min(elements)
+    }
+
+    /// Number of parameters' elements, alignment not counted.
+    pub fn parameter_elements(&self) -> u64 {
+        self.groups.iter().flat_map(|group| &group.table).map(|entry| entry.elements as u64).sum()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn group() -> Group {
+        let parameter = |index: usize, elements: usize, trainable| {
+            (index, format!("p{index}"), vec![elements], trainable, true)
+        };
+        Group::new(
+            "g".into(),
+            false,
+            vec![parameter(0, 3000, true), parameter(1, 10, false), parameter(2, 1024, true)],
+        )
+    }
+
+    #[test]
+    fn trainable_parameters_are_an_aligned_prefix() {
+        let group = group();
+        assert_eq!(group.table.iter().map(|e| e.parameter).collect::<Vec<_>>(), [0, 2, 1]);
+        assert_eq!(group.table.iter().map(|e| e.offset_elements).collect::<Vec<_>>(), [0, 3072, 4096]);
+        assert_eq!((group.trainable_elements, group.elements), (4096, 5120));
+    }
+
+    #[test]
+    fn runs_of_all_pieces_cover_every_parameter_once() {
+        let group = group();
+        for piece_elements in [1024, 2048, 8192] {
+            let layout = Layout { groups: vec![], piece_elements };
+            let mut covered = vec![0; group.table.len()];
+            for piece in 0..layout.piece_count(group.elements) {
+                for run in group.runs(layout.piece_range(group.elements, piece)) {
+                    assert_eq!(run.entry_start, covered[run.entry]);
+                    covered[run.entry] += run.elements;
+                }
+            }
+            assert_eq!(covered, group.table.iter().map(|e| e.elements).collect::<Vec<_>>());
+        }
+    }
+}

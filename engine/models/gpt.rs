@@ -1,0 +1,184 @@
+//! The GPT-2 architecture (Radford et al., "Language models are unsupervised multitask learners", 2019) as plain candle
+//! modules. B: batch, T: tokens of a sequence, C: hidden width, V: vocabulary.
+
+use candle_core::{Module, Result, Tensor};
+use candle_nn::{Init, VarBuilder};
+use ferrozero_kernels::ops;
+use serde::{Deserialize, Serialize};
+
+const EPSILON: f32 = 1e-5;
+
+/// Sizes of a GPT.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct GptConfig {
+    /// Different tokens, V.
+    pub vocabulary: usize,
+    /// Blocks.
+    pub layers: usize,
+    /// Width, C.
+    pub hidden: usize,
+    /// Attention heads; C must be a multiple.
+    pub heads: usize,
+    /// Longest sequence, T.
+    pub sequence: usize,
+}
+
+impl GptConfig {
+    /// Parameters of the model.
+    pub fn parameter_count(&self) -> u64 {
+        let (v, l, c, t) =
+            (self.vocabulary as u64, self.layers as u64, self.hidden as u64, self.sequence as u64);
+        v * c + t * c + l * (12 * c * c + 13 * c) + 2 * c
+    }
+}
+
+fn normal(stdev: f64) -> Init {
+    Init::Randn { mean: 0.0, stdev }
+}
+
+/// Scale and shift of a layer norm.
+struct Norm {
+    weight: Tensor,
+    bias: Tensor,
+}
+
+impl Norm {
+    fn new(width: usize, vb: VarBuilder) -> Result<Self> {
+        Ok(Self {
+            weight: vb.get_with_hints(width, "weight", Init::Const(1.0))?,
+            bias: vb.get_with_hints(width, "bias", Init::Const(0.0))?,
+        })
+    }
+
+    fn forward(&self, xs: &Tensor) -> Result<Tensor> {
+        ops::layer_norm(xs, &self.weight, &self.bias, EPSILON)
+    }
+}
+
+/// A linear layer with a bias; the weight is [out, in].
+struct Linear {
+    weight: Tensor,
+    bias: Tensor,
+}
+
+impl Linear {
+    fn new(inputs: usize, outputs: usize, stdev: f64, vb: VarBuilder) -> Result<Self> {
+        Ok(Self {
+            weight: vb.get_with_hints((outputs, inputs), "weight", normal(stdev))?,
+            bias: vb.get_with_hints(outputs, "bias", Init::Const(0.0))?,
+        })
+    }
+
+    fn forward(&self, xs: &Tensor) -> Result<Tensor> {
+        ops::linear(xs, &self.weight, Some(&self.bias))
+    }
+}
+
+/// One transformer block: attention and a two-layer perceptron, each with a norm before and a residual around it.
+pub struct Block {
+    ln_1: Norm,
+    c_attn: Linear,
+    c_proj: Linear,
+    ln_2: Norm,
+    c_fc: Linear,
+    mlp_c_proj: Linear,
+    heads: usize,
+}
+
+impl Block {
+    /// The block with the names of GPT-2's checkpoints.
+    ///
+    /// # Errors
+    /// What the `VarBuilder` says.
+    pub fn new(config: &GptConfig, vb: VarBuilder) -> Result<Self> {
+        let c = config.hidden;
+        // Residual branches add up over the layers; GPT-2 scales their last layers down accordingly.
+        let residual = 0.02 / (2.0 * config.layers as f64).sqrt();
+        let (attn, mlp) = (vb.pp("attn"), vb.pp("mlp"));
+        Ok(Self {
+            ln_1: Norm::new(c, vb.pp("ln_1"))?,
+            c_attn: Linear::new(c, 3 * c, 0.02, attn.pp("c_attn"))?,
+            c_proj: Linear::new(c, c, residual, attn.pp("c_proj"))?,
+            ln_2: Norm::new(c, vb.pp("ln_2"))?,
+            c_fc: Linear::new(c, 4 * c, 0.02, mlp.pp("c_fc"))?,
+            mlp_c_proj: Linear::new(4 * c, c, residual, mlp.pp("c_proj"))?,
+            heads: config.heads,
+        })
+    }
+}
+
+impl Module for Block {
+    fn forward(&self, xs: &Tensor) -> Result<Tensor> {
+        let qkv = self.c_attn.forward(&self.ln_1.forward(xs)?)?; // [B, T, 3C]
+        let attended = ops::causal_attention(&qkv, self.heads)?; // [B, T, C]
+        let xs = (xs + self.c_proj.forward(&attended)?)?; // [B, T, C]
+        let hidden = ops::gelu(&self.c_fc.forward(&self.ln_2.forward(&xs)?)?)?; // [B, T, 4C]
+        xs + self.mlp_c_proj.forward(&hidden)? // [B, T, C]
+    }
+}
+
+/// The whole model, generic over what a block is wrapped in: nothing for plain candle, a
+/// [`Segment`](crate::Segment) for the engine.
+pub struct Gpt<B> {
+    wte: Tensor,
+    wpe: Tensor,
+    blocks: Vec<B>,
+    ln_f: Norm,
+}
+
+impl<B: Module> Gpt<B> {
+    /// The model; `make_block` is given the builder and the number of each block.
+    ///
+    /// # Errors
+    /// What the `VarBuilder` or `make_block` says.
+    pub fn new<'a, E: From<candle_core::Error>>(
+        config: &GptConfig,
+        vb: VarBuilder<'a>,
+        make_block: impl Fn(VarBuilder<'a>, usize) -> std::result::Result<B, E>,
+    ) -> std::result::Result<Self, E> {
+        let blocks = (0..config.layers)
+            .map(|i| make_block(vb.pp(format!("h.{i}")), i))
+            .collect::<std::result::Result<_, E>>()?;
+        Ok(Self {
+            wte: vb.get_with_hints((config.vocabulary, config.hidden), "wte.weight", normal(0.02))?,
+            wpe: vb.get_with_hints((config.sequence, config.hidden), "wpe.weight", normal(0.01))?,
+            blocks,
+            ln_f: Norm::new(config.hidden, vb.pp("ln_f"))?,
+        })
+    }
+
+    /// Hidden states [B, T, C] of tokens [B, T].
+    ///
+    /// # Errors
+    /// For more tokens than the sequence has, and what the blocks say.
+    pub fn hidden(&self, tokens: &Tensor) -> Result<Tensor> {
+        let (b, t) = tokens.dims2()?;
+        let c = self.wte.dim(1)?;
+        let embedded = self.wte.index_select(&tokens.flatten_all()?, 0)?.reshape((b, t, c))?; // [B, T, C]
+        let mut xs = embedded.broadcast_add(&self.wpe.narrow(0, 0, t)?)?; // [B, T, C]
+        for block in &self.blocks {
+            xs = block.forward(&xs)?;
+        }
+        self.ln_f.forward(&xs)
+    }
+
+    /// Mean cross-entropy of `targets` [B, T] after `tokens` [B, T]. The head is the token embedding.
+    ///
+    /// # Errors
+    /// As [`Self::hidden`], and for targets outside the vocabulary.
+    pub fn loss(&self, tokens: &Tensor, targets: &Tensor) -> Result<Tensor> {
+        let hidden = self.hidden(tokens)?.flatten(0, 1)?; // [B·T, C]
+        ops::linear_cross_entropy(&hidden, &self.wte, &targets.flatten_all()?)
+    }
+
+    /// Logits [B, V] of the token after the last one of `tokens` [B, T].
+    ///
+    /// # Errors
+    /// As [`Self::hidden`].
+    pub fn next_logits(&self, tokens: &Tensor) -> Result<Tensor> {
+        let t = tokens.dim(1)?;
+        let last = self.hidden(tokens)?.narrow(1, t - 1, 1)?.squeeze(1)?.contiguous()?; // [B, C]
+        ops::linear(&last, &self.wte, None)
+    }
+}

@@ -1,0 +1,389 @@
+//! What a segment does at the moment it is called: nothing outside of a step, a measured trial in the rehearsal, and
+//! what the schedule says in a training step or an evaluation.
+
+use crate::arrangement::Call;
+use crate::error::{Error, Result};
+use crate::executor::{ComputeRequest, Executor, Grant};
+use crate::layout::Layout;
+use crate::registry::GroupTensors;
+use crate::rehearsal::{Rehearsal, Trial};
+use crate::schedule::Operation;
+use crate::vacancy::{self, DeviceRun};
+use candle_core::backprop::GradStore;
+use candle_core::{Shape, Tensor};
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
+
+/// The kind of pass that is under way.
+#[derive(Clone)]
+pub enum Mode {
+    /// None.
+    Idle,
+    /// The rehearsal that finds order, shapes and working memory.
+    Rehearsal(Arc<Rehearsal>),
+    /// A training step or an evaluation.
+    Scheduled(Arc<ScheduledPass>),
+}
+
+/// A pass that follows a schedule.
+pub struct ScheduledPass {
+    /// Runs the schedule.
+    pub executor: Arc<Executor>,
+    /// Groups.
+    pub layout: Arc<Layout>,
+    /// The tensors of the model.
+    pub tensors: Arc<GroupTensors>,
+    /// Whether gradients are wanted.
+    pub train: bool,
+    /// Seconds that the training thread waited for its memory.
+    pub stall_s: Mutex<f64>,
+    /// Gradients of resident parameters that segments use.
+    pub resident_gradients: Mutex<HashMap<usize, Tensor>>,
+}
+
+/// The state that the engine shares with its segments.
+#[derive(Clone)]
+pub struct Passes(Arc<PassState>);
+
+struct PassState {
+    mode: Mutex<Mode>,
+    /// The engine's own error behind the candle error that went through the user's code.
+    error: Mutex<Option<Error>>,
+    names: Mutex<Arc<Vec<String>>>,
+}
+
+pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Passes {
+    /// No pass under way.
+    pub fn new() -> Self {
+        let names = Mutex::new(Arc::new(vec![]));
+        Self(Arc::new(PassState { mode: Mutex::new(Mode::Idle), error: Mutex::new(None), names }))
+    }
+
+    /// Makes the names of segments known for errors.
+    pub fn set_segment_names(&self, names: Vec<String>) {
+        *lock(&self.0.names) = Arc::new(names);
+    }
+
+    /// Runs `pass` with segments in the given mode, and gives back the engine's own error where there was one.
+    pub fn within<T>(&self, mode: Mode, pass: impl FnOnce() -> candle_core::Result<T>) -> Result<T> {
+        *lock(&self.0.error) = None;
+        *lock(&self.0.mode) = mode;
+        let result = pass();
+        *lock(&self.0.mode) = Mode::Idle;
+        result.map_err(|error| lock(&self.0.error).take().unwrap_or(Error::Candle(error)))
+    }
+
+    /// Remembers an engine error while a candle error with its text goes through the user's code.
+    pub fn report<T>(&self, result: Result<T>) -> candle_core::Result<T> {
+        result.map_err(|error| match error {
+            Error::Candle(error) => error,
+            error => {
+                let text = error.to_string();
+                lock(&self.0.error).get_or_insert(error);
+                candle_core::Error::Msg(text)
+            }
+        })
+    }
+
+    fn mode(&self) -> Mode {
+        lock(&self.0.mode).clone()
+    }
+
+    fn outside(&self, group: usize) -> Error {
+        let names = lock(&self.0.names).clone();
+        Error::OutsideStep { segment: names.get(group).cloned().unwrap_or_else(|| format!("number {group}")) }
+    }
+
+    /// A segment's forward begins.
+    pub fn begin_forward(&self, group: usize, kind: &'static str, inputs: &[&Tensor]) -> Result<Forward> {
+        match self.mode() {
+            Mode::Idle => Err(self.outside(group)),
+            Mode::Rehearsal(rehearsal) => {
+                let trial = rehearsal.begin_forward(group, kind, inputs)?;
+                Ok(Forward::Trial(trial))
+            }
+            Mode::Scheduled(pass) => {
+                let granted = Granted::begin(&pass.executor, &pass.stall_s, ComputeRequest::Forward(group))?;
+                Ok(Forward::Scheduled { pass, group, granted })
+            }
+        }
+    }
+
+    /// A segment's backward begins.
+    pub fn begin_backward(&self, group: usize, call: usize, inputs: &[Tensor]) -> Result<Backward> {
+        match self.mode() {
+            Mode::Idle => Err(self.outside(group)),
+            Mode::Rehearsal(rehearsal) => Ok(Backward::Trial(rehearsal.begin_backward(call, inputs)?)),
+            Mode::Scheduled(pass) => {
+                let granted = Granted::begin(&pass.executor, &pass.stall_s, ComputeRequest::Backward(call))?;
+                Ok(Backward::Scheduled { pass, group, granted })
+            }
+        }
+    }
+}
+
+/// A compute operation in the training thread's hands. Dropped unfinished, it stops the run.
+pub struct Granted {
+    executor: Arc<Executor>,
+    grant: Option<Grant>,
+}
+
+impl Granted {
+    /// Waits for a compute operation, and counts the wait.
+    pub fn begin(executor: &Arc<Executor>, stall_s: &Mutex<f64>, request: ComputeRequest) -> Result<Self> {
+        let asked = Instant::now();
+        let grant = executor.begin(request)?;
+        *lock(stall_s) += asked.elapsed().as_secs_f64();
+        Ok(Self { executor: executor.clone(), grant: Some(grant) })
+    }
+
+    /// The grant, to take from and put back into.
+    pub fn grant(&mut self) -> Result<&mut Grant> {
+        self.grant.as_mut().ok_or_else(|| crate::work::internal("a compute operation was finished twice"))
+    }
+
+    /// Hands the memory back.
+    pub fn finish(mut self) -> Result<()> {
+        match self.grant.take() {
+            Some(grant) => self.executor.finish(grant),
+            None => Ok(()),
+        }
+    }
+}
+
+impl Drop for Granted {
+    fn drop(&mut self) {
+        if let Some(grant) = self.grant.take() {
+            let _ = self.executor.stop("a segment did not finish");
+            let _ = self.executor.finish(grant);
+        }
+    }
+}
+
+/// A segment's forward under way.
+pub enum Forward {
+    /// In the rehearsal.
+    Trial(Trial),
+    /// As scheduled.
+    Scheduled {
+        /// The pass.
+        pass: Arc<ScheduledPass>,
+        /// The group.
+        group: usize,
+        /// Its memory.
+        granted: Granted,
+    },
+}
+
+impl Forward {
+    /// Runs the module with its parameters in place.
+    pub fn compute(
+        &mut self,
+        run: impl FnOnce() -> candle_core::Result<(DeviceRun, Shape)>,
+    ) -> Result<(DeviceRun, Shape)> {
+        match self {
+            Self::Trial(trial) => trial.forward(run),
+            Self::Scheduled { pass, group, granted } => with_parameters(pass, *group, granted, run),
+        }
+    }
+
+    /// The call that this is in the graph; none where no graph is kept.
+    pub fn graph_call(&mut self) -> Option<usize> {
+        match self {
+            Self::Trial(trial) => Some(trial.call()),
+            Self::Scheduled { pass, granted, .. } => match granted.grant().ok()?.operation {
+                Operation::Forward { call, .. } if pass.train => Some(call),
+                _ => None,
+            },
+        }
+    }
+
+    /// Whether the segment's input leaves the device now.
+    pub fn moves_boundary(&mut self) -> bool {
+        match self {
+            Self::Trial(trial) => trial.moves_boundary(),
+            Self::Scheduled { granted, .. } => {
+                granted.grant().is_ok_and(|grant| grant.held.passage.is_some())
+            }
+        }
+    }
+
+    /// Ends it, with the boundary if that leaves the device.
+    pub fn finish(self, boundary: Option<DeviceRun>) -> Result<()> {
+        match self {
+            Self::Trial(trial) => trial.finish(),
+            Self::Scheduled { mut granted, .. } => {
+                if let Some(boundary) = boundary {
+                    granted.grant()?.held.passage = Some(boundary);
+                }
+                granted.finish()
+            }
+        }
+    }
+}
+
+/// A segment's backward under way.
+pub enum Backward {
+    /// In the rehearsal.
+    Trial(Trial),
+    /// As scheduled.
+    Scheduled {
+        /// The pass.
+        pass: Arc<ScheduledPass>,
+        /// The group.
+        group: usize,
+        /// Its memory.
+        granted: Granted,
+    },
+}
+
+/// Takes gradients out of candle's store.
+pub struct GradientSink<'a> {
+    layout: &'a Layout,
+    tensors: &'a GroupTensors,
+    group: usize,
+    /// Gradients of resident parameters that segments use, summed in the order of the backward pass.
+    resident: &'a Mutex<HashMap<usize, Tensor>>,
+    /// Collects the names of parameters without a gradient.
+    missing: Vec<String>,
+}
+
+impl<'a> GradientSink<'a> {
+    /// For the gradients of `group`.
+    pub fn new(
+        layout: &'a Layout,
+        tensors: &'a GroupTensors,
+        group: usize,
+        resident: &'a Mutex<HashMap<usize, Tensor>>,
+    ) -> Self {
+        Self { layout, tensors, group, resident, missing: vec![] }
+    }
+
+    /// No gradient reached the segment's input: whatever lies before it would silently not be trained.
+    pub fn note_cut_input(&mut self) {
+        self.missing.push(format!("the input of {}", self.layout.groups[self.group].name));
+    }
+
+    /// The gradients of the group in the order of its table; frozen parameters have an empty run.
+    pub fn collect(&mut self, store: &mut GradStore) -> candle_core::Result<Vec<DeviceRun>> {
+        let resident = self.layout.resident();
+        for (entry, tensor) in self.tensors.of(resident).iter().enumerate() {
+            let Some(gradient) = store.remove(tensor) else { continue };
+            let mut sums = lock(self.resident);
+            let sum = match sums.remove(&entry) {
+                Some(sum) => (sum + gradient)?,
+                None => gradient,
+            };
+            sums.insert(entry, sum);
+        }
+        let mut runs = vec![];
+        for (index, (entry, tensor)) in
+            self.layout.groups[self.group].table.iter().zip(self.tensors.of(self.group)).enumerate()
+        {
+            if !entry.trainable {
+                runs.push(DeviceRun::new());
+                continue;
+            }
+            let gradient = if self.group == resident {
+                lock(self.resident).remove(&index)
+            } else {
+                store.remove(tensor)
+            };
+            match gradient {
+                Some(gradient) => runs.push(vacancy::into_run(&gradient)?),
+                None => {
+                    self.missing.push(entry.name.clone());
+                    runs.push(DeviceRun::new());
+                }
+            }
+        }
+        Ok(runs)
+    }
+
+    /// Names of the parameters that got no gradient.
+    pub fn missing(self) -> Vec<String> {
+        self.missing
+    }
+}
+
+/// Gradients of the inputs and of the group's parameters.
+type Gradients = (Vec<Option<Tensor>>, Vec<DeviceRun>);
+
+impl Backward {
+    /// Whether the rehearsal has seen a segment like this one, so that it need not run again.
+    pub fn is_known(&self) -> bool {
+        matches!(self, Self::Trial(trial) if trial.is_known())
+    }
+
+    /// The boundary, if it had left the device.
+    pub fn take_boundary(&mut self) -> Option<DeviceRun> {
+        match self {
+            Self::Trial(trial) => trial.boundary(),
+            Self::Scheduled { granted, .. } => {
+                granted.grant().ok()?.held.passage.as_mut().map(std::mem::take)
+            }
+        }
+    }
+
+    /// Runs the module and its backward with the parameters in place.
+    pub fn compute(
+        &mut self,
+        run: impl FnOnce(&mut GradientSink) -> candle_core::Result<Gradients>,
+    ) -> Result<Gradients> {
+        match self {
+            Self::Trial(trial) => trial.backward(run),
+            Self::Scheduled { pass, group, granted } => {
+                let mut sink =
+                    GradientSink::new(&pass.layout, &pass.tensors, *group, &pass.resident_gradients);
+                let gradients = with_parameters(pass, *group, granted, || run(&mut sink))?;
+                match sink.missing() {
+                    missing if missing.is_empty() => Ok(gradients),
+                    names => Err(Error::MissingGradient { names }),
+                }
+            }
+        }
+    }
+
+    /// Ends it, with the gradients of the parameters.
+    pub fn finish(self, gradients: Option<Vec<DeviceRun>>) -> Result<()> {
+        match self {
+            Self::Trial(trial) => trial.finish(),
+            Self::Scheduled { mut granted, .. } => match gradients {
+                Some(gradients) => {
+                    granted.grant()?.held.gradients = Some(gradients);
+                    granted.finish()
+                }
+                // Dropped unfinished: a backward pass that failed stops the run.
+                None => Ok(()),
+            },
+        }
+    }
+}
+
+fn with_parameters<T>(
+    pass: &ScheduledPass,
+    group: usize,
+    granted: &mut Granted,
+    run: impl FnOnce() -> candle_core::Result<T>,
+) -> Result<T> {
+    let slot =
+        granted.grant()?.held.slot.take().ok_or_else(|| crate::work::internal("a grant without its slot"))?;
+    pass.tensors.fill(group, slot)?;
+    let result = run();
+    granted.grant()?.held.slot = Some(pass.tensors.take(group)?);
+    Ok(result?)
+}
+
+/// What the rehearsal found out.
+#[derive(Debug, Clone)]
+pub struct Observed {
+    /// Segments in the order in which they ran.
+    pub calls: Vec<Call>,
+    /// Peak of what the model's own tensors take, in bytes; none where memory is not counted.
+    pub working_bytes: Option<u64>,
+}

@@ -1,0 +1,321 @@
+//! The plan: placements, slots, buffers, schedule and predicted bytes, made and printed before anything large is
+//! allocated. What cannot fit is refused here, with the culprit and the least budget that works.
+
+use crate::arrangement::{Arrangement, BufferUse, Call, Depths, GroupPlacement, Needs};
+use crate::builder::{Builder, gradient_passes_through};
+use crate::engine::AdamW;
+use crate::error::{Error, Result};
+use crate::layout::Layout;
+use crate::pass::Observed;
+use crate::schedule::{Operation, Stream};
+use ferrozero_offload::Tier;
+use std::fmt;
+use std::sync::Arc;
+
+/// What the executor itself, the queues and the disk store need beside buffers and tensors.
+const BOOKKEEPING_BYTES: u64 = 4 << 20;
+
+/// Which homes the user wants.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Placement {
+    /// As much in memory as the budget allows: gradients first, then parameters, then moments, the rest on disk.
+    Auto,
+    /// Every stream of every group in one tier.
+    All(Tier),
+    /// Every group with these homes.
+    Each(GroupPlacement),
+}
+
+/// What the user grants and fixes. Everything that is none is the planner's choice.
+#[derive(Debug, Clone)]
+pub struct Limits {
+    /// Bytes of memory that the engine may use in all: on the CPU device, host and device share it.
+    pub memory_bytes: Option<u64>,
+    /// Bytes of device memory that it may use.
+    pub device_bytes: Option<u64>,
+    /// Homes of the state streams.
+    pub placement: Placement,
+    /// Home of boundary activations.
+    pub boundaries: Option<Tier>,
+    /// Slots of each class.
+    pub slots: Option<usize>,
+    /// Pieces read ahead.
+    pub look_ahead: Option<usize>,
+}
+
+/// A plan.
+#[derive(Debug, Clone)]
+pub struct Plan {
+    pub(crate) layout: Arc<Layout>,
+    pub(crate) calls: Vec<Call>,
+    pub(crate) arrangement: Arc<Arrangement>,
+    pub(crate) accumulate: usize,
+    pub(crate) clip: Option<f64>,
+    pub(crate) adamw: AdamW,
+    limits: Limits,
+    working_bytes: Option<u64>,
+    gradient_passes_through: bool,
+}
+
+impl Plan {
+    /// Finds the placements that move least within the limits.
+    ///
+    /// # Errors
+    /// [`Error::BudgetTooSmall`] if nothing fits.
+    pub(crate) fn make(
+        layout: Arc<Layout>,
+        observed: Observed,
+        limits: Limits,
+        adamw: AdamW,
+        (accumulate, clip): (usize, Option<f64>),
+        boundary_home: Tier,
+    ) -> Result<Self> {
+        let passes = gradient_passes_through(&observed.calls, accumulate, clip.is_some());
+        let make = |placements: Vec<GroupPlacement>, depths: Depths| {
+            let needs = Needs { layout: &layout, calls: &observed.calls, gradient_passes_through: passes };
+            Self {
+                arrangement: Arc::new(Arrangement::new(&needs, placements, boundary_home, depths)),
+                layout: layout.clone(),
+                calls: observed.calls.clone(),
+                accumulate,
+                clip,
+                adamw: adamw.clone(),
+                limits: limits.clone(),
+                working_bytes: observed.working_bytes,
+                gradient_passes_through: passes,
+            }
+        };
+        let all = |placement: GroupPlacement| {
+            let mut placements = vec![placement; layout.groups.len()];
+            // The resident group is always on the device.
+            placements[layout.resident()].master = Tier::Device;
+            placements
+        };
+        let start = match &limits.placement {
+            Placement::Auto => GroupPlacement::all(Tier::Disk),
+            Placement::All(tier) => GroupPlacement::all(*tier),
+            Placement::Each(placement) => *placement,
+        };
+        let comfortable = Depths {
+            slots: limits.slots.unwrap_or(2),
+            look_ahead: limits.look_ahead.unwrap_or(4),
+            state_pieces: 16,
+            gradient_sets: 2,
+        };
+        let least = Depths {
+            slots: limits.slots.unwrap_or(1),
+            look_ahead: limits.look_ahead.unwrap_or(1),
+            state_pieces: 4,
+            gradient_sets: 1,
+        };
+        let mut plan = make(all(start), comfortable);
+        let mut depths = comfortable;
+        if !plan.fits() {
+            plan = make(all(start), least);
+            depths = least;
+        }
+        if !plan.fits() {
+            return Err(plan.too_small());
+        }
+        if limits.placement == Placement::Auto {
+            plan = plan.bring_closer(&make, depths);
+        }
+        Ok(plan)
+    }
+
+    /// Brings as many streams as fit from disk into memory, those first whose bytes cross most often.
+    fn bring_closer(self, make: &dyn Fn(Vec<GroupPlacement>, Depths) -> Self, depths: Depths) -> Self {
+        let mut best = self;
+        for stream in [Stream::Gradient, Stream::Master, Stream::FirstMoment, Stream::SecondMoment] {
+            if stream == Stream::Gradient && best.gradient_passes_through {
+                continue;
+            }
+            // On the CPU device, memory is memory: parameters that stay on the device need no slot to pass through.
+            let tier = if stream == Stream::Master { Tier::Device } else { Tier::Host };
+            let resident = best.layout.resident();
+            for group in std::iter::once(resident).chain(0..resident) {
+                let mut placements = best.arrangement.placements.clone();
+                if placements[group].home(stream) != Tier::Disk {
+                    continue;
+                }
+                placements[group].set_home(stream, tier);
+                let candidate = make(placements, depths);
+                if candidate.fits() {
+                    best = candidate;
+                }
+            }
+        }
+        best
+    }
+
+    fn fits(&self) -> bool {
+        let fits = |bytes: u64, limit: Option<u64>| limit.is_none_or(|limit| bytes <= limit);
+        fits(self.host_bytes() + self.device_bytes(), self.limits.memory_bytes)
+            && fits(self.device_bytes(), self.limits.device_bytes)
+    }
+
+    fn too_small(&self) -> Error {
+        let (tier, needed_bytes, budget) = match self.limits.device_bytes {
+            Some(limit) if self.device_bytes() > limit => (Tier::Device, self.device_bytes(), limit),
+            _ => (Tier::Host, self.host_bytes() + self.device_bytes(), self.limits.memory_bytes.unwrap_or(0)),
+        };
+        let largest = self.layout.groups.iter().max_by_key(|group| group.elements);
+        let culprit = largest.map_or(String::new(), |group| {
+            format!(
+                "The largest group is {} with {} of parameters, and the model's own tensors take {}",
+                group.name,
+                Bytes(group.device_bytes()),
+                self.working_bytes.map_or("an unknown amount".into(), |bytes| Bytes(bytes).to_string()),
+            )
+        });
+        Error::BudgetTooSmall {
+            tier,
+            needed_bytes,
+            budget_bytes: budget,
+            least_bytes: needed_bytes.next_multiple_of(1 << 20),
+            culprit,
+        }
+    }
+
+    /// Bytes of host memory that the engine leases.
+    pub fn host_bytes(&self) -> u64 {
+        self.arrangement.buffer_bytes(Tier::Host)
+    }
+
+    /// Peak bytes of device memory: slots, device-homed buffers, and the model's own tensors.
+    pub fn device_bytes(&self) -> u64 {
+        self.device_buffer_bytes() + self.heap_bytes()
+    }
+
+    /// Bytes of device memory that the engine leases.
+    pub(crate) fn device_buffer_bytes(&self) -> u64 {
+        self.arrangement.buffer_bytes(Tier::Device)
+    }
+
+    /// Peak bytes that the CPU device takes from the heap.
+    pub(crate) fn heap_bytes(&self) -> u64 {
+        let boundary = self.calls.iter().map(|call| 4 * call.boundary_elements as u64).max().unwrap_or(0);
+        self.arrangement.slot_bytes()
+            + self.gradient_bytes()
+            + self.arrangement.passages as u64 * boundary
+            + self.working_bytes.unwrap_or(0)
+            + BOOKKEEPING_BYTES
+    }
+
+    fn gradient_bytes(&self) -> u64 {
+        let largest = self.layout.groups.iter().map(|group| group.gradient_bytes()).max().unwrap_or(0);
+        self.arrangement.gradient_sets as u64 * largest
+    }
+
+    /// Bytes of state that live on disk, once; a store with commits takes twice that.
+    pub fn disk_home_bytes(&self) -> u64 {
+        Stream::ALL.iter().map(|&stream| self.stream_bytes(stream, Tier::Disk)).sum()
+    }
+
+    /// Bytes of a stream that have their home in a tier.
+    fn stream_bytes(&self, stream: Stream, tier: Tier) -> u64 {
+        if stream == Stream::Gradient && self.gradient_passes_through {
+            return 0;
+        }
+        let groups = self.arrangement.placements.iter().enumerate();
+        let of_tier = groups.filter(|(_, placement)| placement.home(stream) == tier);
+        of_tier.map(|(group, _)| 4 * stream.elements(&self.layout, group) as u64).sum()
+    }
+
+    fn builder(&self) -> Builder<'_> {
+        Builder {
+            layout: &self.layout,
+            calls: &self.calls,
+            arrangement: &self.arrangement,
+            accumulate: self.accumulate,
+            clip: self.clip.is_some(),
+        }
+    }
+
+    /// Makes a schedule.
+    pub(crate) fn schedule(&self, make: impl FnOnce(&Builder) -> Vec<Operation>) -> Vec<Operation> {
+        make(&self.builder())
+    }
+
+    /// The operations of a training step.
+    pub fn train_schedule(&self) -> Vec<Operation> {
+        self.builder().train()
+    }
+
+    /// Groups of the model.
+    pub fn layout(&self) -> &Layout {
+        &self.layout
+    }
+
+    /// Home of each group's streams.
+    pub fn placements(&self) -> &[GroupPlacement] {
+        &self.arrangement.placements
+    }
+
+    /// Whether any state has its home on disk.
+    pub fn uses_disk(&self) -> bool {
+        self.disk_home_bytes() > 0
+            || (self.arrangement.boundary_home == Tier::Disk && self.arrangement.passages > 0)
+    }
+}
+
+/// Bytes for people.
+pub(crate) struct Bytes(pub u64);
+
+impl fmt::Display for Bytes {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        let text = match self.0 {
+            0 => "-".to_owned(),
+            bytes if bytes >= 1 << 30 => format!("{:.2} GiB", bytes as f64 / (1u64 << 30) as f64),
+            bytes if bytes >= 1 << 20 => format!("{:.1} MiB", bytes as f64 / (1u64 << 20) as f64),
+            bytes => format!("{:.1} KiB", bytes as f64 / 1024.0),
+        };
+        f.pad(&text)
+    }
+}
+
+impl fmt::Display for Plan {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        let row = |f: &mut fmt::Formatter, name: &str, device: u64, host: u64, disk: u64| {
+            writeln!(f, "  {name:<34}{:>12}{:>12}{:>12}", Bytes(device), Bytes(host), Bytes(disk))
+        };
+        let parameters = self.layout.parameter_elements() as f64 / 1e6;
+        let segments = self.layout.groups.len() - 1;
+        writeln!(f, "plan: {parameters:.1} M parameters in {segments} segments and a resident group")?;
+        writeln!(f, "  {:<34}{:>12}{:>12}{:>12}", "", "device", "host", "disk")?;
+        for stream in Stream::ALL {
+            let home = |tier| self.stream_bytes(stream, tier);
+            let in_slots = if stream == Stream::Master { 0 } else { home(Tier::Device) };
+            if stream == Stream::Gradient && self.gradient_passes_through {
+                continue;
+            }
+            row(f, stream.name(), in_slots, home(Tier::Host), home(Tier::Disk))?;
+        }
+        row(f, &format!("slots ({})", self.arrangement.slots.len()), self.arrangement.slot_bytes(), 0, 0)?;
+        let of_use = |uses: &[BufferUse]| -> u64 {
+            let of_use = self.arrangement.buffers.iter().filter(|buffer| uses.contains(&buffer.use_));
+            of_use.map(|buffer| buffer.bytes as u64).sum()
+        };
+        let boundaries: u64 = self.calls.iter().map(|call| 4 * call.boundary_elements as u64).sum();
+        match self.arrangement.boundary_home {
+            Tier::Disk => {
+                row(f, "boundary activations", 0, of_use(&[BufferUse::BoundaryPieces]), boundaries)?
+            }
+            Tier::Host => row(f, "boundary activations", 0, of_use(&[BufferUse::BoundaryHome]), 0)?,
+            Tier::Device => {}
+        }
+        row(f, "pieces on their way: parameters", 0, of_use(&[BufferUse::FetchPieces]), 0)?;
+        row(f, "pieces on their way: states", 0, of_use(&[BufferUse::StatePieces]), 0)?;
+        row(f, "gradients on their way", self.gradient_bytes(), of_use(&[BufferUse::GradientPieces]), 0)?;
+        match self.working_bytes {
+            Some(bytes) => row(f, "activations and other tensors", bytes, 0, 0)?,
+            None => writeln!(f, "  {:<34}{:>12}", "activations and other tensors", "not counted")?,
+        }
+        row(f, "in all", self.device_bytes(), self.host_bytes(), self.disk_home_bytes())?;
+        let total = Bytes(self.device_bytes() + self.host_bytes());
+        match self.limits.memory_bytes {
+            Some(limit) => write!(f, "  memory in all {total} of {} granted", Bytes(limit)),
+            None => write!(f, "  memory in all {total}, no limit granted"),
+        }
+    }
+}

@@ -1,0 +1,218 @@
+//! What the model asks its `VarBuilder` for, and the vacant tensors that it gets.
+
+use crate::error::{Error, Result};
+use crate::layout::{Group, Layout};
+use crate::vacancy::{self, DeviceRun};
+use candle_core::{DType, Device, Shape, Tensor};
+use candle_nn::Init;
+use candle_nn::var_builder::SimpleBackend;
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+/// A parameter as the model asked for it.
+#[derive(Debug, Clone)]
+pub struct Parameter {
+    /// Full name.
+    pub name: String,
+    /// Shape.
+    pub shape: Vec<usize>,
+    /// How its initial values are made.
+    pub init: Init,
+    /// Whether it is trained.
+    pub trainable: bool,
+    /// Segment that owns it; none: the resident group.
+    pub segment: Option<usize>,
+    /// The tensor in the user's model.
+    pub tensor: Tensor,
+}
+
+/// Says whether something holds for the parameter of a name and shape.
+pub type ParameterRule = Arc<dyn Fn(&str, &[usize]) -> bool + Send + Sync>;
+
+#[derive(Default)]
+struct State {
+    parameters: Vec<Parameter>,
+    by_name: HashMap<String, usize>,
+    segments: Vec<String>,
+    building: Option<usize>,
+    frozen: Option<ParameterRule>,
+    sealed: bool,
+}
+
+/// All parameters of a model, shared by the engine and the `VarBuilder`s that it hands out.
+#[derive(Clone, Default)]
+pub struct Registry(Arc<Mutex<State>>);
+
+impl Registry {
+    fn state(&self) -> MutexGuard<'_, State> {
+        // Nothing panics while it holds the lock; if it did, the list is still a list of whole parameters.
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Parameters for which `rule` holds, from now on, are not trained.
+    pub fn freeze(&self, rule: ParameterRule) {
+        self.state().frozen = Some(rule);
+    }
+
+    /// Begins a segment; parameters asked for until [`Self::end_segment`] belong to it.
+    pub fn begin_segment(&self, name: &str) -> Result<usize> {
+        let mut state = self.state();
+        if state.sealed {
+            return Err(Error::Unsupported(format!(
+                "segment {name} was made after the plan: make the model first"
+            )));
+        }
+        if let Some(outer) = state.building {
+            let outer = &state.segments[outer];
+            return Err(Error::Unsupported(format!(
+                "segment {name} is made inside segment {outer}: they cannot nest"
+            )));
+        }
+        if state.segments.iter().any(|other| other == name) {
+            return Err(Error::Unsupported(format!(
+                "two segments have the name {name:?}: names must differ"
+            )));
+        }
+        state.segments.push(name.to_owned());
+        let index = state.segments.len() - 1;
+        state.building = Some(index);
+        Ok(index)
+    }
+
+    /// Ends the segment that is being made.
+    pub fn end_segment(&self) {
+        self.state().building = None;
+    }
+
+    /// Lays the groups out. No parameter can be added afterwards.
+    pub fn seal(&self, piece_elements: usize, decays: &ParameterRule) -> Result<Layout> {
+        let mut state = self.state();
+        state.sealed = true;
+        if state.parameters.is_empty() {
+            return Err(Error::Unsupported(
+                "the model asked the engine's VarBuilder for no parameter".into(),
+            ));
+        }
+        let resident = state.segments.len();
+        let mut members = vec![vec![]; resident + 1];
+        for (index, parameter) in state.parameters.iter().enumerate() {
+            let decays = decays(&parameter.name, &parameter.shape);
+            let row = (index, parameter.name.clone(), parameter.shape.clone(), parameter.trainable, decays);
+            members[parameter.segment.unwrap_or(resident)].push(row);
+        }
+        let names = state.segments.iter().cloned().chain(["resident".to_owned()]);
+        let groups = names.zip(members).enumerate();
+        let groups =
+            groups.map(|(index, (name, members))| Group::new(name, index == resident, members)).collect();
+        Ok(Layout { groups, piece_elements })
+    }
+
+    /// All parameters, in the order in which they were asked for.
+    pub fn parameters(&self) -> Vec<Parameter> {
+        self.state().parameters.clone()
+    }
+
+    fn add(&self, name: &str, shape: Shape, init: Init, dtype: DType, device: &Device) -> Result<Tensor> {
+        let mut state = self.state();
+        if let Some(&index) = state.by_name.get(name) {
+            let segment = state.building;
+            let parameter = &mut state.parameters[index];
+            if parameter.shape != shape.dims() {
+                return Err(Error::Unsupported(format!(
+                    "parameter {name} was asked for with shape {:?} and again with {:?}",
+                    parameter.shape,
+                    shape.dims()
+                )));
+            }
+            if parameter.segment != segment {
+                // Tied across segments: it must be on the device whenever any of them runs.
+                parameter.segment = None;
+            }
+            return Ok(parameter.tensor.clone());
+        }
+        if state.sealed {
+            return Err(Error::Unsupported(format!(
+                "parameter {name} was asked for after the plan was made"
+            )));
+        }
+        if dtype != DType::F32 || !device.is_cpu() {
+            return Err(Error::Unsupported(format!(
+                "parameter {name}: {dtype:?} on {:?} is not supported yet, only F32 on the CPU device",
+                device.location()
+            )));
+        }
+        let trainable = !state.frozen.as_ref().is_some_and(|rule| rule(name, shape.dims()));
+        let tensor = vacancy::vacant_tensor(&shape, trainable)?;
+        let segment = state.building;
+        let index = state.parameters.len();
+        state.by_name.insert(name.to_owned(), index);
+        state.parameters.push(Parameter {
+            name: name.to_owned(),
+            shape: shape.into_dims(),
+            init,
+            trainable,
+            segment,
+            tensor: tensor.clone(),
+        });
+        Ok(tensor)
+    }
+}
+
+impl SimpleBackend for Registry {
+    fn get(
+        &self,
+        shape: Shape,
+        name: &str,
+        init: Init,
+        dtype: DType,
+        device: &Device,
+    ) -> candle_core::Result<Tensor> {
+        Ok(self.add(name, shape, init, dtype, device)?)
+    }
+
+    fn get_unchecked(&self, name: &str, _: DType, _: &Device) -> candle_core::Result<Tensor> {
+        let state = self.state();
+        let index = state.by_name.get(name).copied();
+        index.map(|index| state.parameters[index].tensor.clone()).ok_or_else(|| {
+            Error::Unsupported(format!(
+                "parameter {name} was asked for without a shape, which only known ones can be"
+            ))
+            .into()
+        })
+    }
+
+    fn contains_tensor(&self, name: &str) -> bool {
+        self.state().by_name.contains_key(name)
+    }
+}
+
+/// The tensors of the groups, in the order of their tables.
+pub struct GroupTensors(Vec<Vec<Tensor>>);
+
+impl GroupTensors {
+    /// Collects them for a layout.
+    pub fn new(layout: &Layout, parameters: &[Parameter]) -> Self {
+        let of_group = |group: &Group| {
+            group.table.iter().map(|entry| parameters[entry.parameter].tensor.clone()).collect::<Vec<_>>()
+        };
+        Self(layout.groups.iter().map(of_group).collect())
+    }
+
+    /// The tensors of one group.
+    pub fn of(&self, group: usize) -> &[Tensor] {
+        &self.0[group]
+    }
+
+    /// Moves parameters into the tensors of a group.
+    pub fn fill(&self, group: usize, storage: Vec<DeviceRun>) -> Result<()> {
+        for (tensor, values) in self.0[group].iter().zip(storage) {
+            vacancy::fill(tensor, values)?;
+        }
+        Ok(())
+    }
+
+    /// Moves the parameters of a group out of its tensors, which are vacant from then on.
+    pub fn take(&self, group: usize) -> Result<Vec<DeviceRun>> {
+        Ok(self.0[group].iter().map(vacancy::take).collect::<candle_core::Result<_>>()?)
+    }
+}

@@ -1,0 +1,270 @@
+//! The rehearsal: the user's loss is computed and propagated back once before the plan is made. Each kind of segment runs once,
+//! with parameters of zero; its likes are skipped. That gives the order of the segments, the shapes of boundaries, the parameters
+//! that no gradient reaches, and the working memory of the model's own tensors.
+
+use crate::arrangement::Call;
+use crate::error::{Error, Result};
+use crate::layout::Layout;
+use crate::pass::{GradientSink, Observed, lock};
+use crate::registry::GroupTensors;
+use crate::vacancy::{self, DeviceRun};
+use candle_core::{DType, Shape, Tensor};
+use ferrozero_offload::memory;
+use std::collections::{BTreeSet, HashMap};
+use std::sync::{Arc, Mutex};
+
+/// What makes two segments alike: code, parameters and inputs.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+struct Kind {
+    code: &'static str,
+    parameters: Vec<(Vec<usize>, bool)>,
+    inputs: Vec<(Vec<usize>, DType)>,
+}
+
+#[derive(Debug, Clone, Default)]
+struct Known {
+    output: Option<Shape>,
+    forward_bytes: u64,
+    backward_bytes: Option<u64>,
+}
+
+#[derive(Default)]
+struct Findings {
+    calls: Vec<(Call, Kind)>,
+    known: HashMap<Kind, Known>,
+    peak_bytes: u64,
+    missing: BTreeSet<String>,
+}
+
+/// A rehearsal under way.
+pub struct Rehearsal {
+    layout: Arc<Layout>,
+    tensors: Arc<GroupTensors>,
+    /// Whether boundaries leave the device, so that the rehearsal does not hold them either.
+    moves_boundaries: bool,
+    base_bytes: u64,
+    findings: Mutex<Findings>,
+    resident_gradients: Mutex<HashMap<usize, Tensor>>,
+}
+
+/// One segment's turn in the rehearsal.
+pub struct Trial {
+    rehearsal: Arc<Rehearsal>,
+    call: usize,
+    kind: Kind,
+    group: usize,
+    boundary_elements: usize,
+    moves: bool,
+    known: bool,
+}
+
+impl Rehearsal {
+    /// Runs `loss` once, forward and backward.
+    pub fn run(
+        layout: Arc<Layout>,
+        tensors: Arc<GroupTensors>,
+        moves_boundaries: bool,
+        within: impl FnOnce(Arc<Self>, &dyn Fn(&Self, &Tensor) -> Result<()>) -> Result<()>,
+    ) -> Result<Observed> {
+        let resident = layout.resident();
+        let zeros = |group: usize| -> Vec<DeviceRun> {
+            layout.groups[group].table.iter().map(|entry| vec![0.0; entry.elements]).collect()
+        };
+        tensors.fill(resident, zeros(resident))?;
+        memory::reset_peak();
+        let this = Arc::new(Self {
+            layout: layout.clone(),
+            tensors: tensors.clone(),
+            moves_boundaries,
+            base_bytes: memory::current_bytes(),
+            findings: Mutex::default(),
+            resident_gradients: Mutex::default(),
+        });
+        let result = within(this.clone(), &|this, loss| this.finish(loss));
+        tensors.take(resident)?;
+        result?;
+        let findings = lock(&this.findings);
+        if !findings.missing.is_empty() {
+            return Err(Error::MissingGradient { names: findings.missing.iter().cloned().collect() });
+        }
+        Ok(Observed {
+            calls: findings.calls.iter().map(|(call, _)| call.clone()).collect(),
+            working_bytes: (findings.peak_bytes > 0).then_some(findings.peak_bytes),
+        })
+    }
+
+    /// Propagates the loss back.
+    fn finish(&self, loss: &Tensor) -> Result<()> {
+        let mut store = loss.backward()?;
+        let resident = self.layout.resident();
+        let mut sink = GradientSink::new(&self.layout, &self.tensors, resident, &self.resident_gradients);
+        let gradients = sink.collect(&mut store)?;
+        let missing = sink.missing();
+        self.note_peak();
+        drop(gradients);
+        let mut findings = lock(&self.findings);
+        findings.missing.extend(missing);
+        // A segment without a backward: nothing reached its parameters.
+        for (call, kind) in findings.calls.clone() {
+            if findings.known.get(&kind).is_none_or(|known| known.backward_bytes.is_none()) {
+                let table = &self.layout.groups[call.group].table;
+                findings
+                    .missing
+                    .extend(table.iter().filter(|entry| entry.trainable).map(|entry| entry.name.clone()));
+            }
+        }
+        let called: BTreeSet<usize> = findings.calls.iter().map(|(call, _)| call.group).collect();
+        for (index, group) in self.layout.groups.iter().enumerate() {
+            if index != resident && !called.contains(&index) {
+                let names =
+                    group.table.iter().filter(|entry| entry.trainable).map(|entry| entry.name.clone());
+                findings.missing.extend(names);
+            }
+        }
+        Ok(())
+    }
+
+    /// Notes the memory that was needed since the last segment.
+    fn note_peak(&self) {
+        let needed = memory::peak_bytes().saturating_sub(self.base_bytes);
+        let mut findings = lock(&self.findings);
+        findings.peak_bytes = findings.peak_bytes.max(needed);
+    }
+
+    /// A segment's forward begins.
+    pub fn begin_forward(
+        self: &Arc<Self>,
+        group: usize,
+        code: &'static str,
+        inputs: &[&Tensor],
+    ) -> Result<Trial> {
+        self.note_peak();
+        let first = inputs[0];
+        let boundary_elements = if first.dtype() == DType::F32 { first.elem_count() } else { 0 };
+        let moves = first.track_op() && vacancy::owns_plain_storage(first);
+        let kind = self.kind(group, code, inputs);
+        let call = Call { group, boundary_elements, boundary_moves: moves };
+        let mut findings = lock(&self.findings);
+        let known = findings.known.get(&kind).is_some_and(|known| known.output.is_some());
+        findings.calls.push((call, kind.clone()));
+        let call = findings.calls.len() - 1;
+        drop(findings);
+        let moves = moves && self.moves_boundaries;
+        Ok(Trial { rehearsal: self.clone(), call, kind, group, boundary_elements, moves, known })
+    }
+
+    /// A segment's backward begins.
+    pub fn begin_backward(self: &Arc<Self>, call: usize, inputs: &[Tensor]) -> Result<Trial> {
+        self.note_peak();
+        let findings = lock(&self.findings);
+        let (Call { group, boundary_elements, boundary_moves }, kind) = findings.calls[call].clone();
+        let known = findings.known.get(&kind).is_some_and(|known| known.backward_bytes.is_some());
+        drop(findings);
+        let moves = boundary_moves && self.moves_boundaries && vacancy::is_vacant(&inputs[0]);
+        Ok(Trial { rehearsal: self.clone(), call, kind, group, boundary_elements, moves, known })
+    }
+
+    fn kind(&self, group: usize, code: &'static str, inputs: &[&Tensor]) -> Kind {
+        let table = &self.layout.groups[group].table;
+        Kind {
+            code,
+            parameters: table.iter().map(|entry| (entry.shape.clone(), entry.trainable)).collect(),
+            inputs: inputs.iter().map(|input| (input.dims().to_vec(), input.dtype())).collect(),
+        }
+    }
+}
+
+impl Trial {
+    /// Number of the call.
+    pub fn call(&self) -> usize {
+        self.call
+    }
+
+    /// Whether a segment of this kind has been run.
+    pub fn is_known(&self) -> bool {
+        self.known
+    }
+
+    /// Whether the input leaves the device.
+    pub fn moves_boundary(&self) -> bool {
+        self.moves
+    }
+
+    /// A boundary in place of the one that left.
+    pub fn boundary(&self) -> Option<DeviceRun> {
+        self.moves.then(|| vec![0.0; self.boundary_elements])
+    }
+
+    /// Runs the first of its kind; for the others the output's shape is known.
+    pub fn forward(
+        &mut self,
+        run: impl FnOnce() -> candle_core::Result<(DeviceRun, Shape)>,
+    ) -> Result<(DeviceRun, Shape)> {
+        if self.known {
+            let shape =
+                lock(&self.rehearsal.findings).known.get(&self.kind).and_then(|known| known.output.clone());
+            let shape = shape.ok_or_else(|| crate::work::internal("a known segment without an output"))?;
+            self.count(|known| known.forward_bytes);
+            return Ok((vec![0.0; shape.elem_count()], shape));
+        }
+        let (output, bytes) = self.measured(run)?;
+        let known = Known { output: Some(output.1.clone()), forward_bytes: bytes, backward_bytes: None };
+        lock(&self.rehearsal.findings).known.insert(self.kind.clone(), known);
+        Ok(output)
+    }
+
+    /// Runs the first of its kind.
+    pub fn backward<T>(
+        &mut self,
+        run: impl FnOnce(&mut GradientSink) -> candle_core::Result<T>,
+    ) -> Result<T> {
+        let rehearsal = self.rehearsal.clone();
+        let mut sink = GradientSink::new(
+            &rehearsal.layout,
+            &rehearsal.tensors,
+            self.group,
+            &rehearsal.resident_gradients,
+        );
+        let (gradients, bytes) = self.measured(|| run(&mut sink))?;
+        let mut findings = lock(&rehearsal.findings);
+        findings.missing.extend(sink.missing());
+        if let Some(known) = findings.known.get_mut(&self.kind) {
+            known.backward_bytes = Some(bytes);
+        }
+        Ok(gradients)
+    }
+
+    /// Runs something with parameters of zero in place, and measures what it needs beyond them.
+    fn measured<T>(&self, run: impl FnOnce() -> candle_core::Result<T>) -> Result<(T, u64)> {
+        let Rehearsal { layout, tensors, base_bytes, .. } = &*self.rehearsal;
+        let before_bytes = memory::current_bytes();
+        let zeros = layout.groups[self.group].table.iter().map(|entry| vec![0.0; entry.elements]).collect();
+        tensors.fill(self.group, zeros)?;
+        let with_parameters_bytes = memory::current_bytes();
+        memory::reset_peak();
+        let result = run();
+        let bytes = memory::peak_bytes().saturating_sub(with_parameters_bytes);
+        drop(tensors.take(self.group)?);
+        let needed = before_bytes.saturating_sub(*base_bytes) + bytes;
+        let mut findings = lock(&self.rehearsal.findings);
+        findings.peak_bytes = findings.peak_bytes.max(needed);
+        Ok((result?, bytes))
+    }
+
+    /// Counts a segment that is skipped as if it had run now.
+    fn count(&self, bytes: impl FnOnce(&Known) -> u64) {
+        let now = memory::current_bytes().saturating_sub(self.rehearsal.base_bytes);
+        let mut findings = lock(&self.rehearsal.findings);
+        let needed = now + findings.known.get(&self.kind).map_or(0, bytes);
+        findings.peak_bytes = findings.peak_bytes.max(needed);
+    }
+
+    /// Ends the turn.
+    pub fn finish(self) -> Result<()> {
+        if self.known {
+            self.count(|known| known.backward_bytes.unwrap_or(known.forward_bytes));
+        }
+        memory::reset_peak();
+        Ok(())
+    }
+}

@@ -1,0 +1,291 @@
+//! A step is data: the operations of which schedules are made.
+//!
+//! Every operation names what it uses: buffers (host or device memory of one piece), slots, gradient sets,
+//! boundaries in passing, pieces on disk. An operation may start when the last earlier one that used any of
+//! these is done. The list is in an order in which it could run one by one, and each queue takes its own operations in
+//! that order, so the earliest unfinished operation can always start: a schedule cannot deadlock.
+//!
+//! [`Builder`](crate::builder::Builder) makes schedules; the planner counts their bytes, the executor runs them and the
+//! trace is recorded against them.
+
+use crate::layout::Layout;
+
+/// Index of a group in the [`Layout`].
+pub type GroupIndex = usize;
+
+/// One kind of data of a group. In f32 training the parameter that the device computes with and the master
+/// parameter that the optimizer updates are one stream.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Stream {
+    /// The parameter in f32.
+    Master,
+    /// First moment of the optimizer, f32.
+    FirstMoment,
+    /// Second moment of the optimizer, f32.
+    SecondMoment,
+    /// Accumulated gradient, f32.
+    Gradient,
+}
+
+impl Stream {
+    /// All streams.
+    pub const ALL: [Self; 4] = [Self::Master, Self::FirstMoment, Self::SecondMoment, Self::Gradient];
+    /// The streams that a checkpoint holds.
+    pub const STATE: [Self; 3] = [Self::Master, Self::FirstMoment, Self::SecondMoment];
+
+    /// Name in tables and of extents.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Master => "master parameter",
+            Self::FirstMoment => "first moment",
+            Self::SecondMoment => "second moment",
+            Self::Gradient => "gradient",
+        }
+    }
+
+    /// Elements that group `group` has of this stream, alignment included.
+    pub fn elements(self, layout: &Layout, group: GroupIndex) -> usize {
+        match self {
+            Self::Master => layout.groups[group].elements,
+            _ => layout.groups[group].trainable_elements,
+        }
+    }
+}
+
+/// Host or device memory that holds one piece.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Buffer(pub usize);
+
+/// Device storage for the parameters of one group at a time.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Slot(pub usize);
+
+/// Room for the gradients of one group as autograd left them, on their way off the device.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct GradientSet(pub usize);
+
+/// Room for one boundary activation on its way between device and home.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Passage(pub usize);
+
+/// A run of bytes on disk that pieces are cut from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Extent {
+    /// A state stream of a group.
+    State(GroupIndex, Stream),
+    /// The boundary activation that goes into a call.
+    Boundary(usize),
+}
+
+/// Where the optimizer finds the master parameters of a piece.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum MasterPlace {
+    /// In a buffer, as one run.
+    Buffer(Buffer),
+    /// In a device slot, tensor by tensor.
+    Slot(Slot),
+}
+
+/// One operation. `piece` counts within the run of its group or boundary.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[expect(
+    missing_docs,
+    reason = "the fields are the words defined above: group, stream, piece, buffer, slot, call"
+)]
+pub enum Operation {
+    /// Makes the initial values of a piece.
+    Initialize { group: GroupIndex, stream: Stream, piece: usize, buffer: Buffer },
+    /// Disk to buffer. With `fetch` it is the device that waits for it, otherwise the optimizer.
+    Read { extent: Extent, piece: usize, buffer: Buffer, fetch: bool },
+    /// Buffer to disk.
+    Write { extent: Extent, piece: usize, buffer: Buffer },
+    /// Buffer to slot.
+    Upload { group: GroupIndex, piece: usize, buffer: Buffer, slot: Slot },
+    /// Slot to buffer.
+    Download { group: GroupIndex, piece: usize, slot: Slot, buffer: Buffer },
+    /// The resident parameters enter their tensors.
+    Attach { slot: Slot },
+    /// A segment runs without a graph; with `passage` its input leaves the device afterwards.
+    Forward { call: usize, slot: Slot, passage: Option<Passage> },
+    /// A segment runs again with a graph and propagates back; its gradients leave in `gradients`.
+    Backward { call: usize, slot: Slot, passage: Option<Passage>, gradients: GradientSet },
+    /// The resident parameters leave their tensors, with their gradients if it was a training pass.
+    Detach { slot: Slot, gradients: Option<GradientSet> },
+    /// A piece of a boundary leaves the device.
+    SaveBoundary { call: usize, piece: usize, passage: Passage, buffer: Buffer },
+    /// A piece of a boundary returns to the device.
+    LoadBoundary { call: usize, piece: usize, passage: Passage, buffer: Buffer },
+    /// Gradients of a piece are scaled and put into, or added to, a buffer; the last time they are measured.
+    Accumulate {
+        group: GroupIndex,
+        piece: usize,
+        gradients: GradientSet,
+        buffer: Buffer,
+        add: bool,
+        measure: bool,
+    },
+    /// The gradient norm over all groups is known; with clipping, so is the factor.
+    Norm,
+    /// The optimizer updates a piece.
+    Update {
+        group: GroupIndex,
+        piece: usize,
+        master: MasterPlace,
+        first_moment: Buffer,
+        second_moment: Buffer,
+        gradient: Buffer,
+        clipped: bool,
+    },
+    /// A piece of master parameters is handed to the caller, for export and digests.
+    Collect { group: GroupIndex, piece: usize, master: MasterPlace },
+}
+
+/// What runs one operation after another and beside the others.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Queue {
+    /// Disk reads that the device waits for: parameters and boundaries.
+    FetchRead,
+    /// Disk reads that the optimizer waits for.
+    StateRead,
+    /// Disk writes.
+    DiskWrite,
+    /// Host to device copies.
+    Upload,
+    /// Device to host copies, with accumulation of gradients.
+    Download,
+    /// Candle, on the training thread.
+    Compute,
+    /// The optimizer's arithmetic on the host.
+    Optimizer,
+    /// The executor itself.
+    Control,
+}
+
+impl Queue {
+    /// All queues.
+    pub const ALL: [Self; 8] = [
+        Self::FetchRead,
+        Self::StateRead,
+        Self::DiskWrite,
+        Self::Upload,
+        Self::Download,
+        Self::Compute,
+        Self::Optimizer,
+        Self::Control,
+    ];
+
+    /// Name in reports.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::FetchRead => "disk read (fetch)",
+            Self::StateRead => "disk read (state)",
+            Self::DiskWrite => "disk write",
+            Self::Upload => "upload",
+            Self::Download => "download",
+            Self::Compute => "compute",
+            Self::Optimizer => "optimizer",
+            Self::Control => "control",
+        }
+    }
+}
+
+/// Something that only one operation uses at a time.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Resource {
+    /// A buffer.
+    Buffer(Buffer),
+    /// A slot.
+    Slot(Slot),
+    /// A gradient set.
+    Gradients(GradientSet),
+    /// A passage.
+    Passage(Passage),
+    /// A piece on disk.
+    Piece(Extent, usize),
+    /// The gradient statistics of the step.
+    Statistics,
+}
+
+impl MasterPlace {
+    fn resource(self) -> Resource {
+        match self {
+            Self::Buffer(buffer) => Resource::Buffer(buffer),
+            Self::Slot(slot) => Resource::Slot(slot),
+        }
+    }
+}
+
+impl Operation {
+    /// Everything that the operation uses. Its dependencies follow from this alone.
+    pub fn resources(&self) -> Vec<Resource> {
+        use Resource as R;
+        match *self {
+            Self::Initialize { buffer, .. } => vec![R::Buffer(buffer)],
+            Self::Read { extent, piece, buffer, .. } | Self::Write { extent, piece, buffer } => {
+                vec![R::Piece(extent, piece), R::Buffer(buffer)]
+            }
+            Self::Upload { buffer, slot, .. } | Self::Download { buffer, slot, .. } => {
+                vec![R::Buffer(buffer), R::Slot(slot)]
+            }
+            Self::Attach { slot } => vec![R::Slot(slot)],
+            Self::Forward { slot, passage, .. } => {
+                let mut used = vec![R::Slot(slot)];
+                used.extend(passage.map(R::Passage));
+                used
+            }
+            Self::Backward { slot, passage, gradients, .. } => {
+                let mut used = vec![R::Slot(slot), R::Gradients(gradients)];
+                used.extend(passage.map(R::Passage));
+                used
+            }
+            Self::Detach { slot, gradients } => {
+                let mut used = vec![R::Slot(slot)];
+                used.extend(gradients.map(R::Gradients));
+                used
+            }
+            Self::SaveBoundary { passage, buffer, .. } | Self::LoadBoundary { passage, buffer, .. } => {
+                vec![R::Passage(passage), R::Buffer(buffer)]
+            }
+            Self::Accumulate { gradients, buffer, measure, .. } => {
+                let mut used = vec![R::Gradients(gradients), R::Buffer(buffer)];
+                if measure {
+                    used.push(R::Statistics);
+                }
+                used
+            }
+            Self::Norm => vec![R::Statistics],
+            Self::Update { master, first_moment, second_moment, gradient, clipped, .. } => {
+                let mut used = vec![
+                    master.resource(),
+                    R::Buffer(first_moment),
+                    R::Buffer(second_moment),
+                    R::Buffer(gradient),
+                ];
+                if clipped {
+                    used.push(R::Statistics);
+                }
+                used
+            }
+            Self::Collect { master, .. } => vec![master.resource()],
+        }
+    }
+
+    /// The queue that runs it.
+    pub fn queue(&self) -> Queue {
+        match self {
+            Self::Read { fetch: true, .. } => Queue::FetchRead,
+            Self::Read { fetch: false, .. } => Queue::StateRead,
+            Self::Write { .. } => Queue::DiskWrite,
+            Self::Upload { .. } | Self::LoadBoundary { .. } => Queue::Upload,
+            Self::Download { .. }
+            | Self::SaveBoundary { .. }
+            | Self::Accumulate { .. }
+            | Self::Collect { .. } => Queue::Download,
+            Self::Attach { .. } | Self::Forward { .. } | Self::Backward { .. } | Self::Detach { .. } => {
+                Queue::Compute
+            }
+            Self::Initialize { .. } | Self::Update { .. } => Queue::Optimizer,
+            Self::Norm => Queue::Control,
+        }
+    }
+}

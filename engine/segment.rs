@@ -1,0 +1,300 @@
+//! A segment runs the user's module with parameters that are only there while it runs, inside candle's own autograd.
+//!
+//! Going forward, a segment waits for its group, lets the module compute, and makes the parameters vacant again: what
+//! stays in candle's graph is one operation with the segment's input. Going back, that operation fetches the group again, computes
+//! the segment once more with a graph, feeds the upstream gradient into it, and hands every parameter's gradient to the
+//! executor (recomputation as in Chen et al., "Training deep nets with sublinear memory cost", arXiv 1604.06174).
+
+use crate::error::{Error, Result};
+use crate::pass::Passes;
+use crate::vacancy::{self, DeviceRun};
+use candle_core::{
+    CpuStorage, CudaStorage, CustomOp1, CustomOp2, CustomOp3, DType, Layout, Module, Shape, Storage, Tensor,
+    bail,
+};
+use std::sync::{Arc, Mutex};
+
+/// A part of the user's model that is fetched, run and released as one. Made by [`Engine::segment`](crate::Engine::segment).
+///
+/// It is a [`Module`] if the user's part is one; [`Segment::call`] runs parts with more inputs than one.
+pub struct Segment<M> {
+    inner: Arc<Inner<M>>,
+}
+
+struct Inner<M> {
+    module: M,
+    group: usize,
+    passes: Passes,
+}
+
+impl<M> Clone for Segment<M> {
+    fn clone(&self) -> Self {
+        Self { inner: self.inner.clone() }
+    }
+}
+
+impl<M: Module + Send + Sync + 'static> Module for Segment<M> {
+    fn forward(&self, xs: &Tensor) -> candle_core::Result<Tensor> {
+        self.call(&[xs], |module, inputs| module.forward(&inputs[0]))
+    }
+}
+
+/// Runs the user's part on given inputs.
+type Run = dyn Fn(&[Tensor]) -> candle_core::Result<Tensor> + Send + Sync;
+
+impl<M: Send + Sync + 'static> Segment<M> {
+    pub(crate) fn new(module: M, group: usize, passes: Passes) -> Self {
+        Self { inner: Arc::new(Inner { module, group, passes }) }
+    }
+
+    /// Runs `run` on the segment's module and its inputs, of which up to three may need gradients. It may run again in the backward pass, and must then
+    /// compute the same; what it captures gets no gradient unless it is a parameter.
+    ///
+    /// The first input is the segment's boundary activation. Where the plan keeps boundaries off the device, the
+    /// tensor passed as the first input has no storage any more after the call.
+    ///
+    /// # Errors
+    /// Whatever `run` returns; [`Error::OutsideStep`], [`Error::OrderChanged`], and errors of the tiers.
+    pub fn call<F>(&self, inputs: &[&Tensor], run: F) -> candle_core::Result<Tensor>
+    where
+        F: Fn(&M, &[Tensor]) -> candle_core::Result<Tensor> + Send + Sync + 'static,
+    {
+        let inner = self.inner.clone();
+        let kind = std::any::type_name::<F>();
+        let run: Arc<Run> = Arc::new(move |inputs| run(&inner.module, inputs));
+        let passes = &self.inner.passes;
+        passes.report(call(passes, self.inner.group, kind, run, inputs))
+    }
+}
+
+fn call(
+    passes: &Passes,
+    group: usize,
+    kind: &'static str,
+    run: Arc<Run>,
+    inputs: &[&Tensor],
+) -> Result<Tensor> {
+    if inputs.is_empty() {
+        return Err(Error::Unsupported("a segment needs an input".into()));
+    }
+    if vacancy::is_vacant(inputs[0]) {
+        return Err(Error::Unsupported(
+            "the input of this segment has left the device as the boundary of an earlier one: a tensor that two \
+             segments read needs boundaries on the device"
+                .into(),
+        ));
+    }
+    let mut forward = passes.begin_forward(group, kind, inputs)?;
+    let output = forward.compute(|| {
+        let inputs: Vec<Tensor> = inputs.iter().map(|input| input.detach()).collect();
+        let output = run(&inputs)?;
+        let shape = output.shape().clone();
+        // An output that is a view of an input must not take the input's storage with it.
+        let shared = inputs.iter().any(|input| vacancy::address(input) == vacancy::address(&output));
+        if output.dtype() != DType::F32 {
+            bail!("a segment's output must be F32, not {:?}", output.dtype())
+        }
+        let values =
+            if shared { output.flatten_all()?.to_vec1::<f32>()? } else { vacancy::into_run(&output)? };
+        Ok((values, shape))
+    });
+    let (values, shape) = match output {
+        Ok(output) => output,
+        Err(error) => {
+            forward.finish(None)?;
+            return Err(error);
+        }
+    };
+    let Some(call) = forward.graph_call() else {
+        forward.finish(None)?;
+        return Ok(Tensor::from_storage(
+            Storage::Cpu(CpuStorage::F32(values)),
+            shape,
+            candle_core::op::BackpropOp::none(),
+            false,
+        ));
+    };
+    let output = Mutex::new(Some((values, shape)));
+    let inputs: Vec<Tensor> = inputs.iter().map(|&input| input.clone()).collect();
+    let tracked: Vec<Tensor> = inputs.iter().filter(|input| input.track_op()).cloned().collect();
+    let first = inputs[0].clone();
+    let operation = SegmentOperation { passes: passes.clone(), group, call, run, inputs, output };
+    let node = match tracked.as_slice() {
+        // The parameters are not in the graph, so without a tracked input candle would not come back to this segment.
+        [] => vacancy::leaf(vec![0.0], &Shape::from(())).apply_op1(operation),
+        [first] => first.apply_op1(operation),
+        [first, second] => first.apply_op2(second, operation),
+        [first, second, third] => first.apply_op3(second, third, operation),
+        _ => Err(candle_core::Error::Msg("a segment takes at most three inputs that need gradients".into())),
+    };
+    let boundary = if node.is_ok() && forward.moves_boundary() { Some(vacancy::take(&first)?) } else { None };
+    forward.finish(boundary)?;
+    Ok(node?)
+}
+
+/// The segment as candle's graph knows it.
+struct SegmentOperation {
+    passes: Passes,
+    group: usize,
+    call: usize,
+    run: Arc<Run>,
+    inputs: Vec<Tensor>,
+    /// What the module computed, until the graph's node takes it.
+    output: Mutex<Option<(DeviceRun, Shape)>>,
+}
+
+impl SegmentOperation {
+    fn output(&self) -> candle_core::Result<(CpuStorage, Shape)> {
+        match self.output.lock().ok().and_then(|mut output| output.take()) {
+            Some((values, shape)) => Ok((CpuStorage::F32(values), shape)),
+            None => bail!("a segment's operation ran twice"),
+        }
+    }
+
+    /// Gradients of the tracked inputs, in order.
+    fn backward(&self, upstream: &Tensor) -> candle_core::Result<std::vec::IntoIter<Tensor>> {
+        self.passes.report(self.try_backward(upstream)).map(Vec::into_iter)
+    }
+
+    fn try_backward(&self, upstream: &Tensor) -> Result<Vec<Tensor>> {
+        let mut backward = self.passes.begin_backward(self.group, self.call, &self.inputs)?;
+        let tracked = || self.inputs.iter().filter(|input| input.track_op());
+        if backward.is_known() {
+            backward.finish(None)?;
+            return Ok(tracked().map(|input| input.zeros_like()).collect::<candle_core::Result<_>>()?);
+        }
+        let boundary = backward.take_boundary();
+        let first = &self.inputs[0];
+        let restores = boundary.is_none() && first.track_op() && vacancy::owns_plain_storage(first);
+        let mut leaves = vec![match boundary {
+            Some(values) => vacancy::leaf(values, first.shape()),
+            None if restores => vacancy::leaf(vacancy::take(first)?, first.shape()),
+            None => leaf_of(first)?,
+        }];
+        for input in &self.inputs[1..] {
+            leaves.push(leaf_of(input)?);
+        }
+        let gradients = backward.compute(|sink| {
+            let output = (self.run)(&leaves)?;
+            if output.shape() != upstream.shape() {
+                bail!("a segment gave {:?} and, run again, {:?}", upstream.shape(), output.shape())
+            }
+            let mut store = output.apply_op1(Inject(upstream.clone()))?.backward()?;
+            let of_inputs: Vec<Option<Tensor>> = leaves.iter().map(|leaf| store.remove(leaf)).collect();
+            if of_inputs[0].is_none() && first.track_op() {
+                sink.note_cut_input();
+            }
+            Ok((of_inputs, sink.collect(&mut store)?))
+        });
+        if restores {
+            vacancy::fill(first, vacancy::take(&leaves[0])?)?;
+        }
+        let (of_inputs, of_parameters) = match gradients {
+            Ok(gradients) => gradients,
+            Err(error) => {
+                backward.finish(None)?;
+                return Err(error);
+            }
+        };
+        backward.finish(Some(of_parameters))?;
+        let of_tracked = self.inputs.iter().zip(of_inputs).filter(|(input, _)| input.track_op());
+        // Candle expects a gradient for every input that it tracks; a mask or the like may have none.
+        let complete =
+            |(input, gradient): (&Tensor, Option<Tensor>)| gradient.map_or_else(|| input.zeros_like(), Ok);
+        Ok(of_tracked.map(complete).collect::<candle_core::Result<_>>()?)
+    }
+}
+
+/// An input as a leaf of the segment's own graph: a copy that gets a gradient, if candle tracks it outside.
+fn leaf_of(input: &Tensor) -> Result<Tensor> {
+    if input.track_op() && input.dtype() == DType::F32 {
+        Ok(vacancy::leaf(input.flatten_all()?.to_vec1::<f32>()?, input.shape()))
+    } else {
+        Ok(input.detach())
+    }
+}
+
+const NAME: &str = "segment";
+
+impl CustomOp1 for SegmentOperation {
+    fn name(&self) -> &'static str {
+        NAME
+    }
+    fn cpu_fwd(&self, _: &CpuStorage, _: &Layout) -> candle_core::Result<(CpuStorage, Shape)> {
+        self.output()
+    }
+    fn bwd(&self, _: &Tensor, _: &Tensor, upstream: &Tensor) -> candle_core::Result<Option<Tensor>> {
+        Ok(self.backward(upstream)?.next())
+    }
+}
+
+impl CustomOp2 for SegmentOperation {
+    fn name(&self) -> &'static str {
+        NAME
+    }
+    fn cpu_fwd(
+        &self,
+        _: &CpuStorage,
+        _: &Layout,
+        _: &CpuStorage,
+        _: &Layout,
+    ) -> candle_core::Result<(CpuStorage, Shape)> {
+        self.output()
+    }
+    fn bwd(
+        &self,
+        _: &Tensor,
+        _: &Tensor,
+        _: &Tensor,
+        upstream: &Tensor,
+    ) -> candle_core::Result<(Option<Tensor>, Option<Tensor>)> {
+        let mut gradients = self.backward(upstream)?;
+        Ok((gradients.next(), gradients.next()))
+    }
+}
+
+impl CustomOp3 for SegmentOperation {
+    fn name(&self) -> &'static str {
+        NAME
+    }
+    fn cpu_fwd(
+        &self,
+        _: &CpuStorage,
+        _: &Layout,
+        _: &CpuStorage,
+        _: &Layout,
+        _: &CpuStorage,
+        _: &Layout,
+    ) -> candle_core::Result<(CpuStorage, Shape)> {
+        self.output()
+    }
+    fn bwd(
+        &self,
+        _: &Tensor,
+        _: &Tensor,
+        _: &Tensor,
+        _: &Tensor,
+        upstream: &Tensor,
+    ) -> candle_core::Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
+        let mut gradients = self.backward(upstream)?;
+        Ok((gradients.next(), gradients.next(), gradients.next()))
+    }
+}
+
+/// Starts a backward pass from a given upstream gradient: no arithmetic of its own.
+struct Inject(Tensor);
+
+impl CustomOp1 for Inject {
+    fn name(&self) -> &'static str {
+        "upstream gradient"
+    }
+    fn cpu_fwd(&self, _: &CpuStorage, _: &Layout) -> candle_core::Result<(CpuStorage, Shape)> {
+        Ok((CpuStorage::F32(vec![0.0]), Shape::from(())))
+    }
+    fn cuda_fwd(&self, _: &CudaStorage, _: &Layout) -> candle_core::Result<(CudaStorage, Shape)> {
+        bail!("segments on CUDA devices are not built yet: use Device::Cpu")
+    }
+    fn bwd(&self, _: &Tensor, _: &Tensor, _: &Tensor) -> candle_core::Result<Option<Tensor>> {
+        Ok(Some(self.0.clone()))
+    }
+}

@@ -1,0 +1,55 @@
+//! What really happened, recorded against the schedule.
+
+use crate::schedule::{Operation, Queue};
+
+/// One operation as it ran.
+#[derive(Debug, Clone, Copy)]
+pub struct TraceEvent {
+    /// The operation.
+    pub operation: Operation,
+    /// When it was started, in seconds since the executor was.
+    pub start_s: f64,
+    /// When it was done, in seconds since the executor was started.
+    pub end_s: f64,
+}
+
+/// The operations that finished since the last report.
+#[derive(Debug, Clone, Default)]
+pub struct Trace {
+    /// In the order in which they finished.
+    pub events: Vec<TraceEvent>,
+}
+
+impl Trace {
+    /// Seconds in which `queue` had at least one operation under way.
+    pub fn busy_s(&self, queue: Queue) -> f64 {
+        let mut spans: Vec<(f64, f64)> = self
+            .events
+            .iter()
+            .filter(|event| event.operation.queue() == queue)
+            .map(|event| (event.start_s, event.end_s))
+            .collect();
+        spans.sort_by(|a, b| a.0.total_cmp(&b.0));
+        let mut busy_s = 0.0;
+        let mut covered_until = f64::NEG_INFINITY;
+        for (start, end) in spans {
+            busy_s += (end - start.max(covered_until)).max(0.0);
+            covered_until = covered_until.max(end);
+        }
+        busy_s
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn overlapping_operations_of_a_queue_count_once() {
+        let event = |start_s, end_s| TraceEvent { operation: Operation::Norm, start_s, end_s };
+        let trace =
+            Trace { events: vec![event(0.0, 2.0), event(1.0, 3.0), event(5.0, 6.0), event(5.2, 5.4)] };
+        assert_eq!(trace.busy_s(Queue::Control), 4.0);
+        assert_eq!(trace.busy_s(Queue::Upload), 0.0);
+    }
+}

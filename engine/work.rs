@@ -1,0 +1,297 @@
+//! What each operation does to the memory that it holds. One function, run on the thread of the operation's queue.
+
+use crate::arrangement::Call;
+use crate::error::{Error, Result};
+use crate::layout::{Layout, Run};
+use crate::registry::Parameter;
+use crate::schedule::{GroupIndex, MasterPlace, Operation, Stream};
+use crate::vacancy::DeviceRun;
+use crossbeam::channel::Sender;
+use ferrozero_kernels::Pool;
+use ferrozero_kernels::adamw::{AdamWState, AdamWStep, adamw};
+use ferrozero_kernels::gradient::{Accumulate, GradientStatistics, accumulate};
+use ferrozero_kernels::initialize::initialize;
+use ferrozero_offload::Lease;
+use std::sync::OnceLock;
+
+/// The memory that one operation uses, in its hands from its start to its end.
+#[derive(Default)]
+pub struct Held {
+    /// Leases of its buffers, in the order of [`Operation::resources`].
+    pub buffers: Vec<Lease>,
+    /// Parameters in a slot, tensor by tensor.
+    pub slot: Option<Vec<DeviceRun>>,
+    /// Gradients as autograd left them; frozen parameters have an empty run.
+    pub gradients: Option<Vec<DeviceRun>>,
+    /// A boundary activation.
+    pub passage: Option<DeviceRun>,
+    /// Gradient statistics of each group.
+    pub statistics: Option<Vec<GradientStatistics>>,
+}
+
+/// The gradient norm of a step.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Norm {
+    /// Square root of the sum of squares over all trainable parameters, after averaging over micro-batches.
+    pub norm: f64,
+    /// What gradients are multiplied with: below one where clipping was needed.
+    pub factor: f32,
+}
+
+/// A piece of master parameters on its way to the caller.
+pub struct Collected {
+    /// Index into the table of the group.
+    pub entry: usize,
+    /// First element within the parameter.
+    pub entry_start: usize,
+    /// The values.
+    pub values: Vec<f32>,
+}
+
+/// What one run of a schedule is given.
+pub struct StepContext {
+    /// The optimizer's numbers; `weight_decay` is that of parameters that decay.
+    pub adamw: AdamWStep,
+    /// Factor on every gradient, one over the number of micro-batches.
+    pub gradient_scale: f32,
+    /// Largest gradient norm that is not scaled down.
+    pub clip: Option<f64>,
+    /// Filled in by [`Operation::Norm`].
+    pub norm: OnceLock<Norm>,
+    /// Receives what [`Operation::Collect`] reads.
+    pub collector: Option<Sender<Collected>>,
+}
+
+/// What stays the same for all operations of a run.
+pub struct Shared {
+    /// Groups and pieces.
+    pub layout: Layout,
+    /// Segments in the order in which they run.
+    pub calls: Vec<Call>,
+    /// Initial value of each parameter, by registry index.
+    pub parameters: Vec<Parameter>,
+    /// Seed of initial values.
+    pub seed: u64,
+    /// Threads of the host's arithmetic.
+    pub pool: Pool,
+}
+
+impl Shared {
+    /// Does what `operation` says.
+    pub fn perform(&self, operation: &Operation, held: &mut Held, context: &StepContext) -> Result<()> {
+        match *operation {
+            Operation::Initialize { group, stream, piece, .. } => self.initialize(group, stream, piece, held),
+            Operation::Upload { group, piece, .. } => self.upload(group, piece, held),
+            Operation::Download { group, piece, .. } => self.download(group, piece, held),
+            Operation::SaveBoundary { piece, .. } => self.save_boundary(piece, held),
+            Operation::LoadBoundary { call, piece, .. } => self.load_boundary(call, piece, held),
+            Operation::Accumulate { group, piece, add, measure, .. } => {
+                self.accumulate(group, piece, add, measure, held, context)
+            }
+            Operation::Norm => norm(held, context),
+            Operation::Update { group, piece, master, clipped, .. } => {
+                self.update(group, piece, master, clipped, held, context)
+            }
+            Operation::Collect { group, piece, master } => self.collect(group, piece, master, held, context),
+            Operation::Read { .. }
+            | Operation::Write { .. }
+            | Operation::Attach { .. }
+            | Operation::Forward { .. }
+            | Operation::Backward { .. }
+            | Operation::Detach { .. } => Err(internal("this operation runs on another queue")),
+        }
+    }
+
+    fn runs(&self, group: GroupIndex, stream: Stream, piece: usize) -> Vec<Run> {
+        let elements = stream.elements(&self.layout, group);
+        self.layout.groups[group].runs(self.layout.piece_range(elements, piece)).collect()
+    }
+
+    fn initialize(&self, group: GroupIndex, stream: Stream, piece: usize, held: &mut Held) -> Result<()> {
+        let values = first_buffer(held)?.as_f32_mut();
+        values.fill(0.0);
+        if stream != Stream::Master {
+            return Ok(());
+        }
+        for run in self.runs(group, stream, piece) {
+            let entry = &self.layout.groups[group].table[run.entry];
+            let init = &self.parameters[entry.parameter].init;
+            let target = &mut values[run.piece_start..run.piece_start + run.elements];
+            initialize(init, &entry.shape, self.seed, &entry.name, run.entry_start, target);
+        }
+        Ok(())
+    }
+
+    fn upload(&self, group: GroupIndex, piece: usize, held: &mut Held) -> Result<()> {
+        let Held { buffers, slot: Some(slot), .. } = held else {
+            return Err(internal("upload without a slot"));
+        };
+        let values = buffers[0].as_f32();
+        for run in self.runs(group, Stream::Master, piece) {
+            slot[run.entry][run.entry_start..run.entry_start + run.elements]
+                .copy_from_slice(&values[run.piece_start..run.piece_start + run.elements]);
+        }
+        Ok(())
+    }
+
+    fn download(&self, group: GroupIndex, piece: usize, held: &mut Held) -> Result<()> {
+        let Held { buffers, slot: Some(slot), .. } = held else {
+            return Err(internal("download without a slot"));
+        };
+        let values = buffers[0].as_f32_mut();
+        values.fill(0.0);
+        for run in self.runs(group, Stream::Master, piece) {
+            values[run.piece_start..run.piece_start + run.elements]
+                .copy_from_slice(&slot[run.entry][run.entry_start..run.entry_start + run.elements]);
+        }
+        Ok(())
+    }
+
+    fn save_boundary(&self, piece: usize, held: &mut Held) -> Result<()> {
+        let Held { buffers, passage: Some(boundary), .. } = held else {
+            return Err(internal("boundary without a passage"));
+        };
+        let range = self.layout.piece_range(boundary.len(), piece);
+        buffers[0].as_f32_mut()[..range.len()].copy_from_slice(&boundary[range.clone()]);
+        if range.end == boundary.len() {
+            *boundary = DeviceRun::new();
+        }
+        Ok(())
+    }
+
+    fn load_boundary(&self, call: usize, piece: usize, held: &mut Held) -> Result<()> {
+        let Held { buffers, passage: Some(boundary), .. } = held else {
+            return Err(internal("boundary without a passage"));
+        };
+        let elements = self.calls[call].boundary_elements;
+        boundary.resize(elements, 0.0);
+        let range = self.layout.piece_range(elements, piece);
+        boundary[range.clone()].copy_from_slice(&buffers[0].as_f32()[..range.len()]);
+        Ok(())
+    }
+
+    fn accumulate(
+        &self,
+        group: GroupIndex,
+        piece: usize,
+        add: bool,
+        measure: bool,
+        held: &mut Held,
+        context: &StepContext,
+    ) -> Result<()> {
+        let Held { buffers, gradients: Some(gradients), statistics, .. } = held else {
+            return Err(internal("accumulation without gradients"));
+        };
+        let target = buffers[0].as_f32_mut();
+        let how = if add { Accumulate::Add } else { Accumulate::Overwrite };
+        let mut measured = GradientStatistics::default();
+        if let (Some(statistics), true) = (&statistics, piece > 0) {
+            measured = statistics[group];
+        }
+        for run in self.runs(group, Stream::Gradient, piece) {
+            let target = &mut target[run.piece_start..run.piece_start + run.elements];
+            let gradient = &gradients[run.entry][run.entry_start..run.entry_start + run.elements];
+            accumulate(&self.pool, target, gradient, context.gradient_scale, how, &mut measured)
+                .map_err(|error| Error::Kernel(error.to_string()))?;
+        }
+        let elements = self.layout.groups[group].trainable_elements;
+        if piece + 1 == self.layout.piece_count(elements) {
+            gradients.clear();
+        }
+        let Some(statistics) = statistics.as_mut().filter(|_| measure) else { return Ok(()) };
+        statistics[group] = measured;
+        if measured.non_finite > 0 {
+            return Err(Error::NonFiniteGradient {
+                group: self.layout.groups[group].name.clone(),
+                step: context.adamw.step,
+                count: measured.non_finite,
+            });
+        }
+        Ok(())
+    }
+
+    fn update(
+        &self,
+        group: GroupIndex,
+        piece: usize,
+        master: MasterPlace,
+        clipped: bool,
+        held: &mut Held,
+        context: &StepContext,
+    ) -> Result<()> {
+        let Held { buffers, slot, .. } = held;
+        let (master_buffer, rest) = match master {
+            MasterPlace::Buffer(_) => buffers.split_at_mut(1),
+            MasterPlace::Slot(_) => buffers.split_at_mut(0),
+        };
+        let [first_moment, second_moment, gradient] = rest else {
+            return Err(internal("update without states"));
+        };
+        let (first_moment, second_moment) = (first_moment.as_f32_mut(), second_moment.as_f32_mut());
+        let mut step = context.adamw.clone();
+        if clipped {
+            let norm =
+                context.norm.get().ok_or_else(|| internal("clipped update before the norm is known"))?;
+            step.gradient_scale = norm.factor;
+        }
+        for run in self.runs(group, Stream::FirstMoment, piece) {
+            let within_piece = run.piece_start..run.piece_start + run.elements;
+            let master = match (&mut *master_buffer, slot.as_mut()) {
+                ([buffer], _) => &mut buffer.as_f32_mut()[within_piece.clone()],
+                (_, Some(slot)) => &mut slot[run.entry][run.entry_start..run.entry_start + run.elements],
+                _ => return Err(internal("update without parameters")),
+            };
+            let decays = self.layout.groups[group].table[run.entry].decays;
+            let step = AdamWStep {
+                weight_decay: if decays { context.adamw.weight_decay } else { 0.0 },
+                ..step.clone()
+            };
+            let state = AdamWState {
+                master,
+                first_moment: &mut first_moment[within_piece.clone()],
+                second_moment: &mut second_moment[within_piece.clone()],
+            };
+            adamw(&self.pool, &step, state, &gradient.as_f32()[within_piece], None)
+                .map_err(|error| Error::Kernel(error.to_string()))?;
+        }
+        Ok(())
+    }
+
+    fn collect(
+        &self,
+        group: GroupIndex,
+        piece: usize,
+        master: MasterPlace,
+        held: &mut Held,
+        context: &StepContext,
+    ) -> Result<()> {
+        let collector = context.collector.as_ref().ok_or_else(|| internal("collect without a collector"))?;
+        for run in self.runs(group, Stream::Master, piece) {
+            let values = match (master, &held.slot) {
+                (MasterPlace::Slot(_), Some(slot)) => &slot[run.entry][run.entry_start..][..run.elements],
+                _ => &first_buffer(held)?.as_f32()[run.piece_start..run.piece_start + run.elements],
+            };
+            let collected =
+                Collected { entry: run.entry, entry_start: run.entry_start, values: values.to_vec() };
+            collector.send(collected).map_err(|_| internal("the collector went away"))?;
+        }
+        Ok(())
+    }
+}
+
+fn norm(held: &mut Held, context: &StepContext) -> Result<()> {
+    let statistics = held.statistics.as_ref().ok_or_else(|| internal("norm without statistics"))?;
+    let norm = statistics.iter().map(|group| group.squared_norm).sum::<f64>().sqrt();
+    // As torch.nn.utils.clip_grad_norm_ does: the small term keeps a zero norm from dividing by zero.
+    let factor = context.clip.map_or(1.0, |clip| (clip / (norm + 1e-6)).min(1.0)) as f32;
+    context.norm.set(Norm { norm, factor }).map_err(|_| internal("the norm was computed twice"))
+}
+
+fn first_buffer(held: &mut Held) -> Result<&mut Lease> {
+    held.buffers.first_mut().ok_or_else(|| internal("operation without its buffer"))
+}
+
+/// A state that no user can cause: reported as an error all the same, so that the last commit stays reachable.
+pub fn internal(what: &str) -> Error {
+    Error::Unsupported(format!("internal error: {what}; please report it"))
+}

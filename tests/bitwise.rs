@@ -1,0 +1,134 @@
+//! Where never changes what: losses and weights have the same bits for every placement, disk backend, number of slots,
+//! look-ahead, piece size, number of threads and home of boundaries.
+
+mod support;
+
+use ferrozero::arrangement::GroupPlacement;
+use ferrozero::{BackendChoice, Config, Placement, Tier};
+use support::train;
+
+const BLOCKS: usize = 4;
+const STEPS: u64 = 3;
+
+/// A way to run, and its name for the message when it differs.
+struct Way {
+    name: String,
+    config: Config,
+    /// Keeps the folder of a run on disk until the run is over.
+    _folder: Option<tempfile::TempDir>,
+}
+
+fn way(name: impl Into<String>, config: Config) -> Way {
+    Way { name: name.into(), config, _folder: None }
+}
+
+fn on_disk(name: &str, config: Config) -> Way {
+    // Not in memory-backed /tmp: direct I/O should be what is tested where the system has it.
+    let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let config = Config { directory: Some(folder.path().join("run")), ..config };
+    Way { name: name.into(), config, _folder: Some(folder) }
+}
+
+fn ways() -> Vec<Way> {
+    let homes =
+        |tier| Config { placement: Placement::All(tier), piece_bytes: Some(8192), ..Config::default() };
+    let mut ways = vec![way("host", homes(Tier::Host)), way("device", homes(Tier::Device))];
+    for backend in [BackendChoice::Uring, BackendChoice::Pool] {
+        ways.push(on_disk(&format!("disk, {backend:?}"), Config { backend, ..homes(Tier::Disk) }));
+    }
+    let memory = || Config { backend: BackendChoice::Memory, ..homes(Tier::Disk) };
+    for slots in 1..=3 {
+        for look_ahead in [1, 2, 5] {
+            let name = format!("{slots} slots, {look_ahead} pieces ahead");
+            ways.push(way(name, Config { slots: Some(slots), look_ahead: Some(look_ahead), ..memory() }));
+        }
+    }
+    for piece_bytes in [4096, 12288, 1 << 20] {
+        ways.push(way(
+            format!("pieces of {piece_bytes}"),
+            Config { piece_bytes: Some(piece_bytes), ..memory() },
+        ));
+    }
+    for threads in [1, 2] {
+        ways.push(way(format!("{threads} threads"), Config { threads: Some(threads), ..memory() }));
+    }
+    for boundaries in [Tier::Host, Tier::Disk] {
+        ways.push(way(
+            format!("boundaries on {boundaries}"),
+            Config { boundaries: Some(boundaries), ..memory() },
+        ));
+    }
+    for mixed in [
+        GroupPlacement {
+            master: Tier::Device,
+            first_moment: Tier::Disk,
+            second_moment: Tier::Host,
+            gradient: Tier::Disk,
+        },
+        GroupPlacement {
+            master: Tier::Disk,
+            first_moment: Tier::Host,
+            second_moment: Tier::Device,
+            gradient: Tier::Host,
+        },
+        GroupPlacement {
+            master: Tier::Host,
+            first_moment: Tier::Device,
+            second_moment: Tier::Disk,
+            gradient: Tier::Device,
+        },
+    ] {
+        ways.push(way(format!("{mixed:?}"), Config { placement: Placement::Each(mixed), ..memory() }));
+    }
+    ways
+}
+
+/// Runs every way with and without clipping, and with one and four micro-batches.
+fn one_digest(clip: Option<f64>, accumulate: usize) {
+    let with = |config: Config| Config { clip, accumulate, ..config };
+    let reference = with(Config { placement: Placement::All(Tier::Device), ..Config::default() });
+    let expected = train(reference, BLOCKS, STEPS).unwrap();
+    for way in ways() {
+        let found = match train(with(way.config), BLOCKS, STEPS) {
+            Err(ferrozero::Error::Offload(ferrozero_offload::Error::UringUnavailable { source })) => {
+                println!("skipped {}: io_uring is not available here ({source})", way.name);
+                continue;
+            }
+            found => found.unwrap_or_else(|error| panic!("{}: {error}", way.name)),
+        };
+        assert_eq!(found, expected, "{} (clip {clip:?}, {accumulate} micro-batches)", way.name);
+    }
+}
+
+#[test]
+fn without_clipping() {
+    one_digest(None, 1);
+}
+
+#[test]
+fn with_clipping() {
+    one_digest(Some(0.05), 1);
+}
+
+#[test]
+fn without_clipping_over_four_micro_batches() {
+    one_digest(None, 4);
+}
+
+#[test]
+fn with_clipping_over_four_micro_batches() {
+    one_digest(Some(0.05), 4);
+}
+
+#[test]
+fn a_clip_that_is_never_reached_changes_nothing() {
+    let unclipped = train(Config::default(), BLOCKS, STEPS).unwrap();
+    assert_eq!(train(Config { clip: Some(1e9), ..Config::default() }, BLOCKS, STEPS).unwrap(), unclipped);
+    assert_ne!(train(Config { clip: Some(0.05), ..Config::default() }, BLOCKS, STEPS).unwrap(), unclipped);
+}
+
+#[test]
+fn another_seed_gives_other_weights() {
+    let default = train(Config::default(), 1, 1).unwrap();
+    assert_ne!(train(Config { seed: 1, ..Config::default() }, 1, 1).unwrap(), default);
+}

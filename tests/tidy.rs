@@ -1,0 +1,113 @@
+//! The style that a machine can check, so that nobody has to.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+/// Longest file of the library, in lines: longer ones are two rooms.
+const LONGEST_FILE_LINES: usize = 600;
+
+/// Every file that is ours, by extension.
+fn sources(extension: &str) -> Vec<PathBuf> {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let mut folders = vec![root.to_owned()];
+    let mut found = vec![];
+    while let Some(folder) = folders.pop() {
+        for entry in fs::read_dir(folder).unwrap() {
+            let path = entry.unwrap().path();
+            let name = path.file_name().unwrap().to_string_lossy().into_owned();
+            if path.is_dir() && name != "target" && !name.starts_with('.') {
+                folders.push(path);
+            } else if path.extension().is_some_and(|found| found == extension) {
+                found.push(path);
+            }
+        }
+    }
+    found
+}
+
+fn library_sources() -> impl Iterator<Item = (PathBuf, String)> {
+    let of_library = |path: &PathBuf| {
+        let path = path.strip_prefix(env!("CARGO_MANIFEST_DIR")).unwrap();
+        !["tests", "benches", "examples"]
+            .iter()
+            .any(|folder| path.components().any(|c| c.as_os_str() == *folder))
+    };
+    sources("rs").into_iter().filter(of_library).map(|path| {
+        let text = fs::read_to_string(&path).unwrap();
+        (path, text)
+    })
+}
+
+/// The text before the unit tests.
+fn before_tests(text: &str) -> &str {
+    text.split("#[cfg(test)]").next().unwrap_or(text)
+}
+
+#[test]
+fn files_are_rooms_and_not_halls() {
+    for (path, text) in library_sources() {
+        let lines = before_tests(&text).lines().count();
+        assert!(lines <= LONGEST_FILE_LINES, "{} has {lines} lines", path.display());
+    }
+}
+
+/// What no user, file or device can cause may panic, where a comment says why it cannot happen.
+#[test]
+fn the_library_does_not_panic_on_what_a_user_or_a_file_does() {
+    // Spelled so that this file does not find itself.
+    let calls = ["unwrap", "expect"].map(|name| format!(".{name}("));
+    let macros = ["panic", "todo", "unimplemented"].map(|name| format!("{name}!("));
+    for (path, text) in library_sources() {
+        let mut excused = false;
+        for (number, line) in before_tests(&text).lines().enumerate() {
+            let is_code = !line.trim_start().starts_with("//") && !std::mem::take(&mut excused);
+            excused = line.contains("// INVARIANT:");
+            let found = calls.iter().chain(&macros).find(|call| is_code && line.contains(call.as_str()));
+            assert!(found.is_none(), "{}:{}: {line}: make it an error", path.display(), number + 1);
+        }
+    }
+}
+
+#[test]
+fn unsafe_code_stays_where_it_is_needed() {
+    let allowed = ["arena", "memory", "uring", "io", "simd", "adamw", "gradient", "convert", "ops", "vector"];
+    for (path, text) in library_sources() {
+        let has_unsafe = before_tests(&text).lines().any(|line| {
+            let code = line.split("//").next().unwrap_or(line);
+            code.contains("unsafe {") || code.contains("unsafe fn") || code.contains("unsafe impl")
+        });
+        let here = path.with_extension("");
+        let in_place = here.components().any(|part| allowed.iter().any(|name| part.as_os_str() == *name));
+        assert!(
+            !has_unsafe || in_place,
+            "{} has unsafe code: see the rooms in ARCHITECTURE.md",
+            path.display()
+        );
+    }
+}
+
+#[test]
+fn every_module_says_what_it_is_for() {
+    for (path, text) in library_sources() {
+        assert!(text.starts_with("//!"), "{} does not start with //!", path.display());
+    }
+}
+
+#[test]
+fn text_files_are_clean() {
+    for extension in ["rs", "md", "toml", "py"] {
+        for path in sources(extension) {
+            let text = fs::read_to_string(&path).unwrap();
+            for (number, line) in text.lines().enumerate() {
+                let place = format!("{}:{}", path.display(), number + 1);
+                assert!(!line.contains('\t'), "{place}: a tab");
+                assert_eq!(line, line.trim_end(), "{place}: space at the end");
+            }
+            assert!(
+                text.is_empty() || text.ends_with('\n'),
+                "{} does not end with a new line",
+                path.display()
+            );
+        }
+    }
+}
