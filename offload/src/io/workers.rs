@@ -43,6 +43,7 @@ impl Workers {
 
     /// A way to send jobs that keeps the threads alive as long as it exists.
     pub(crate) fn sender(&self) -> Sender<Job> {
+        // INVARIANT: the sender is taken on drop only, and `self` is still there.
         self.jobs.clone().expect("taken only on drop")
     }
 
