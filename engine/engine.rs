@@ -14,7 +14,7 @@ use candle_nn::VarBuilder;
 use ferrozero_offload::io::FaultPlan;
 use ferrozero_offload::{BackendChoice, Store, Throttle, Tier};
 use std::fmt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
 /// Settings of an engine. Everything has a default; what is none is found out or not limited.
@@ -160,6 +160,15 @@ impl Engine {
             resumed,
             piece_bytes,
         })
+    }
+
+    /// The value that was given to the last [`Trainer::commit`] in a folder, without resuming it.
+    ///
+    /// # Errors
+    /// What the disk store says of the folder.
+    pub fn committed(directory: &Path) -> Result<serde_json::Value> {
+        let config = Config { directory: Some(directory.to_owned()), resume: true, ..Config::default() };
+        Ok(Self::new(config)?.resumed().cloned().unwrap_or_default())
     }
 
     /// What the user's side of a resumed checkpoint says: the value given to [`Trainer::commit`].

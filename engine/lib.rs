@@ -64,11 +64,16 @@
 
 pub mod arrangement;
 pub mod builder;
+pub mod byte_size;
 mod checkpoint;
+pub mod command;
+pub mod data;
 mod engine;
 mod error;
 mod executor;
+pub mod generate;
 pub mod layout;
+pub mod learning_rate;
 pub mod models;
 mod pass;
 pub mod plan;

@@ -1,3 +1,11 @@
 //! The command `ferrozero`.
 
-fn main() {}
+use ferrozero::CountingAllocator;
+use std::process::ExitCode;
+
+#[global_allocator]
+static ALLOCATOR: CountingAllocator = CountingAllocator;
+
+fn main() -> ExitCode {
+    ferrozero::command::run()
+}

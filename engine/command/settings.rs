@@ -1,0 +1,306 @@
+//! Settings of a training run: defaults, then a resumed run's, then a file's, then the command line's.
+
+use super::configuration;
+use crate::byte_size::ByteSize;
+use crate::error::{Error, Result};
+use crate::models::gpt::GptConfig;
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+use std::path::{Path, PathBuf};
+
+/// Options of `ferrozero train`.
+#[derive(Debug, Clone, Default, clap::Args, Serialize)]
+pub struct TrainArguments {
+    /// JSON file with settings: the names of these options, with _ for -
+    #[arg(long, value_name = "FILE.json")]
+    #[serde(skip)]
+    pub config: Option<PathBuf>,
+    /// Text file, or folder with text files [default: the sources and documents of cargo's packages]
+    #[arg(long, value_name = "PATH")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub data: Option<PathBuf>,
+    /// Hugging Face tokenizer [default: every byte is a token]
+    #[arg(long, value_name = "tokenizer.json")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub tokenizer: Option<PathBuf>,
+    /// Optimizer steps in all [default: 60]
+    #[arg(long)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub steps: Option<u64>,
+    /// Transformer blocks [default: 12]
+    #[arg(long)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub layers: Option<usize>,
+    /// Width of the model [default: 512]
+    #[arg(long)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub hidden: Option<usize>,
+    /// Attention heads [default: 8]
+    #[arg(long)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub heads: Option<usize>,
+    /// Tokens of a sequence [default: 128]
+    #[arg(long)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub seq: Option<usize>,
+    /// Sequences of a micro-batch [default: 4]
+    #[arg(long)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub batch: Option<usize>,
+    /// Micro-batches of a step [default: 1]
+    #[arg(long)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub accumulate: Option<usize>,
+    /// Memory that the run may use in all, as 512MiB or 16GiB [default: 384MiB]
+    #[arg(long, value_name = "SIZE")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub memory: Option<ByteSize>,
+    /// Memory of it that the device may use [default: not limited]
+    #[arg(long, value_name = "SIZE")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub device_memory: Option<ByteSize>,
+    /// Folder of the run, whose state is the checkpoint [default: ferrozero-run]
+    #[arg(long)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub dir: Option<PathBuf>,
+    /// Seed of initial values and of the data's order [default: 1]
+    #[arg(long)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub seed: Option<u64>,
+    /// Highest learning rate; it falls along a cosine to a tenth of it [default: 0.001]
+    #[arg(long)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub lr: Option<f64>,
+    /// Steps in which the learning rate rises [default: 10]
+    #[arg(long)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub warmup: Option<u64>,
+    /// Largest gradient norm that is not scaled down, 0 for no clipping [default: 1]
+    #[arg(long)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub clip: Option<f64>,
+    /// Weight decay of matrices [default: 0.1]
+    #[arg(long)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub weight_decay: Option<f64>,
+    /// Steps between two evaluations, 0 for one at the end only [default: 0]
+    #[arg(long)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub eval_every: Option<u64>,
+    /// Steps between two commits, 0 for one at the end only [default: 20]
+    #[arg(long)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub commit_every: Option<u64>,
+    /// Threads of the optimizer [default: one a processor]
+    #[arg(long)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub threads: Option<usize>,
+    /// Go on from the last commit in --dir, with its settings where no others are given
+    #[arg(long)]
+    #[serde(skip)]
+    pub resume: bool,
+    /// Write one JSON object a step and a last one with the summary on standard output
+    #[arg(long)]
+    #[serde(skip)]
+    pub json: bool,
+    /// Tokens of the text that is generated at the end, 0 for none [default: 80]
+    #[arg(long)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub sample: Option<usize>,
+}
+
+/// Settings that a run goes by, all of them known.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+#[expect(missing_docs, reason = "each field is the option of the same name, documented at TrainArguments")]
+pub struct TrainSettings {
+    pub data: Option<PathBuf>,
+    pub tokenizer: Option<PathBuf>,
+    pub steps: u64,
+    pub layers: usize,
+    pub hidden: usize,
+    pub heads: usize,
+    pub seq: usize,
+    pub batch: usize,
+    pub accumulate: usize,
+    pub memory: ByteSize,
+    pub device_memory: Option<ByteSize>,
+    pub dir: PathBuf,
+    pub seed: u64,
+    pub lr: f64,
+    pub warmup: u64,
+    pub clip: f64,
+    pub weight_decay: f64,
+    pub eval_every: u64,
+    pub commit_every: u64,
+    pub threads: Option<usize>,
+    pub sample: usize,
+}
+
+impl Default for TrainSettings {
+    fn default() -> Self {
+        Self {
+            data: None,
+            tokenizer: None,
+            steps: 60,
+            layers: 12,
+            hidden: 512,
+            heads: 8,
+            seq: 128,
+            batch: 4,
+            accumulate: 1,
+            memory: ByteSize(384 << 20),
+            device_memory: None,
+            dir: PathBuf::from("ferrozero-run"),
+            seed: 1,
+            lr: 1e-3,
+            warmup: 10,
+            clip: 1.0,
+            weight_decay: 0.1,
+            eval_every: 0,
+            commit_every: 20,
+            threads: None,
+            sample: 80,
+        }
+    }
+}
+
+/// Puts the members of `upper` over those of `lower`.
+fn overlay(lower: &mut Value, upper: Value) {
+    if let (Value::Object(lower), Value::Object(upper)) = (lower, upper) {
+        lower.extend(upper);
+    }
+}
+
+fn read_file(path: &Path) -> Result<Value> {
+    let text =
+        std::fs::read_to_string(path).map_err(|source| Error::File { path: path.to_owned(), source })?;
+    let value: Value = serde_json::from_str(&text)
+        .map_err(|error| configuration(format!("{} is not valid JSON: {error}", path.display())))?;
+    // Checked on its own, so that an error is known to be the file's.
+    serde_json::from_value::<TrainSettings>(value.clone())
+        .map_err(|error| configuration(format!("{}: {error}", path.display())))?;
+    Ok(value)
+}
+
+impl TrainSettings {
+    /// Brings the layers together. `resumed` are the settings of the run that is resumed.
+    ///
+    /// # Errors
+    /// [`Error::Configuration`] and [`Error::File`].
+    pub fn resolve(arguments: &TrainArguments, resumed: Option<Value>) -> Result<Self> {
+        let json = |error: serde_json::Error| configuration(error.to_string());
+        let mut value = serde_json::to_value(Self::default()).map_err(json)?;
+        overlay(&mut value, resumed.unwrap_or_default());
+        if let Some(path) = &arguments.config {
+            overlay(&mut value, read_file(path)?);
+        }
+        overlay(&mut value, serde_json::to_value(arguments).map_err(json)?);
+        let settings: Self = serde_json::from_value(value).map_err(json)?;
+        settings.check()?;
+        Ok(settings)
+    }
+
+    /// Folder of the run, before a checkpoint in it is known.
+    ///
+    /// # Errors
+    /// As [`Self::resolve`].
+    pub fn folder(arguments: &TrainArguments) -> Result<PathBuf> {
+        if let Some(dir) = &arguments.dir {
+            return Ok(dir.clone());
+        }
+        let from_file = arguments.config.as_deref().map(read_file).transpose()?;
+        let from_file = from_file.as_ref().and_then(|value| value.get("dir")?.as_str());
+        Ok(from_file.map_or(Self::default().dir, PathBuf::from))
+    }
+
+    fn check(&self) -> Result<()> {
+        let sizes = [
+            ("steps", self.steps as usize),
+            ("layers", self.layers),
+            ("hidden", self.hidden),
+            ("heads", self.heads),
+            ("seq", self.seq),
+            ("batch", self.batch),
+            ("accumulate", self.accumulate),
+            ("threads", self.threads.unwrap_or(1)),
+        ];
+        if let Some((name, _)) = sizes.iter().find(|(_, size)| *size == 0) {
+            return Err(configuration(format!("{name} must be at least 1")));
+        }
+        if !self.hidden.is_multiple_of(self.heads) {
+            let (hidden, heads) = (self.hidden, self.heads);
+            return Err(configuration(format!("hidden ({hidden}) must be a multiple of heads ({heads})")));
+        }
+        if self.warmup > self.steps {
+            let (warmup, steps) = (self.warmup, self.steps);
+            return Err(configuration(format!("warmup ({warmup}) must not be more than steps ({steps})")));
+        }
+        let numbers = [("lr", self.lr), ("clip", self.clip), ("weight_decay", self.weight_decay)];
+        if let Some((name, value)) = numbers.iter().find(|(_, value)| !value.is_finite() || *value < 0.0) {
+            return Err(configuration(format!("{name} is {value} and must be 0 or more")));
+        }
+        Ok(())
+    }
+
+    /// Sizes of the model.
+    pub fn model(&self, vocabulary: usize) -> GptConfig {
+        GptConfig {
+            vocabulary,
+            layers: self.layers,
+            hidden: self.hidden,
+            heads: self.heads,
+            sequence: self.seq,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn resolve_file(text: &str, arguments: TrainArguments) -> Result<TrainSettings> {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("train.json");
+        std::fs::write(&path, text).unwrap();
+        TrainSettings::resolve(&TrainArguments { config: Some(path), ..arguments }, None)
+    }
+
+    #[test]
+    fn the_command_line_is_over_the_file_which_is_over_the_resumed_run() {
+        let resumed = serde_json::json!({ "layers": 3, "hidden": 64, "seed": 9 });
+        let folder = tempfile::tempdir().unwrap();
+        let config = Some(folder.path().join("train.json"));
+        std::fs::write(config.as_ref().unwrap(), r#"{ "hidden": 96, "seq": 32, "memory": "1GiB" }"#).unwrap();
+        let arguments = TrainArguments { config, seq: Some(48), ..Default::default() };
+        let settings = TrainSettings::resolve(&arguments, Some(resumed)).unwrap();
+        let expected = TrainSettings {
+            layers: 3,
+            seed: 9,
+            hidden: 96,
+            memory: ByteSize(1 << 30),
+            seq: 48,
+            ..TrainSettings::default()
+        };
+        assert_eq!(settings, expected);
+    }
+
+    #[test]
+    fn what_is_wrong_is_named() {
+        let wrong = |text, part: &str| {
+            let error = resolve_file(text, TrainArguments::default()).unwrap_err().to_string();
+            assert!(error.contains(part), "{text}: {error}");
+        };
+        wrong("{ \"layer\": 3 }", "unknown field `layer`");
+        wrong("{ \"layer\": 3 }", "train.json");
+        wrong("{ \"layers\": \"three\" }", "three");
+        wrong("{ \"memory\": \"lots\" }", "512MiB");
+        wrong("{ \"layers\": 3", "not valid JSON");
+        wrong("{ \"heads\": 7 }", "multiple of heads (7)");
+        wrong("{ \"steps\": 0 }", "steps");
+        wrong("{ \"lr\": -1 }", "lr");
+        wrong("{ \"warmup\": 1000 }", "warmup (1000)");
+        let missing = TrainArguments { config: Some("nowhere.json".into()), ..Default::default() };
+        assert!(TrainSettings::resolve(&missing, None).unwrap_err().to_string().contains("nowhere.json"));
+    }
+}

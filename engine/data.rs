@@ -1,0 +1,372 @@
+//! Text for training: where it comes from, how it becomes tokens, and which tokens a step sees.
+
+use candle_core::{Device, Tensor};
+use ferrozero_kernels::philox::Stream;
+use sha2::{Digest, Sha256};
+use std::io::Read;
+use std::path::{Path, PathBuf};
+use tokenizers::Tokenizer as HuggingFaceTokenizer;
+
+/// Files above this are not prose and not source.
+const LARGEST_FILE_BYTES: u64 = 1 << 20;
+/// What the default corpus stops at.
+const DEFAULT_CORPUS_BYTES: usize = 32 << 20;
+/// Of how many tokens one is kept for validation.
+const VALIDATION_SHARE: usize = 50;
+
+/// What is wrong with the data.
+#[derive(Debug, thiserror::Error)]
+pub enum DataError {
+    /// A file or folder that cannot be read.
+    #[error("data {path}: {source}")]
+    Unreadable {
+        /// The file or folder.
+        path: PathBuf,
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// Nothing to train on.
+    #[error("no text in {place}: give a text file, or a folder with text files, with --data PATH")]
+    Empty {
+        /// Where text was looked for.
+        place: String,
+    },
+    /// Less than training and validation need.
+    #[error(
+        "the data has {tokens} tokens and at least {needed} are needed: give more text, or a shorter --seq"
+    )]
+    TooSmall {
+        /// Tokens of the data.
+        tokens: usize,
+        /// Tokens that one sequence for training and one for validation need.
+        needed: usize,
+    },
+    /// A tokenizer that cannot be used.
+    #[error("tokenizer {path}: {reason}")]
+    Tokenizer {
+        /// Its file.
+        path: PathBuf,
+        /// What is wrong.
+        reason: String,
+    },
+}
+
+/// Text, as one run of bytes.
+pub struct Corpus {
+    /// The text; files are separated by a zero byte.
+    pub text: Vec<u8>,
+    /// Where it is from, for people.
+    pub source: String,
+}
+
+impl Corpus {
+    /// The sources and documents of the packages that cargo has fetched: every machine that built this program has them.
+    ///
+    /// # Errors
+    /// [`DataError::Empty`] if there are none.
+    pub fn of_cargo_registry() -> Result<Self, DataError> {
+        let home = std::env::var_os("CARGO_HOME").map(PathBuf::from);
+        let home = home.or_else(|| std::env::home_dir().map(|home| home.join(".cargo"))).unwrap_or_default();
+        let folder = home.join("registry").join("src");
+        let mut text = vec![];
+        let mut files = vec![];
+        // Order and choice must not depend on the host of the registry, only on the packages.
+        for registry in sorted_entries(&folder).unwrap_or_default() {
+            list_files(&registry, &mut files)?;
+        }
+        files.retain(|path| path.extension().is_some_and(|extension| extension == "rs" || extension == "md"));
+        for path in files {
+            if text.len() >= DEFAULT_CORPUS_BYTES {
+                break;
+            }
+            append_text(&path, &mut text)?;
+        }
+        text.truncate(DEFAULT_CORPUS_BYTES);
+        let source = "the sources and documents of cargo's packages".to_owned();
+        if text.is_empty() {
+            Err(DataError::Empty { place: folder.display().to_string() })
+        } else {
+            Ok(Self { text, source })
+        }
+    }
+
+    /// The text of a file, or of all text files in a folder and below.
+    ///
+    /// # Errors
+    /// [`DataError::Unreadable`] and [`DataError::Empty`].
+    pub fn from_path(path: &Path) -> Result<Self, DataError> {
+        let unreadable = |source| DataError::Unreadable { path: path.to_owned(), source };
+        let mut text = vec![];
+        if path.metadata().map_err(unreadable)?.is_dir() {
+            let mut files = vec![];
+            list_files(path, &mut files)?;
+            for file in files {
+                append_text(&file, &mut text)?;
+            }
+        } else {
+            text = std::fs::read(path).map_err(unreadable)?;
+        }
+        let source = path.display().to_string();
+        if text.is_empty() { Err(DataError::Empty { place: source }) } else { Ok(Self { text, source }) }
+    }
+}
+
+fn sorted_entries(folder: &Path) -> std::io::Result<Vec<PathBuf>> {
+    let entries = std::fs::read_dir(folder)?;
+    let mut paths =
+        entries.map(|entry| entry.map(|entry| entry.path())).collect::<std::io::Result<Vec<_>>>()?;
+    paths.sort();
+    Ok(paths)
+}
+
+/// All files below a folder in the order of their names. Hidden ones and links are left out.
+fn list_files(folder: &Path, files: &mut Vec<PathBuf>) -> Result<(), DataError> {
+    let unreadable = |source| DataError::Unreadable { path: folder.to_owned(), source };
+    for path in sorted_entries(folder).map_err(unreadable)? {
+        let hidden = path.file_name().is_some_and(|name| name.to_string_lossy().starts_with('.'));
+        let Ok(metadata) = path.symlink_metadata() else { continue };
+        if !hidden && metadata.is_dir() {
+            list_files(&path, files)?;
+        } else if !hidden && metadata.is_file() {
+            files.push(path);
+        }
+    }
+    Ok(())
+}
+
+/// Appends a file if it is text of an ordinary size.
+fn append_text(path: &Path, text: &mut Vec<u8>) -> Result<(), DataError> {
+    let unreadable = |source| DataError::Unreadable { path: path.to_owned(), source };
+    let mut bytes = vec![];
+    let file = std::fs::File::open(path).map_err(unreadable)?;
+    file.take(LARGEST_FILE_BYTES + 1).read_to_end(&mut bytes).map_err(unreadable)?;
+    let is_text = !bytes.is_empty() && !bytes.contains(&0) && std::str::from_utf8(&bytes).is_ok();
+    if bytes.len() as u64 <= LARGEST_FILE_BYTES && is_text {
+        text.extend(bytes);
+        text.push(0);
+    }
+    Ok(())
+}
+
+/// How text becomes tokens.
+pub enum Tokenizer {
+    /// Every byte is a token.
+    Bytes,
+    /// A Hugging Face `tokenizer.json`.
+    HuggingFace(Box<HuggingFaceTokenizer>),
+}
+
+impl Tokenizer {
+    /// Reads a `tokenizer.json`.
+    ///
+    /// # Errors
+    /// [`DataError::Tokenizer`].
+    pub fn from_file(path: &Path) -> Result<Self, DataError> {
+        let refused = |error: tokenizers::Error| DataError::Tokenizer {
+            path: path.to_owned(),
+            reason: error.to_string(),
+        };
+        Ok(Self::HuggingFace(Box::new(HuggingFaceTokenizer::from_file(path).map_err(refused)?)))
+    }
+
+    /// Number of different tokens.
+    pub fn vocabulary(&self) -> usize {
+        match self {
+            Self::Bytes => 256,
+            Self::HuggingFace(tokenizer) => tokenizer.get_vocab_size(true),
+        }
+    }
+
+    /// Tokens of a text.
+    ///
+    /// # Errors
+    /// [`DataError::Tokenizer`] if the tokenizer cannot encode it.
+    pub fn encode(&self, text: &[u8]) -> Result<Vec<u32>, DataError> {
+        match self {
+            Self::Bytes => Ok(text.iter().map(|&byte| u32::from(byte)).collect()),
+            Self::HuggingFace(tokenizer) => {
+                let mut tokens = vec![];
+                // One document at a time: a tokenizer's working memory is many times its text.
+                for document in text.split(|&byte| byte == 0) {
+                    let document = String::from_utf8_lossy(document);
+                    let encoded = tokenizer.encode_fast(document.as_ref(), false).map_err(|error| {
+                        DataError::Tokenizer { path: "tokenizer.json".into(), reason: error.to_string() }
+                    })?;
+                    tokens.extend_from_slice(encoded.get_ids());
+                }
+                Ok(tokens)
+            }
+        }
+    }
+
+    /// Text of tokens; what is no valid text is replaced.
+    pub fn decode(&self, tokens: &[u32]) -> String {
+        match self {
+            Self::Bytes => {
+                let bytes: Vec<u8> = tokens.iter().map(|&token| token as u8).collect();
+                String::from_utf8_lossy(&bytes).into_owned()
+            }
+            Self::HuggingFace(tokenizer) => tokenizer.decode(tokens, true).unwrap_or_default(),
+        }
+    }
+}
+
+/// Inputs and targets of a micro-batch, both [batch, sequence].
+pub struct Batch {
+    /// Tokens.
+    pub inputs: Tensor,
+    /// The token after each.
+    pub targets: Tensor,
+}
+
+/// Tokens for training and validation. What a step sees is a function of seed and step alone, so that a resumed run needs nothing
+/// else to go on.
+pub struct Dataset {
+    tokens: Vec<u32>,
+    /// Where the validation part begins.
+    validation_start: usize,
+    windows: Stream,
+    batch: usize,
+    sequence: usize,
+}
+
+impl Dataset {
+    /// Splits tokens into a training and a validation part.
+    ///
+    /// # Errors
+    /// [`DataError::TooSmall`].
+    pub fn new(tokens: Vec<u32>, seed: u64, batch: usize, sequence: usize) -> Result<Self, DataError> {
+        let window = sequence + 1;
+        let validation = (tokens.len() / VALIDATION_SHARE).max(window);
+        let needed = 2 * window;
+        if tokens.len() < needed {
+            return Err(DataError::TooSmall { tokens: tokens.len(), needed });
+        }
+        let validation_start = tokens.len() - validation.min(tokens.len() - window);
+        Ok(Self { validation_start, windows: Stream::new(seed, "training windows"), tokens, batch, sequence })
+    }
+
+    /// SHA-256 of all tokens.
+    pub fn fingerprint(&self) -> String {
+        let mut hasher = Sha256::new();
+        for token in &self.tokens {
+            hasher.update(token.to_le_bytes());
+        }
+        hasher.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
+    }
+
+    /// Number of tokens.
+    pub fn len(&self) -> usize {
+        self.tokens.len()
+    }
+
+    /// Whether there are no tokens.
+    pub fn is_empty(&self) -> bool {
+        self.tokens.is_empty()
+    }
+
+    /// Random windows of the training part.
+    ///
+    /// # Errors
+    /// What candle says.
+    pub fn train_batch(
+        &self,
+        step: u64,
+        micro_batch: usize,
+        micro_batches: usize,
+    ) -> candle_core::Result<Batch> {
+        let starts = (self.validation_start - self.sequence) as u64;
+        let first = (step * micro_batches as u64 + micro_batch as u64) * self.batch as u64;
+        self.batch_at(
+            (first..first + self.batch as u64).map(|row| (self.windows.integer(row) % starts) as usize),
+        )
+    }
+
+    /// Evenly spread windows of the validation part: the same in every evaluation.
+    ///
+    /// # Errors
+    /// What candle says.
+    pub fn validation_batch(&self, number: usize, numbers: usize) -> candle_core::Result<Batch> {
+        let starts = self.tokens.len() - self.sequence - self.validation_start;
+        let rows = numbers * self.batch;
+        self.batch_at((0..self.batch).map(|row| {
+            self.validation_start + (number * self.batch + row) * starts.saturating_sub(1) / rows.max(1)
+        }))
+    }
+
+    fn batch_at(&self, starts: impl Iterator<Item = usize>) -> candle_core::Result<Batch> {
+        let (mut inputs, mut targets) = (vec![], vec![]);
+        for start in starts {
+            inputs.extend_from_slice(&self.tokens[start..start + self.sequence]);
+            targets.extend_from_slice(&self.tokens[start + 1..start + 1 + self.sequence]);
+        }
+        let shape = (self.batch, self.sequence);
+        Ok(Batch {
+            inputs: Tensor::from_vec(inputs, shape, &Device::Cpu)?,
+            targets: Tensor::from_vec(targets, shape, &Device::Cpu)?,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn rows(tensor: &Tensor) -> Vec<Vec<u32>> {
+        tensor.to_vec2().unwrap()
+    }
+
+    #[test]
+    fn batches_are_a_function_of_step_and_never_touch_the_validation_part() {
+        let data = Dataset::new((0..1000).collect(), 3, 4, 16).unwrap();
+        for step in 0..200 {
+            let batch = data.train_batch(step, 0, 1).unwrap();
+            for (inputs, targets) in rows(&batch.inputs).iter().zip(rows(&batch.targets)) {
+                assert!(inputs.iter().zip(&targets).all(|(input, target)| target - input == 1));
+                assert!((targets[15] as usize) < data.validation_start);
+            }
+            assert_eq!(rows(&data.train_batch(step, 0, 1).unwrap().inputs), rows(&batch.inputs));
+        }
+        let micro_batches: Vec<_> =
+            (0..2).map(|m| rows(&data.train_batch(5, m, 2).unwrap().inputs)).collect();
+        assert_ne!(micro_batches[0], micro_batches[1]);
+        for number in 0..3 {
+            for row in rows(&data.validation_batch(number, 3).unwrap().inputs) {
+                assert!(row[0] as usize >= data.validation_start);
+            }
+        }
+    }
+
+    #[test]
+    fn the_smallest_data_works_and_smaller_data_is_refused() {
+        let data = Dataset::new((0..34).collect(), 0, 2, 16).unwrap();
+        data.train_batch(0, 0, 1).unwrap();
+        data.validation_batch(0, 1).unwrap();
+        assert!(matches!(
+            Dataset::new((0..33).collect(), 0, 2, 16),
+            Err(DataError::TooSmall { needed: 34, .. })
+        ));
+    }
+
+    #[test]
+    fn folders_are_read_in_order_and_without_what_is_not_text() {
+        let folder = tempfile::tempdir().unwrap();
+        std::fs::create_dir(folder.path().join("b")).unwrap();
+        std::fs::write(folder.path().join("b/one.txt"), "one").unwrap();
+        std::fs::write(folder.path().join("a.txt"), "first").unwrap();
+        std::fs::write(folder.path().join("c.bin"), [0, 159, 146]).unwrap();
+        assert_eq!(Corpus::from_path(folder.path()).unwrap().text, b"first\0one\0");
+        assert_eq!(Corpus::from_path(&folder.path().join("a.txt")).unwrap().text, b"first");
+        let empty = tempfile::tempdir().unwrap();
+        assert!(matches!(Corpus::from_path(empty.path()), Err(DataError::Empty { .. })));
+        assert!(matches!(Corpus::from_path(&empty.path().join("x")), Err(DataError::Unreadable { .. })));
+    }
+
+    #[test]
+    fn bytes_come_back_as_they_were() {
+        let text = "größer als Speicher";
+        let tokens = Tokenizer::Bytes.encode(text.as_bytes()).unwrap();
+        assert_eq!(Tokenizer::Bytes.decode(&tokens), text);
+        assert!(Tokenizer::from_file(Path::new("nowhere/tokenizer.json")).is_err());
+    }
+}
