@@ -16,12 +16,14 @@ use std::{
 
 use crate::{Error, Lease, Notice};
 
+#[allow(unsafe_code)]
 mod directory;
 mod fault;
 mod mem;
 mod pool;
 mod progress;
 mod throttled;
+#[allow(unsafe_code)]
 mod uring;
 mod workers;
 

@@ -42,12 +42,17 @@
 //! backends with its backends and wrappers; `store` gives pieces, checksums and commits; [`memory`] counts what
 //! the rest of a process allocates.
 
+// `unsafe` is for memory that is mapped by hand and for system calls that std does not have, and nowhere else.
+#![deny(unsafe_code)]
+
+#[allow(unsafe_code)]
 mod arena;
 mod budget;
 mod clock;
 mod copy;
 mod error;
 pub mod io;
+#[allow(unsafe_code)]
 pub mod memory;
 mod notice;
 mod slot;

@@ -19,6 +19,9 @@
 //! | below [`LARGE_BYTES`], or aligned to more than a page | the system's allocator | its size | goes back to it |
 //! | any other | `mmap` | its size in whole pages | is kept while in use + kept ≤ limit, else unmapped |
 //!
+//! Without a limit every large block is mapped and unmapped anew, which costs more than the system's allocator: a
+//! program that installs this one should set a limit.
+//!
 //! Which row a block is in depends on its layout alone, so that freeing needs no look-up. All state is in atomics and
 //! in one table of fixed size under a spin lock: an allocator cannot allocate for itself, nor wait for a thread
 //! that does.

@@ -1,15 +1,4 @@
 //! Extents of bytes on disk, moved in checked pieces and committed as a whole.
-//!
-//! | file | holds |
-//! |---|---|
-//! | `state-a.bin`, `state-b.bin` | two places for each piece of the state extents, at the same offset in both |
-//! | `scratch.bin` | one place for each piece of the scratch extents |
-//! | `manifest.json` | the last commit: its generation, the extents, where each piece is, its checksum |
-//! | `.lock` | kept locked by the one process that uses the directory |
-//!
-//! A write goes to the place that the last commit does not hold, so until the next commit both the committed and the
-//! new bytes of a piece are on disk. A commit makes the data durable and then replaces the manifest in one step;
-//! no bytes of state are copied. What was written and not committed is forgotten when the store is opened again.
 
 use std::{
     fs,
@@ -100,7 +89,18 @@ pub struct Commit {
     pub application: serde_json::Value,
 }
 
-/// Extents on disk. Shared by reference between threads; see the [module](self) for the layout.
+/// Extents of bytes on disk, moved in checked pieces and committed as a whole. Shared by reference between threads.
+///
+/// | file | holds |
+/// |---|---|
+/// | `state-a.bin`, `state-b.bin` | two places for each piece of the state extents, at the same offset in both |
+/// | `scratch.bin` | one place for each piece of the scratch extents |
+/// | `manifest.json` | the last commit: its generation, the extents, where each piece is, its checksum |
+/// | `.lock` | kept locked by the one process that uses the directory |
+///
+/// A write goes to the place that the last commit does not hold, so until the next commit both the committed and the
+/// new bytes of a piece are on disk. A commit makes the data durable and then replaces the manifest in one step;
+/// no bytes of state are copied. What was written and not committed is forgotten when the store is opened again.
 pub struct Store {
     // Dropped in this order: the backend ends all transfers, and the checkers then run the callbacks.
     io: Arc<dyn Io>,
@@ -230,7 +230,7 @@ impl Store {
 
     /// Reads the latest bytes of a piece into the start of `lease`, which must be at least as long as the piece.
     ///
-    /// `on_done` runs once, on a thread of the store, and may start the next transfer. Its result is an error if the
+    /// `on_done` runs once, on a thread of the store, and may start the next transfer but must not wait for one. Its result is an error if the
     /// piece was never written, is being written, could not be read, or does not match its checksum.
     pub fn read(
         &self,
@@ -244,7 +244,7 @@ impl Store {
 
     /// Writes the start of `lease` to a piece, to the place that the last commit does not hold.
     ///
-    /// `on_done` runs once, on a thread of the store, and may start the next transfer. After an error the piece
+    /// `on_done` runs once, on a thread of the store, and may start the next transfer but must not wait for one. After an error the piece
     /// can be neither read nor committed until a write of it succeeds; the last commit is untouched.
     pub fn write(
         &self,
