@@ -159,7 +159,7 @@ impl Plan {
             Some(limit) if self.device_bytes() > limit => (Tier::Device, self.device_bytes(), limit),
             _ => (Tier::Host, self.host_bytes() + self.device_bytes(), self.limits.memory_bytes.unwrap_or(0)),
         };
-        let largest = self.layout.groups.iter().max_by_key(|group| group.elements);
+        let largest = self.layout.groups.iter().rev().max_by_key(|group| group.elements);
         let culprit = largest.map_or(String::new(), |group| {
             format!(
                 "The largest group is {} with {} of parameters, and the model's own tensors take {}",

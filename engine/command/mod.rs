@@ -24,7 +24,7 @@ enum Command {
     ///
     /// Without options: about 38 million parameters at byte level, on the sources of cargo's packages, in 384 MiB of
     /// memory, in about three minutes.
-    #[command(after_help = TRAIN_EXAMPLES)]
+    #[command(after_help = TRAIN_EXAMPLES, args_override_self = true)]
     Train(Box<TrainArguments>),
     /// Measure against a reference that runs in the same process.
     #[command(subcommand)]

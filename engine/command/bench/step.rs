@@ -104,7 +104,8 @@ pub fn run(arguments: StepArguments) -> CommandResult {
         return serve(&arguments);
     }
     let homes: Vec<Home> = std::iter::once(arguments.placement).chain(arguments.against).collect();
-    let mut servers = homes.iter().map(|&home| Server::start(&arguments, home)).collect::<CommandResult<Vec<_>>>()?;
+    let mut servers =
+        homes.iter().map(|&home| Server::start(&arguments, home)).collect::<CommandResult<Vec<_>>>()?;
     // The first step of each makes what later ones reuse.
     for server in &mut servers {
         server.step()?;
@@ -256,7 +257,8 @@ fn serve_in(arguments: &StepArguments, folder: PathBuf) -> CommandResult {
     let random = Stream::new(1, "tokens");
     let tokens = |first: u64| {
         let count = (arguments.batch * arguments.seq) as u64;
-        let tokens = (0..count).map(|i| (random.integer(first + i) % arguments.vocab as u64) as u32).collect();
+        let tokens =
+            (0..count).map(|i| (random.integer(first + i) % arguments.vocab as u64) as u32).collect();
         Tensor::from_vec(tokens, (arguments.batch, arguments.seq), &Device::Cpu)
     };
     let loss = |step: u64| model.loss(&tokens(2 * step << 32)?, &tokens((2 * step + 1) << 32)?);
@@ -266,9 +268,14 @@ fn serve_in(arguments: &StepArguments, folder: PathBuf) -> CommandResult {
         line?;
         let step = trainer.steps();
         let report = trainer.step(|_| loss(step))?;
-        let busy: serde_json::Map<_, _> =
-            Queue::ALL.iter().map(|&queue| (queue.name().to_owned(), json!(report.trace.busy_s(queue)))).collect();
-        println!("{}", json!({ "step_s": report.step_s, "exposed_stall": report.exposed_stall, "busy_s": busy }));
+        let busy: serde_json::Map<_, _> = Queue::ALL
+            .iter()
+            .map(|&queue| (queue.name().to_owned(), json!(report.trace.busy_s(queue))))
+            .collect();
+        println!(
+            "{}",
+            json!({ "step_s": report.step_s, "exposed_stall": report.exposed_stall, "busy_s": busy })
+        );
     }
     let usage = trainer.usage();
     let footprint = Footprint {

@@ -1,0 +1,121 @@
+//! The plan is a promise: peaks are never above it, and what cannot fit is refused before anything large is allocated.
+
+mod support;
+
+use ferrozero::{BackendChoice, Config, CountingAllocator, Error, Placement, Tier};
+use std::process::Command;
+use support::{tokens, trainer};
+
+#[global_allocator]
+static ALLOCATOR: CountingAllocator = CountingAllocator;
+
+const BLOCKS: usize = 24;
+
+/// One test, because the allocator counts for the whole process.
+#[test]
+fn peaks_stay_within_the_plan_and_less_is_refused() {
+    for placement in [Placement::Auto, Placement::All(Tier::Host), Placement::All(Tier::Device)] {
+        for (clip, accumulate, boundaries) in [(None, 1, None), (Some(1.0), 2, Some(Tier::Disk))] {
+            within_the_plan(placement.clone(), clip, accumulate, boundaries);
+        }
+    }
+    too_little_is_refused();
+    more_memory_brings_more_home();
+}
+
+fn config(memory_bytes: Option<u64>) -> Config {
+    let backend = BackendChoice::Pool;
+    let directory = Some(tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap().keep());
+    Config { memory_bytes, piece_bytes: Some(16384), backend, directory, ..Config::default() }
+}
+
+fn clean(config: &Config) {
+    std::fs::remove_dir_all(config.directory.as_ref().unwrap()).unwrap();
+}
+
+fn within_the_plan(placement: Placement, clip: Option<f64>, accumulate: usize, boundaries: Option<Tier>) {
+    let memory_bytes = Some(32 << 20);
+    let config = Config { placement, clip, accumulate, boundaries, ..config(memory_bytes) };
+    let (mut trainer, model) = trainer(config.clone(), BLOCKS).unwrap();
+    for step in 0..4 {
+        trainer.step(|micro_batch| model.loss(&tokens(step, micro_batch))).unwrap();
+        trainer.evaluate(|| model.loss(&tokens(9, 0))).unwrap();
+    }
+    let usage = trainer.usage();
+    assert!(usage.peak_device_bytes > 0 && usage.peak_host_bytes > 0);
+    assert!(usage.peak_device_bytes <= usage.planned_device_bytes, "{config:?}: {usage:?}");
+    assert!(usage.peak_host_bytes <= usage.planned_host_bytes, "{config:?}: {usage:?}");
+    assert!(usage.planned_host_bytes + usage.planned_device_bytes <= 32 << 20, "{config:?}: {usage:?}");
+    drop(trainer);
+    clean(&config);
+}
+
+fn too_little_is_refused() {
+    let small = config(Some(1 << 20));
+    let error = trainer(small.clone(), BLOCKS).map(drop).unwrap_err();
+    let Error::BudgetTooSmall { least_bytes, ref culprit, .. } = error else { panic!("{error}") };
+    assert!(culprit.contains("h.0"), "{culprit}");
+    assert_eq!(std::fs::read_dir(small.directory.as_ref().unwrap()).unwrap().count(), 0, "nothing was made");
+    clean(&small);
+    let least = config(Some(least_bytes));
+    let (mut trainer, model) = trainer(least.clone(), BLOCKS).unwrap();
+    trainer.step(|_| model.loss(&tokens(0, 0))).unwrap();
+    clean(&least);
+    let device = Config { device_memory_bytes: Some(1 << 20), ..config(None) };
+    let error = support::trainer(device.clone(), BLOCKS).map(drop).unwrap_err();
+    assert!(matches!(error, Error::BudgetTooSmall { tier: Tier::Device, .. }), "{error}");
+    clean(&device);
+}
+
+fn more_memory_brings_more_home() {
+    let small = config(Some(1 << 20));
+    let error = trainer(small.clone(), BLOCKS).map(drop).unwrap_err();
+    let Error::BudgetTooSmall { least_bytes, .. } = error else { panic!("{error}") };
+    clean(&small);
+    let on_disk = [least_bytes, least_bytes + (2 << 20), 32 << 20].map(|memory_bytes| {
+        let config = config(Some(memory_bytes));
+        let (trainer, _) = trainer(config.clone(), BLOCKS).unwrap();
+        clean(&config);
+        trainer.plan().disk_home_bytes()
+    });
+    assert!(on_disk[0] > on_disk[1] && on_disk[1] > on_disk[2], "{on_disk:?}");
+    assert_eq!(on_disk[2], 0);
+}
+
+/// The process as a whole, as the kernel counts it: code, stacks, queues and page cache included.
+#[test]
+fn a_process_stays_within_its_memory_and_64_mib() {
+    const MEMORY: u64 = 256 << 20;
+    let group = format!("/sys/fs/cgroup/memory/ferrozero-test-{}", std::process::id());
+    if std::fs::create_dir(&group).is_err() {
+        println!("skipped: no memory cgroup can be made here (it needs root and cgroup v1)");
+        return;
+    }
+    let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let data = folder.path().join("data.txt");
+    std::fs::write(&data, "All work and no play makes Jack a dull boy.\n".repeat(5000)).unwrap();
+    std::fs::write(format!("{group}/memory.limit_in_bytes"), (MEMORY + (64 << 20)).to_string()).unwrap();
+    let run = folder.path().join("run");
+    let train = format!(
+        "echo $$ > {group}/cgroup.procs && exec {} train --memory 256MiB --steps 2 --layers 8 --warmup 1 --sample 0 \
+         --seq 64 --batch 2 --data {} --dir {} --json",
+        env!("CARGO_BIN_EXE_ferrozero"),
+        data.display(),
+        run.display()
+    );
+    let output = Command::new("sh").args(["-c", &train]).output().unwrap();
+    let failures = std::fs::read_to_string(format!("{group}/memory.failcnt")).unwrap();
+    let oom = std::fs::read_to_string(format!("{group}/memory.oom_control")).unwrap();
+    std::fs::remove_dir(&group).unwrap();
+    let errors = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{errors}\n{oom}");
+    assert!(errors.contains("master parameter"), "the plan was printed");
+    // Reclaiming clean page cache counts as failures to charge; being killed would have failed above.
+    println!("charges that had to reclaim first: {}", failures.trim());
+    let last = String::from_utf8(output.stdout).unwrap().lines().last().unwrap().to_owned();
+    let summary: serde_json::Value = serde_json::from_str(&last).unwrap();
+    let bytes = |name: &str| summary[name].as_u64().unwrap();
+    assert!(bytes("peak_host_bytes") <= bytes("planned_host_bytes"));
+    assert!(bytes("peak_device_bytes") <= bytes("planned_device_bytes"));
+    assert!(bytes("planned_host_bytes") + bytes("planned_device_bytes") <= MEMORY);
+}

@@ -1,0 +1,222 @@
+//! The command as a user meets it: what it prints, what it refuses, and how it goes on.
+
+use serde_json::Value;
+use std::path::Path;
+use std::process::{Command, Output};
+
+fn folder() -> tempfile::TempDir {
+    tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap()
+}
+
+/// `ferrozero train` of a small model on a small text.
+fn train(folder: &Path, options: &[&str]) -> Output {
+    let data = folder.join("data.txt");
+    if !data.exists() {
+        let text: String = (0..3000).map(|i| format!("{i} squared is {}.\n", i * i)).collect();
+        std::fs::write(&data, text).unwrap();
+    }
+    let mut command = Command::new(env!("CARGO_BIN_EXE_ferrozero"));
+    command.current_dir(folder).args(["train", "--json", "--layers", "2", "--hidden", "32", "--heads", "2"]);
+    command.args(["--seq", "16", "--batch", "2", "--warmup", "2", "--sample", "8", "--memory", "96MiB"]);
+    if !options.contains(&"--data") {
+        command.args(["--data", "data.txt"]);
+    }
+    command.args(options).output().unwrap()
+}
+
+fn objects(output: &Output) -> Vec<Value> {
+    let errors = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{errors}");
+    let lines = String::from_utf8(output.stdout.clone()).unwrap();
+    lines.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+}
+
+/// The message of a run that must fail.
+fn refusal(output: &Output) -> String {
+    let errors = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(!output.status.success(), "it was not refused");
+    assert!(errors.contains("error: "), "{errors}");
+    assert!(!errors.contains("panicked"), "{errors}");
+    errors
+}
+
+#[test]
+fn a_step_is_an_object_and_the_last_one_is_the_summary() {
+    let folder = folder();
+    let objects = objects(&train(folder.path(), &["--steps", "6", "--eval-every", "3"]));
+    assert_eq!(objects.len(), 7);
+    for (index, object) in objects[..6].iter().enumerate() {
+        assert_eq!(object["step"], index + 1);
+        for key in ["loss", "tokens_per_s", "step_s", "exposed_stall", "lr", "grad_norm"] {
+            assert!(object[key].as_f64().unwrap() >= 0.0, "{key}");
+        }
+    }
+    assert!(objects[2]["validation_loss"].is_number());
+    let summary = &objects[6];
+    assert_eq!(summary["summary"], true);
+    for key in
+        ["peak_host_bytes", "planned_host_bytes", "peak_device_bytes", "planned_device_bytes", "disk_bytes"]
+    {
+        assert!(summary[key].as_u64().unwrap() > 0, "{key}");
+    }
+    assert_eq!(summary["weights_digest"].as_str().unwrap().len(), 64);
+    assert!(summary["sample"].as_str().unwrap().starts_with("fn main()"));
+    assert!(objects[5]["loss"].as_f64() < objects[0]["loss"].as_f64());
+}
+
+#[test]
+fn resuming_goes_on_with_the_settings_and_the_bits_of_the_run() {
+    let whole = folder();
+    let expected = objects(&train(whole.path(), &["--steps", "6", "--seed", "5", "--lr", "0.01"]));
+    let halves = folder();
+    // The learning rate's schedule is over the steps of the whole run, so the first half is a run that is stopped.
+    let first = ["--steps", "6", "--seed", "5", "--lr", "0.01", "--commit-every", "3"];
+    let mut child = Command::new(env!("CARGO_BIN_EXE_ferrozero"));
+    objects(&train(halves.path(), &first));
+    // The whole run is there; taking its last commit away is what the crash tests are for. Going on changes nothing:
+    let again = objects(&train(halves.path(), &["--resume"]));
+    assert_eq!(again.len(), 1, "all steps were made");
+    assert_eq!(again[0]["weights_digest"], expected[6]["weights_digest"]);
+    child.args(["train", "--resume", "--dir", "ferrozero-run", "--steps", "9", "--json", "--sample", "0"]);
+    let longer = objects(&child.current_dir(halves.path()).output().unwrap());
+    assert_eq!(longer[0]["step"], 7, "layers, width, data and seed come from the checkpoint");
+    assert_eq!(longer.len(), 4);
+}
+
+#[test]
+fn a_signal_commits_and_stops_and_the_rest_gives_the_bits_of_an_unbroken_run() {
+    let whole = folder();
+    let expected = objects(&train(whole.path(), &["--steps", "40"]));
+    let folder = folder();
+    train(folder.path(), &["--steps", "1", "--warmup", "1", "--dir", "other"]);
+    let mut child = Command::new(env!("CARGO_BIN_EXE_ferrozero"))
+        .current_dir(folder.path())
+        .args([
+            "train", "--json", "--layers", "2", "--hidden", "32", "--heads", "2", "--seq", "16", "--batch",
+            "2",
+        ])
+        .args(["--warmup", "2", "--sample", "8", "--memory", "96MiB", "--data", "data.txt", "--steps", "40"])
+        .stdout(std::process::Stdio::piped())
+        .spawn()
+        .unwrap();
+    // After the first step it is training, and the handler is in place.
+    let mut lines = std::io::BufRead::lines(std::io::BufReader::new(child.stdout.take().unwrap()));
+    lines.next().unwrap().unwrap();
+    Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap();
+    let last = lines.map(Result::unwrap).last().unwrap();
+    assert!(child.wait().unwrap().success());
+    let summary: Value = serde_json::from_str(&last).unwrap();
+    assert_eq!(summary["summary"], true);
+    let resumed = objects(&train(folder.path(), &["--resume"]));
+    assert_eq!(resumed.last().unwrap()["weights_digest"], expected.last().unwrap()["weights_digest"]);
+}
+
+#[test]
+fn memory_and_files_do_not_change_the_weights() {
+    let folder = folder();
+    let digest = |options: &[&str]| {
+        let objects = objects(&train(folder.path(), options));
+        (objects.last().unwrap()["weights_digest"].clone(), objects[0]["loss"].clone())
+    };
+    let roomy = digest(&["--steps", "3", "--memory", "4GiB", "--dir", "roomy"]);
+    assert_eq!(digest(&["--steps", "3", "--memory", "40MiB", "--dir", "narrow"]), roomy);
+    assert_eq!(digest(&["--steps", "3", "--threads", "1", "--dir", "one"]), roomy);
+}
+
+#[test]
+fn bad_input_is_refused_with_what_to_do() {
+    let folder = folder();
+    let refused = |options: &[&str], parts: &[&str]| {
+        let message = refusal(&train(folder.path(), options));
+        for part in parts {
+            assert!(message.contains(part), "{options:?}: {message}");
+        }
+    };
+    std::fs::write(folder.path().join("empty.txt"), "").unwrap();
+    std::fs::write(folder.path().join("short.txt"), "short").unwrap();
+    std::fs::write(folder.path().join("broken.json"), "{ \"layers\": ").unwrap();
+    std::fs::write(folder.path().join("unknown.json"), "{ \"layer\": 2 }").unwrap();
+    refused(&["--data", "missing.txt"], &["missing.txt", "No such file"]);
+    refused(&["--data", "empty.txt"], &["no text in empty.txt", "--data"]);
+    refused(&["--data", "short.txt"], &["5 tokens", "--seq"]);
+    refused(&["--config", "broken.json"], &["broken.json", "not valid JSON"]);
+    refused(&["--config", "unknown.json"], &["unknown.json", "unknown field `layer`", "layers"]);
+    refused(&["--tokenizer", "missing.json"], &["missing.json"]);
+    refused(&["--memory", "2MiB"], &["The least that works is", "h.0", "--memory"]);
+    refused(&["--dir", "/proc/ferrozero"], &["/proc/ferrozero"]);
+    refused(&["--resume", "--dir", "nowhere"], &["nowhere"]);
+    refused(&["--hidden", "33"], &["multiple of heads"]);
+}
+
+#[test]
+fn a_vocabulary_that_differs_on_resume_is_refused_and_the_checkpoint_stays() {
+    let folder = folder();
+    let first = objects(&train(folder.path(), &["--steps", "3"]));
+    // A tokenizer of three words.
+    let tokenizer = r#"{ "version": "1.0", "truncation": null, "padding": null, "added_tokens": [],
+        "normalizer": null, "pre_tokenizer": { "type": "Whitespace" }, "post_processor": null, "decoder": null,
+        "model": { "type": "WordLevel", "vocab": { "[UNK]": 0, "squared": 1, "is": 2 }, "unk_token": "[UNK]" } }"#;
+    std::fs::write(folder.path().join("tokenizer.json"), tokenizer).unwrap();
+    let message = refusal(&train(folder.path(), &["--resume", "--tokenizer", "tokenizer.json"]));
+    assert!(
+        message.contains("wte.weight") && message.contains("[256, 32]") && message.contains("[3, 32]"),
+        "{message}"
+    );
+    let fresh = refusal(&train(folder.path(), &[]));
+    assert!(fresh.contains("already holds a checkpoint") && fresh.contains("--resume"), "{fresh}");
+    let again = objects(&train(folder.path(), &["--resume"]));
+    assert_eq!(again[0]["weights_digest"], first[3]["weights_digest"]);
+    // And with the tokenizer from the start, it trains.
+    let words =
+        objects(&train(folder.path(), &["--tokenizer", "tokenizer.json", "--steps", "2", "--dir", "words"]));
+    assert_eq!(words.len(), 3);
+}
+
+#[test]
+fn a_full_disk_is_told_before_the_first_step() {
+    let folder = folder();
+    let mount = folder.path().join("small");
+    std::fs::create_dir(&mount).unwrap();
+    let mounted = Command::new("mount").args(["-t", "tmpfs", "-o", "size=256k", "none"]).arg(&mount).status();
+    if !mounted.is_ok_and(|status| status.success()) {
+        println!("skipped: no file system can be mounted here");
+        return;
+    }
+    let output = train(folder.path(), &["--dir", "small/run", "--steps", "2", "--warmup", "1"]);
+    let left = std::fs::read_dir(&mount).unwrap().count();
+    assert!(Command::new("umount").arg(&mount).status().unwrap().success());
+    let message = refusal(&output);
+    assert!(message.contains("small/run") && message.contains("bytes"), "{message}");
+    assert_eq!(left, 0, "nothing half made is left");
+}
+
+#[test]
+fn help_names_every_option_and_gives_examples() {
+    let output = Command::new(env!("CARGO_BIN_EXE_ferrozero")).args(["train", "--help"]).output().unwrap();
+    let help = String::from_utf8(output.stdout).unwrap();
+    for option in [
+        "config",
+        "data",
+        "tokenizer",
+        "steps",
+        "layers",
+        "hidden",
+        "heads",
+        "seq",
+        "batch",
+        "accumulate",
+        "memory",
+        "device-memory",
+        "dir",
+        "seed",
+        "lr",
+        "warmup",
+        "clip",
+        "eval-every",
+        "resume",
+        "json",
+    ] {
+        assert!(help.contains(&format!("--{option}")), "{option}");
+    }
+    assert!(help.contains("Examples:"));
+}
