@@ -1,13 +1,18 @@
 //! `ferrozero bench`.
 
+mod adamw;
 mod step;
 
 use super::CommandResult;
 use clap::Subcommand;
+use serde::Serialize;
 
 /// What can be measured.
 #[derive(Debug, Subcommand)]
 pub enum Bench {
+    /// The optimizer's loop, in turns with a loop that moves the same bytes.
+    #[command(name = "adamw")]
+    AdamW(adamw::AdamWArguments),
     /// Training steps of a GPT under a placement, in turns with another placement.
     Step(step::StepArguments),
 }
@@ -15,6 +20,21 @@ pub enum Bench {
 /// Measures.
 pub fn run(bench: Bench) -> CommandResult {
     match bench {
+        Bench::AdamW(arguments) => adamw::run(arguments),
         Bench::Step(arguments) => step::run(arguments),
     }
+}
+
+/// Several measurements of one thing.
+#[derive(Debug, Clone, Copy, Serialize)]
+struct Spread {
+    median: f64,
+    least: f64,
+    most: f64,
+}
+
+fn spread(mut values: Vec<f64>) -> Spread {
+    values.sort_by(f64::total_cmp);
+    let at = |index: usize| values.get(index).copied().unwrap_or(f64::NAN);
+    Spread { median: at(values.len() / 2), least: at(0), most: at(values.len().saturating_sub(1)) }
 }

@@ -2,6 +2,7 @@
 //! processes take turns step by step, so that both see the same machine.
 
 use super::super::{CommandResult, configuration};
+use super::{Spread, spread};
 use crate::models::gpt::{Block, Gpt, GptConfig};
 use crate::schedule::Queue;
 use crate::{AdamW, Config, Engine, Placement, Tier};
@@ -89,9 +90,7 @@ struct Footprint {
 #[derive(Debug, Serialize)]
 struct Measured {
     placement: &'static str,
-    step_s: f64,
-    step_s_least: f64,
-    step_s_most: f64,
+    step_s: Spread,
     tokens_per_s: f64,
     exposed_stall: f64,
     #[serde(flatten)]
@@ -120,31 +119,26 @@ pub fn run(arguments: StepArguments) -> CommandResult {
     let tokens = (arguments.batch * arguments.seq) as f64;
     let mut measured = vec![];
     for ((server, steps), &home) in servers.into_iter().zip(&steps).zip(&homes) {
-        let (step_s, least, most) = spread(steps, "step_s");
+        let step_s = figure(steps, "step_s");
         measured.push(Measured {
             placement: home.name(),
             step_s,
-            step_s_least: least,
-            step_s_most: most,
-            tokens_per_s: tokens / step_s,
-            exposed_stall: spread(steps, "exposed_stall").0,
+            tokens_per_s: tokens / step_s.median,
+            exposed_stall: figure(steps, "exposed_stall").median,
             footprint: server.finish()?,
         });
     }
     report(&arguments, &measured)
 }
 
-/// Median, least and most of a figure.
-fn spread(steps: &[Value], figure: &str) -> (f64, f64, f64) {
-    let mut values: Vec<f64> = steps.iter().filter_map(|step| step[figure].as_f64()).collect();
-    values.sort_by(f64::total_cmp);
-    let at = |index: usize| values.get(index).copied().unwrap_or(f64::NAN);
-    (at(values.len() / 2), at(0), at(values.len().saturating_sub(1)))
+/// The values of a figure over all steps.
+fn figure(steps: &[Value], name: &str) -> Spread {
+    spread(steps.iter().filter_map(|step| step[name].as_f64()).collect())
 }
 
 fn report(arguments: &StepArguments, measured: &[Measured]) -> CommandResult {
     // Above 1: faster than what it is compared with.
-    let speed = measured.get(1).map(|other| other.step_s / measured[0].step_s);
+    let speed = measured.get(1).map(|other| other.step_s.median / measured[0].step_s.median);
     if arguments.json {
         println!("{}", json!({ "measured": measured, "speed": speed }));
         return Ok(());
@@ -156,9 +150,9 @@ fn report(arguments: &StepArguments, measured: &[Measured]) -> CommandResult {
         println!(
             "| {} | {:.2} s ({:.2} to {:.2}) | {:.0} | {:.1} % | {} | {} |",
             row.placement,
-            row.step_s,
-            row.step_s_least,
-            row.step_s_most,
+            row.step_s.median,
+            row.step_s.least,
+            row.step_s.most,
             row.tokens_per_s,
             100.0 * row.exposed_stall,
             row.footprint.peak_resident_bytes.map_or("unknown".into(), mib),
@@ -261,7 +255,7 @@ fn serve_in(arguments: &StepArguments, folder: PathBuf) -> CommandResult {
             (0..count).map(|i| (random.integer(first + i) % arguments.vocab as u64) as u32).collect();
         Tensor::from_vec(tokens, (arguments.batch, arguments.seq), &Device::Cpu)
     };
-    let loss = |step: u64| model.loss(&tokens(2 * step << 32)?, &tokens((2 * step + 1) << 32)?);
+    let loss = |step: u64| model.loss(&tokens((2 * step) << 32)?, &tokens((2 * step + 1) << 32)?);
     let plan = engine.plan(AdamW::default(), || loss(0))?;
     let mut trainer = engine.trainer(plan)?;
     for line in std::io::stdin().lock().lines() {
