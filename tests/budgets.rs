@@ -4,7 +4,7 @@ mod support;
 
 use ferrozero::{BackendChoice, Config, CountingAllocator, Error, Placement, Tier};
 use std::process::Command;
-use support::{tokens, trainer};
+use support::{tokens, train, trainer};
 
 #[global_allocator]
 static ALLOCATOR: CountingAllocator = CountingAllocator;
@@ -58,11 +58,10 @@ fn too_little_is_refused() {
     assert_eq!(std::fs::read_dir(small.directory.as_ref().unwrap()).unwrap().count(), 0, "nothing was made");
     clean(&small);
     let least = config(Some(least_bytes));
-    let (mut trainer, model) = trainer(least.clone(), BLOCKS).unwrap();
-    trainer.step(|_| model.loss(&tokens(0, 0))).unwrap();
+    train(least.clone(), BLOCKS, 1).unwrap();
     clean(&least);
     let device = Config { device_memory_bytes: Some(1 << 20), ..config(None) };
-    let error = support::trainer(device.clone(), BLOCKS).map(drop).unwrap_err();
+    let error = trainer(device.clone(), BLOCKS).map(drop).unwrap_err();
     assert!(matches!(error, Error::BudgetTooSmall { tier: Tier::Device, .. }), "{error}");
     clean(&device);
 }
