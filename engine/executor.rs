@@ -76,7 +76,7 @@ impl Executor {
             )
         });
         let mut workers = HashMap::new();
-        for queue in [Queue::Upload, Queue::Download, Queue::Optimizer] {
+        for queue in [Queue::Upload, Queue::Download, Queue::Optimizer, Queue::Commit] {
             workers.insert(queue, Worker::start(queue, shared.clone(), events.clone())?);
         }
         let dispatcher = Dispatcher {
@@ -295,10 +295,9 @@ impl Dispatcher {
             let id = self.next_id;
             self.next_id += 1;
             let mut waiting_for = 0;
-            for resource in operation.resources() {
-                let Some(previous) = self.last_user.insert(resource, id) else { continue };
-                if let Some(previous) = self.entries.get_mut(&previous) {
-                    previous.dependents.push(id);
+            for earlier in self.awaited(&operation, id) {
+                if let Some(earlier) = self.entries.get_mut(&earlier) {
+                    earlier.dependents.push(id);
                     waiting_for += 1;
                 }
             }
@@ -307,6 +306,22 @@ impl Dispatcher {
             let entry = Entry { operation, context, waiting_for, dependents: vec![], started_s: 0.0 };
             self.entries.insert(id, entry);
         }
+    }
+
+    /// The earlier operations, perhaps done, that a new one waits for.
+    fn awaited(&mut self, operation: &Operation, id: u64) -> Vec<u64> {
+        let mut awaited = vec![];
+        for resource in operation.resources() {
+            awaited.extend(self.last_user.insert(resource, id));
+            if resource == Resource::StatesOnDisk {
+                // Rare, so those who share it are looked for and not kept count of.
+                let sharers =
+                    self.entries.iter().filter(|(_, e)| e.operation.shared_resource() == Some(resource));
+                awaited.extend(sharers.map(|(&sharer, _)| sharer));
+            }
+        }
+        awaited.extend(operation.shared_resource().and_then(|shared| self.last_user.get(&shared)));
+        awaited
     }
 
     fn finished(&mut self, id: u64, held: Held, result: Result<()>) {
@@ -470,7 +485,7 @@ impl Dispatcher {
                 Resource::Gradients(set) => held.gradients = Some(self.gradients[set.0].take()?),
                 Resource::Passage(passage) => held.passage = Some(self.passages[passage.0].take()?),
                 Resource::Statistics => held.statistics = Some(self.statistics.take()?),
-                Resource::Piece(..) => {}
+                Resource::Piece(..) | Resource::StatesOnDisk => {}
             }
         }
         Some(held)
@@ -485,8 +500,7 @@ impl Dispatcher {
                 Resource::Slot(index) => self.slots[index.0] = slot.take(),
                 Resource::Gradients(set) => self.gradients[set.0] = gradients.take(),
                 Resource::Passage(index) => self.passages[index.0] = passage.take(),
-                Resource::Statistics => {}
-                Resource::Piece(..) => {}
+                Resource::Statistics | Resource::Piece(..) | Resource::StatesOnDisk => {}
             }
         }
         if held.statistics.is_some() {
