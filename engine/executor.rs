@@ -258,13 +258,23 @@ impl Dispatcher {
             self.advance();
             self.answer();
         }
+        // A commit that was asked for is made. All that it waits for was asked for before it, and needs no compute.
+        while self.stopped.is_none()
+            && self.entries.values().any(|entry| entry.operation == Operation::Commit)
+        {
+            self.advance();
+            self.take_finished();
+        }
         // Transfers in flight own their buffers; they end before the memory goes.
         while self.in_flight_outside() > 0 {
-            match self.received.recv() {
-                Ok(Event::Finished { id, held, result }) => self.finished(id, held, result),
-                Ok(_) => {}
-                Err(_) => break,
-            }
+            self.take_finished();
+        }
+    }
+
+    fn take_finished(&mut self) {
+        // The dispatcher holds a sender itself, so this waits until an operation ends.
+        if let Ok(Event::Finished { id, held, result }) = self.received.recv() {
+            self.finished(id, held, result);
         }
     }
 

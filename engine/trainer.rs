@@ -357,8 +357,8 @@ impl Trainer {
         Ok(store.committed().map_or(0, |commit| commit.generation))
     }
 
-    /// As [`Self::commit`], without waiting: the state is made durable while the next step computes, whose updates wait for it. If that
-    /// fails, a later call says so, and the commit before is where to go on.
+    /// As [`Self::commit`], without waiting: the state is made durable while the next step computes, whose updates wait for
+    /// it. If that fails, a later call says so, and the commit before is where to go on. Dropping the trainer waits for it.
     ///
     /// # Errors
     /// As [`Self::commit`].
