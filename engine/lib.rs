@@ -92,7 +92,7 @@ pub use checkpoint::{Checkpoint, Damage, GroupSummary, Summary};
 pub use engine::{AdamW, Config, Engine};
 pub use error::{Error, Result};
 pub use export::import_safetensors;
-pub use ferrozero_offload::io::FaultPlan;
+pub use ferrozero_offload::io::{Fault, FaultKind, FaultPlan, FaultPoint};
 pub use ferrozero_offload::memory::CountingAllocator;
 pub use ferrozero_offload::{BackendChoice, Notice, Throttle, Tier};
 pub use plan::{Placement, Plan};

@@ -53,6 +53,8 @@ pub enum FaultKind {
     },
     /// Nothing is moved and success is reported: a lost write, or a read that left old bytes in the buffer.
     Stale,
+    /// The process ends at once, before the operation, as if it had been killed.
+    Kill,
 }
 
 impl FaultKind {
@@ -66,7 +68,7 @@ impl FaultKind {
             FaultKind::NoSpace => libc::ENOSPC,
             FaultKind::Interrupted => libc::EINTR,
             FaultKind::Again => libc::EAGAIN,
-            FaultKind::Short | FaultKind::BitFlip { .. } | FaultKind::Stale => return None,
+            FaultKind::Short | FaultKind::BitFlip { .. } | FaultKind::Stale | FaultKind::Kill => return None,
         };
         Some(io::Error::from_raw_os_error(code))
     }
@@ -117,6 +119,9 @@ impl Script {
         }
         let nth = self.counts[point as usize].fetch_add(1, Ordering::SeqCst);
         let fault = self.faults.iter().find(|fault| fault.point == point && fault.nth == nth)?;
+        if fault.kind == FaultKind::Kill {
+            std::process::abort();
+        }
         Some(fault.kind)
     }
 
