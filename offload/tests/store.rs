@@ -147,7 +147,7 @@ impl io::Io for Gate {
 fn a_piece_in_flight_is_busy_and_holds_up_commits() {
     let inner = Arc::new(io::Mem::new(&io::FaultPlan::default()).unwrap());
     let gate = Arc::new(Gate { inner, held: std::sync::Mutex::default() });
-    let store = Store::create_on(gate.clone(), state("weights", 8192), 4096).unwrap();
+    let store = Store::create_on(gate.clone(), state("weights", 8192), &of_pieces(4096)).unwrap();
     let arena = arena(1 << 20);
     let weights = store.extent("weights").unwrap();
     let start = |verb: io::Verb, piece| {

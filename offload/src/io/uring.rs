@@ -25,9 +25,6 @@ mod ring;
 
 use ring::{Ring, Submission};
 
-/// Places for files in the ring; a store has three.
-const FILES_MAX: u32 = 16;
-
 /// Most bytes of one registered buffer; the kernel's own limit.
 const BUFFER_BYTES_MAX: usize = 1 << 30;
 
@@ -68,11 +65,7 @@ impl Uring {
         arena: Option<&Arena>,
         faults: &FaultPlan,
     ) -> Result<Self, Error> {
-        let made = IoUring::new(ring::ENTRIES).and_then(|ring| {
-            ring.submitter().register_files_sparse(FILES_MAX)?;
-            Ok(ring)
-        });
-        let ring = made.map_err(|source| Error::UringUnavailable { source })?;
+        let ring = IoUring::new(ring::ENTRIES).map_err(|source| Error::UringUnavailable { source })?;
         let mut buffers = arena.cloned();
         if let Some(arena) = arena
             && let Err(refusal) = register_buffers(&ring, arena)
@@ -95,7 +88,7 @@ impl Uring {
         let Some(Idle { ring, buffers }) = locked(&self.idle).take() else { return Ok(()) };
         let files: Vec<RawFd> = self.directory.files().iter().map(|open| open.file.as_raw_fd()).collect();
         let unavailable = |source| Error::UringUnavailable { source };
-        ring.submitter().register_files_update(0, &files).map_err(unavailable)?;
+        ring.submitter().register_files(&files).map_err(unavailable)?;
         let waker = Waker::new().map_err(unavailable)?;
         let sleeper = waker.try_clone().map_err(unavailable)?;
         let (sender, submissions) = unbounded();

@@ -40,7 +40,11 @@ impl Disk {
     }
 
     pub fn create(&self, specs: Vec<ExtentSpec>, piece_bytes: usize) -> Store {
-        Store::create_on(self.io(&FaultPlan::default()), specs, piece_bytes).unwrap()
+        self.create_with(specs, &of_pieces(piece_bytes))
+    }
+
+    pub fn create_with(&self, specs: Vec<ExtentSpec>, options: &StoreOptions) -> Store {
+        Store::create_on(self.io(&FaultPlan::default()), specs, options).unwrap()
     }
 
     pub fn open(&self) -> Store {
@@ -53,6 +57,10 @@ impl Disk {
             Disk::Mem(_) => None,
         }
     }
+}
+
+pub fn of_pieces(piece_bytes: usize) -> StoreOptions {
+    StoreOptions { piece_bytes, ..StoreOptions::default() }
 }
 
 pub fn spec(name: &str, bytes: u64, kind: ExtentKind) -> ExtentSpec {
