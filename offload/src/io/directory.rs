@@ -30,6 +30,8 @@ pub(crate) struct Directory {
 pub(crate) struct OpenFile {
     pub(crate) path: PathBuf,
     pub(crate) file: File,
+    /// Whether transfers go past the page cache.
+    pub(crate) is_direct: bool,
 }
 
 impl Drop for Directory {
@@ -59,6 +61,11 @@ impl Directory {
             path: self.path.join(file.0.to_string()),
             source: io::ErrorKind::NotFound.into(),
         })
+    }
+
+    /// Directories with files.
+    pub(crate) fn count(&self) -> usize {
+        1 + self.stripe_locks.get().map_or(0, Vec::len)
     }
 
     pub(crate) fn path_of(&self, name: &str) -> PathBuf {
@@ -179,6 +186,7 @@ impl Directory {
     fn open(&self, name: &str, options: &mut OpenOptions) -> Result<OpenFile, Error> {
         let path = self.path_of(name);
         let direct = options.clone().custom_flags(libc::O_DIRECT).open(&path);
+        let is_direct = direct.is_ok();
         let file = match direct {
             Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {
                 let text = format!(
@@ -191,7 +199,7 @@ impl Directory {
             other => other,
         };
         let file = file.map_err(|source| Error::File { operation: "open", path: path.clone(), source })?;
-        Ok(OpenFile { path, file })
+        Ok(OpenFile { path, file, is_direct })
     }
 
     fn note_once(&self, notice: Notice) {

@@ -22,6 +22,9 @@ use super::{
 use crate::{Arena, Error, Notice, locked};
 
 mod ring;
+mod shape;
+
+use shape::Shape;
 
 use ring::{Ring, Submission};
 
@@ -65,7 +68,7 @@ impl Uring {
         arena: Option<&Arena>,
         faults: &FaultPlan,
     ) -> Result<Self, Error> {
-        let ring = IoUring::new(ring::ENTRIES).map_err(|source| Error::UringUnavailable { source })?;
+        let ring = IoUring::new(shape::ENTRIES).map_err(|source| Error::UringUnavailable { source })?;
         let mut buffers = arena.cloned();
         if let Some(arena) = arena
             && let Err(refusal) = register_buffers(&ring, arena)
@@ -84,16 +87,17 @@ impl Uring {
     }
 
     /// Hands the ring, with the files that are now open, to its thread.
-    fn start(&self) -> Result<(), Error> {
-        let Some(Idle { ring, buffers }) = locked(&self.idle).take() else { return Ok(()) };
+    fn start(&self, are_new: bool) -> Result<(), Error> {
+        let Some(Idle { mut ring, buffers }) = locked(&self.idle).take() else { return Ok(()) };
         let files: Vec<RawFd> = self.directory.files().iter().map(|open| open.file.as_raw_fd()).collect();
         let unavailable = |source| Error::UringUnavailable { source };
         ring.submitter().register_files(&files).map_err(unavailable)?;
+        let shape = shape::choose(&mut ring, self.directory.files(), are_new).over(self.directory.count());
         let waker = Waker::new().map_err(unavailable)?;
         let sleeper = waker.try_clone().map_err(unavailable)?;
         let (sender, submissions) = unbounded();
         let (directory, script) = (self.directory.clone(), self.script.clone());
-        let run = move || Ring::new(ring, buffers, directory, script, submissions, sleeper).run();
+        let run = move || Ring::new(ring, shape, buffers, directory, script, submissions, sleeper).run();
         let spawned = thread::Builder::new().name("ferrozero-uring".to_owned()).spawn(run);
         let thread = Some(spawned.map_err(|source| Error::Thread { source })?);
         let _ = self.running.set(Running { submissions: Some(sender), waker, thread });
@@ -104,12 +108,12 @@ impl Uring {
 impl Io for Uring {
     fn allocate_files(&self, files: &[FileSpec]) -> Result<(), Error> {
         self.directory.allocate_files(files)?;
-        self.start()
+        self.start(true)
     }
 
     fn open_files(&self, files: &[FileSpec]) -> Result<(), Error> {
         self.directory.open_files(files)?;
-        self.start()
+        self.start(false)
     }
 
     fn submit(&self, request: Request, on_done: OnDone) {

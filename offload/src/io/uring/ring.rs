@@ -11,16 +11,7 @@ use crate::io::{
     progress::{Progress, Step},
 };
 
-/// Parts in flight at once.
-const DEPTH: usize = 32;
-
-/// Submission entries: all parts and the wake-up.
-pub(super) const ENTRIES: u32 = (2 * DEPTH) as u32;
-
-/// Most bytes of one part. A multiple of [`crate::PAGE_BYTES`].
-const PART_BYTES: usize = 1 << 20;
-
-/// Marks the wake-up among the completions; parts are marked by their place, which is less than [`DEPTH`].
+/// Marks the wake-up among the completions; parts are marked by their place.
 const WAKE: u64 = u64::MAX;
 
 /// A request on its way to the thread.
@@ -48,6 +39,7 @@ pub(super) struct Ring {
     // Dropped in this order: no buffer outlives the ring that may write to it.
     ring: IoUring,
     buffers: Option<Arena>,
+    shape: Shape,
     directory: Arc<Directory>,
     script: Arc<Script>,
     submissions: Receiver<Submission>,
@@ -56,7 +48,7 @@ pub(super) struct Ring {
     is_closing: bool,
     active: Vec<Option<Active>>,
     waiting: VecDeque<Part>,
-    in_flight: [Option<Part>; DEPTH],
+    in_flight: Vec<Option<Part>>,
 }
 
 /// Requests own their buffers, and the kernel may be writing to them: if this thread were to unwind and drop them, other
@@ -75,6 +67,7 @@ impl Drop for AbortOnPanic {
 impl Ring {
     pub(super) fn new(
         ring: IoUring,
+        shape: Shape,
         buffers: Option<Arena>,
         directory: Arc<Directory>,
         script: Arc<Script>,
@@ -84,6 +77,7 @@ impl Ring {
         Self {
             ring,
             buffers,
+            shape,
             directory,
             script,
             submissions,
@@ -92,7 +86,7 @@ impl Ring {
             is_closing: false,
             active: Vec::new(),
             waiting: VecDeque::new(),
-            in_flight: [const { None }; DEPTH],
+            in_flight: (0..shape.depth).map(|_| None).collect(),
         }
     }
 
@@ -136,7 +130,8 @@ impl Ring {
 
     fn split(&mut self, submission: Submission) {
         let (verb, length_bytes) = (submission.request.verb(), submission.request.length_bytes());
-        let starts = (0..length_bytes).step_by(PART_BYTES);
+        let part_bytes = self.shape.part_bytes;
+        let starts = (0..length_bytes).step_by(part_bytes);
         let parts_left = starts.len();
         if parts_left == 0 {
             return call_back(submission.on_done, submission.request, Ok(()));
@@ -148,7 +143,7 @@ impl Ring {
         });
         self.active[request] = Some(Active { submission, parts_left, error: None });
         self.waiting.extend(starts.map(|start_bytes| {
-            let progress = Progress::new(verb, PART_BYTES.min(length_bytes - start_bytes));
+            let progress = Progress::new(verb, part_bytes.min(length_bytes - start_bytes));
             Part { request, start_bytes, progress }
         }));
     }
@@ -250,9 +245,8 @@ fn entry(part: &Part, request: &mut Request, arena: Option<&Arena>) -> squeue::E
     let file = types::Fixed(request.file().0 as u32);
     let verb = request.verb();
     let done_bytes = part.start_bytes + part.progress.done_bytes();
-    let end_bytes = part.start_bytes + PART_BYTES.min(request.length_bytes() - part.start_bytes);
     let offset_bytes = request.offset_bytes() + done_bytes as u64;
-    let buffer = &mut request.buffer_mut()[done_bytes..end_bytes];
+    let buffer = &mut request.buffer_mut()[done_bytes..][..part.progress.left_bytes()];
     let (start, length) = (buffer.as_mut_ptr(), buffer.len() as u32);
     match (verb, arena.and_then(|arena| registered_index(arena, buffer))) {
         (Verb::Read, None) => opcode::Read::new(file, start, length).offset(offset_bytes).build(),
