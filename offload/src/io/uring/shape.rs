@@ -32,17 +32,18 @@ const DEPTH_MAX: usize = 64;
 /// Submission entries: all parts and the wake-up.
 pub(super) const ENTRIES: u32 = 2 * DEPTH_MAX as u32;
 
-/// What is right for most drives, and stays unless another way is clearly faster.
-const DEFAULT: Shape = Shape { part_bytes: 1 << 20, depth: 32 };
+/// What is right for most drives, and stays unless another way is clearly faster. Large parts cost the least time of
+/// the processor, which the optimizer wants; the kernel splits what is too long for the drive.
+const DEFAULT: Shape = Shape { part_bytes: 4 << 20, depth: 8 };
 
 /// Ways to try, the default first.
 const CANDIDATES: [Shape; 6] = [
     DEFAULT,
-    Shape { part_bytes: 256 << 10, depth: 32 },
+    Shape { part_bytes: 4 << 20, depth: 16 },
+    Shape { part_bytes: 2 << 20, depth: 16 },
+    Shape { part_bytes: 1 << 20, depth: 32 },
     Shape { part_bytes: 512 << 10, depth: 16 },
-    Shape { part_bytes: 1 << 20, depth: 8 },
-    Shape { part_bytes: 2 << 20, depth: 8 },
-    Shape { part_bytes: 4 << 20, depth: 8 },
+    Shape { part_bytes: 256 << 10, depth: 32 },
 ];
 
 /// Largest part that is believed when a file says so.
@@ -61,7 +62,7 @@ const ROUNDS: usize = 3;
 const TIME_MAX: Duration = Duration::from_millis(1000);
 
 /// A way must take less than this part of the default's time to replace it.
-const CLEARLY_FASTER: f64 = 0.95;
+const CLEARLY_FASTER: f64 = 0.9;
 
 impl Shape {
     /// The same for each of several directories, within the ring's places.
@@ -244,9 +245,9 @@ mod tests {
     fn the_default_stays_unless_another_way_is_clearly_faster() {
         let mut best_s = [1.0; CANDIDATES.len()];
         assert_eq!(fastest(&best_s), DEFAULT);
-        best_s[2] = 0.97;
+        best_s[2] = 0.93;
         assert_eq!(fastest(&best_s), DEFAULT);
-        best_s[4] = 0.9;
+        best_s[4] = 0.85;
         assert_eq!(fastest(&best_s), CANDIDATES[4]);
         assert_eq!(fastest(&[f64::INFINITY; CANDIDATES.len()]), DEFAULT, "nothing was measured in time");
         for shape in CANDIDATES {
