@@ -9,7 +9,7 @@ use std::{
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    Arena, Completion, Error, Lease, Notice,
+    Completion, Error, Lease, Notice,
     io::{Directory, FaultPlan, Faulty, Io, Job, Mem, Pool, Request, Throttled, Uring, Verb, Workers},
     locked, padded_bytes,
 };
@@ -42,8 +42,6 @@ pub struct StoreOptions {
     pub stripes: Vec<PathBuf>,
     /// What moves the bytes. Default: [`BackendChoice::Auto`].
     pub backend: BackendChoice,
-    /// The arena that the leases will come from; io_uring then maps its pages once and not at each request.
-    pub arena: Option<Arena>,
     /// Failures to inject.
     pub faults: Option<FaultPlan>,
     /// Bandwidths to slow down to.
@@ -57,7 +55,6 @@ impl Default for StoreOptions {
             in_place: false,
             stripes: Vec::new(),
             backend: BackendChoice::default(),
-            arena: None,
             faults: None,
             throttle: None,
         }
@@ -518,15 +515,14 @@ fn stripe_document(stripe: &Path) -> String {
 fn connect(path: &Path, options: &StoreOptions) -> Result<(Arc<dyn Io>, Vec<Notice>), Error> {
     let no_faults = FaultPlan::default();
     let faults = options.faults.as_ref().unwrap_or(&no_faults);
-    let arena = options.arena.as_ref();
     let mut notices = Vec::new();
     let mut io: Arc<dyn Io> = match options.backend {
         BackendChoice::Memory => Arc::new(Mem::new(faults)?),
         BackendChoice::Pool => Arc::new(Pool::new(path, faults)?),
-        BackendChoice::Uring => Arc::new(Uring::new(path, arena, faults)?),
+        BackendChoice::Uring => Arc::new(Uring::new(path, faults)?),
         BackendChoice::Auto => {
             let directory = Arc::new(Directory::lock(path)?);
-            match Uring::over(directory.clone(), arena, faults) {
+            match Uring::over(directory.clone(), faults) {
                 Ok(uring) => Arc::new(uring),
                 Err(error) => {
                     let text = format!("{error}; the disk is used through a pool of threads");

@@ -72,10 +72,6 @@ impl Directory {
         self.path.join(name)
     }
 
-    pub(crate) fn note(&self, notice: Notice) {
-        locked(&self.notices).push(notice);
-    }
-
     pub(crate) fn notices(&self) -> Vec<Notice> {
         locked(&self.notices).clone()
     }

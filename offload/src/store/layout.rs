@@ -88,10 +88,19 @@ impl Piece {
 
     /// CRC-32C of the bytes followed by the extent and piece numbers, so that a piece in another's place is found.
     pub(super) fn checksum(&self, bytes: &[u8]) -> u32 {
-        let crc = crc32c::crc32c(bytes);
-        let crc = crc32c::crc32c_append(crc, &(self.extent.0 as u64).to_le_bytes());
-        crc32c::crc32c_append(crc, &(self.number as u64).to_le_bytes())
+        let (extent, number) = (self.extent.0 as u64, self.number as u64);
+        crc32c(&[bytes, &extent.to_le_bytes(), &number.to_le_bytes()])
     }
+}
+
+/// CRC-32C (Castagnoli) of all bytes, one part after the other.
+pub(super) fn crc32c(parts: &[&[u8]]) -> u32 {
+    let mut digest = crc_fast::Digest::new(crc_fast::CrcAlgorithm::Crc32Iscsi);
+    for part in parts {
+        digest.update(part);
+    }
+    // Wider than its 32 bits because of its longer siblings.
+    digest.finalize() as u32
 }
 
 #[derive(Debug)]
@@ -344,6 +353,22 @@ mod tests {
         for (specs, piece_bytes, expected) in refusals {
             let text = Layout::new(specs, form(piece_bytes)).unwrap_err().to_string();
             assert!(text.contains(expected), "{text}");
+        }
+    }
+
+    #[test]
+    fn the_checksum_is_the_one_of_the_standard() {
+        // RFC 3720, B.4.
+        let ascending: Vec<u8> = (0..32).collect();
+        let cases: [(&[u8], u32); 4] = [
+            (&[0; 32], 0x8a91_36aa),
+            (&[0xff; 32], 0x62a8_ab43),
+            (&ascending, 0x46dd_794e),
+            (b"123456789", 0xe306_9283),
+        ];
+        for (bytes, expected) in cases {
+            let (head, tail) = bytes.split_at(5);
+            assert_eq!((crc32c(&[bytes]), crc32c(&[head, &[], tail])), (expected, expected));
         }
     }
 

@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{
     Commit,
-    layout::{Extent, ExtentId, ExtentKind, Form, Layout, Place},
+    layout::{Extent, ExtentId, ExtentKind, Form, Layout, Place, crc32c},
     table::{Located, Table},
 };
 use crate::Error;
@@ -123,7 +123,7 @@ impl Manifest {
 /// Adds the checksum as the last member of a JSON object.
 fn seal(mut object: Vec<u8>) -> Vec<u8> {
     object.truncate(object.len().saturating_sub(1));
-    let crc = crc32c::crc32c(&object);
+    let crc = crc32c(&[&object]);
     object.extend_from_slice(SEAL_START);
     object.extend_from_slice(format!("{crc:08x}").as_bytes());
     object.extend_from_slice(SEAL_END);
@@ -135,7 +135,7 @@ fn is_sealed(document: &[u8]) -> bool {
         let rest = document.strip_suffix(SEAL_END)?;
         let (rest, digits) = rest.split_at_checked(rest.len().checked_sub(CRC_DIGITS)?)?;
         let body = rest.strip_suffix(SEAL_START)?;
-        Some(digits == format!("{:08x}", crc32c::crc32c(body)).as_bytes())
+        Some(digits == format!("{:08x}", crc32c(&[body])).as_bytes())
     };
     sealed().unwrap_or(false)
 }

@@ -22,7 +22,7 @@ pub fn disks() -> Vec<Disk> {
         Disk::Pool(tempfile::tempdir().unwrap()),
         Disk::Mem(Arc::new(Mem::new(&FaultPlan::default()).unwrap())),
     ];
-    match Uring::new(uring.path(), None, &FaultPlan::default()) {
+    match Uring::new(uring.path(), &FaultPlan::default()) {
         Ok(_) => disks.push(Disk::Uring(uring)),
         Err(error) => println!("skipping io_uring: {error}"),
     }
@@ -32,7 +32,7 @@ pub fn disks() -> Vec<Disk> {
 impl Disk {
     pub fn io(&self, faults: &FaultPlan) -> Arc<dyn Io> {
         let io: Arc<dyn Io> = match self {
-            Disk::Uring(directory) => Arc::new(Uring::new(directory.path(), None, faults).unwrap()),
+            Disk::Uring(directory) => Arc::new(Uring::new(directory.path(), faults).unwrap()),
             Disk::Pool(directory) => Arc::new(Pool::new(directory.path(), faults).unwrap()),
             Disk::Mem(mem) => mem.clone(),
         };

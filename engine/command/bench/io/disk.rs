@@ -14,7 +14,7 @@ use std::time::Instant;
 const STREAMS: usize = 3;
 
 /// Places in the pipeline: each holds one piece of every stream.
-const PLACES: usize = 6;
+const PLACES: usize = 12;
 
 /// Most bytes of the gradient in memory, so large that no cache holds it.
 const GRADIENT_BYTES_MAX: u64 = 128 << 20;
@@ -63,13 +63,12 @@ impl Disk {
         if stream_bytes == 0 {
             return Err(configuration("bytes must be at least 12, one number of each stream".into()).into());
         }
-        let mut options = StoreOptions::default();
+        let options = StoreOptions::default();
         let lease_bytes = options.piece_bytes.min(usize::try_from(stream_bytes)?);
         let gradient_bytes = usize::try_from(stream_bytes.min(GRADIENT_BYTES_MAX))?.max(lease_bytes);
         let page = |bytes: usize| bytes.next_multiple_of(4096);
         let arena_bytes = STREAMS * PLACES * page(lease_bytes) + page(gradient_bytes);
         let arena = Arena::new(&Budget::new(Tier::Host, arena_bytes as u64), arena_bytes)?;
-        options.arena = Some(arena.clone());
         let folder = Folder(directory.join("store"));
         let _ = std::fs::remove_dir_all(&folder.0);
         let names = ["master", "first_moment", "second_moment"];

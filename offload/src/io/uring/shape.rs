@@ -15,7 +15,7 @@ use io_uring::{opcode, types};
 use serde::{Deserialize, Serialize};
 
 use super::*;
-use crate::{Budget, Lease, PAGE_BYTES, Tier, io::Verb, io::directory::OpenFile};
+use crate::{Arena, Budget, Lease, PAGE_BYTES, Tier, io::Verb, io::directory::OpenFile};
 
 /// Size and number of the parts that are in flight at once.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
