@@ -14,6 +14,7 @@ use crate::{
     locked, padded_bytes,
 };
 
+mod copy;
 mod layout;
 mod manifest;
 mod table;

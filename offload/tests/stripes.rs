@@ -158,3 +158,61 @@ fn directories_in_use_or_of_another_store_are_refused_by_name() {
         drop(directories.open(backend).unwrap());
     }
 }
+
+#[test]
+fn a_copy_moves_a_checkpoint_to_other_directories() {
+    for backend in BACKENDS {
+        let arena = arena(1 << 20);
+        let (from, into) = (Directories::new(1), Directories::new(3));
+        let source = from.create(backend).unwrap();
+        write_all(&source, &arena, 1);
+        source.commit(json!({ "step": 7 })).unwrap();
+        drop(source);
+        let source = from.open(backend).unwrap();
+        let target = into.create(backend).unwrap();
+        source.copy_to(&target, &arena).unwrap();
+        drop(target);
+        assert!(
+            matches!(into.open(backend), Err(Error::NoCommit { .. })),
+            "a copy counts when it is committed"
+        );
+
+        let mut options = into.options(backend);
+        options.in_place = true;
+        let target = Store::create(&into.own(), specs(), options).unwrap();
+        source.copy_to(&target, &arena).unwrap();
+        target.commit(source.committed().unwrap().application.clone()).unwrap();
+        drop(target);
+        let target = into.open(backend).unwrap();
+        assert_eq!(target.committed().unwrap().application, json!({ "step": 7 }));
+        let scratch = target.extent("gradients").unwrap();
+        for piece in pieces(&target).into_iter().filter(|piece| piece.0 != scratch) {
+            expect_round(&target, &arena, piece, 1);
+        }
+        assert_eq!(arena.free_bytes(), arena.capacity_bytes(), "every lease came back");
+
+        let other = Disk::Mem(Arc::new(Mem::new(&FaultPlan::default()).unwrap())).create(specs(), 4096);
+        assert!(matches!(source.copy_to(&other, &arena), Err(Error::BadLayout { .. })));
+    }
+}
+
+#[test]
+fn damage_is_not_copied() {
+    for backend in BACKENDS {
+        let arena = arena(1 << 20);
+        let (from, into) = (Directories::new(1), Directories::new(2));
+        let source = from.create(backend).unwrap();
+        write_all(&source, &arena, 1);
+        source.commit(json!(null)).unwrap();
+        let file = from.stripe(0).join("state-a.bin");
+        let mut bytes = fs::read(&file).unwrap();
+        bytes[9000] ^= 1;
+        fs::write(&file, bytes).unwrap();
+        let target = into.create(backend).unwrap();
+        match source.copy_to(&target, &arena).unwrap_err() {
+            Error::Checksum { path, offset_bytes: 8192, .. } => assert_eq!(path, file),
+            other => panic!("{other}"),
+        }
+        assert_eq!(arena.free_bytes(), arena.capacity_bytes(), "every lease came back");
+    }
+}
