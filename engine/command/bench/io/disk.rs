@@ -75,7 +75,7 @@ impl Disk {
         let specs =
             names.map(|name| ExtentSpec { name: name.into(), bytes: stream_bytes, kind: ExtentKind::State });
         let store = Store::create(&folder.0, specs.to_vec(), options)?;
-        let find = |name| store.extent(name).ok_or_else(|| configuration(format!("no extent {name}")));
+        let find = |name| store.extent(name).ok_or_else(|| format!("no extent {name}"));
         let streams = [find(names[0])?, find(names[1])?, find(names[2])?];
         let mut gradient = arena.lease(gradient_bytes)?;
         gradient.as_f32_mut().fill(0.01);
@@ -216,7 +216,7 @@ impl Disk {
         let windows = (gradient.len() / elements).max(1);
         let gradient = &gradient[place.piece % windows * elements..][..elements];
         let [Some(master), Some(first_moment), Some(second_moment)] = &mut place.leases else {
-            return Err(configuration("a piece to update is incomplete".into()).into());
+            return Err("a piece to update is incomplete".into());
         };
         let state = AdamWState {
             master: &mut master.as_f32_mut()[..elements],

@@ -1,6 +1,6 @@
 //! The disk as `fio` sees it: direct transfers of the best size and depth that a short scan finds.
 
-use super::super::super::{CommandResult, configuration};
+use super::super::super::CommandResult;
 use super::Sweep;
 use serde::Serialize;
 use serde_json::Value;
@@ -70,7 +70,7 @@ impl Fio {
             }
         }
         let best = tried.iter().max_by(|(_, one), (_, other)| one.total_cmp(other));
-        best.map(|(shape, _)| *shape).ok_or_else(|| configuration("the scan tried nothing".into()).into())
+        best.map(|(shape, _)| *shape).ok_or_else(|| "fio: the scan tried nothing".into())
     }
 
     /// Moves all bytes once.
@@ -97,11 +97,11 @@ impl Fio {
         command.arg(format!("--iodepth={}", shape.depth));
         let output = match command.output() {
             Ok(output) => output,
-            Err(error) => return Err(configuration(format!("fio cannot be started ({error})")).into()),
+            Err(error) => return Err(format!("fio cannot be started ({error})").into()),
         };
         let said = || String::from_utf8_lossy(&output.stderr).trim().to_owned();
         if !output.status.success() {
-            return Err(configuration(format!("fio failed: {}", said())).into());
+            return Err(format!("fio failed: {}", said()).into());
         }
         // Some versions write warnings before the JSON.
         let text = String::from_utf8_lossy(&output.stdout);
@@ -111,7 +111,7 @@ impl Fio {
         let moved_bytes = number("read", "io_bytes") + number("write", "io_bytes");
         let taken_ms = number("read", "runtime").max(number("write", "runtime"));
         if moved_bytes == 0.0 || taken_ms == 0.0 {
-            return Err(configuration(format!("fio moved nothing: {}", said())).into());
+            return Err(format!("fio moved nothing: {}", said()).into());
         }
         Ok(moved_bytes / (taken_ms / 1e3))
     }

@@ -34,17 +34,18 @@ pub(super) const ENTRIES: u32 = 2 * DEPTH_MAX as u32;
 
 /// What is right for most drives, and stays unless another way is clearly faster. Large parts cost the least time of
 /// the processor, which the optimizer wants; the kernel splits what is too long for the drive.
-const DEFAULT: Shape = Shape { part_bytes: 4 << 20, depth: 8 };
+const DEFAULT: Shape = Shape { part_bytes: 4 << 20, depth: 16 };
 
 /// Ways to try, the default first.
-const CANDIDATES: [Shape; 6] = [
+const CANDIDATES: [Shape; 4] = [
     DEFAULT,
-    Shape { part_bytes: 4 << 20, depth: 16 },
-    Shape { part_bytes: 2 << 20, depth: 16 },
+    Shape { part_bytes: 4 << 20, depth: 8 },
     Shape { part_bytes: 1 << 20, depth: 32 },
-    Shape { part_bytes: 512 << 10, depth: 16 },
     Shape { part_bytes: 256 << 10, depth: 32 },
 ];
+
+/// Seconds of each way in one round.
+type Round = [f64; CANDIDATES.len()];
 
 /// Largest part that is believed when a file says so.
 const PART_BYTES_MAX: usize = 4 << 20;
@@ -55,14 +56,16 @@ const REGION_BYTES: u64 = 128 << 20;
 /// Smallest file that is worth a measurement.
 const FILE_BYTES_MIN: u64 = 4 * REGION_BYTES;
 
-/// Times that each way is tried; its best time counts, since others may be using the disk.
-const ROUNDS: usize = 3;
+/// Times that each way is tried, and the fewest that mean anything.
+const ROUNDS: usize = 5;
+const ROUNDS_MIN: usize = 3;
 
 /// After this the measurement ends with what it knows.
 const TIME_MAX: Duration = Duration::from_millis(1000);
 
-/// A way must take less than this part of the default's time to replace it.
-const CLEARLY_FASTER: f64 = 0.9;
+/// To replace the default, a way must take less than this part of its time, and in every round: others may be using the
+/// disk.
+const CLEARLY_FASTER: f64 = 0.95;
 
 impl Shape {
     /// The same for each of several directories, within the ring's places.
@@ -119,7 +122,7 @@ fn device_name(file: &File, device: u64) -> String {
     format!("{major}:{minor} {kind:x}")
 }
 
-/// Writes a region of file 0 and reads it in all ways, in turns.
+/// Writes a region of file 0, reads it in all ways, in turns, and writes some of it again if that is worth it.
 fn measure(ring: &mut IoUring, region_bytes: u64, time_max: Duration) -> io::Result<Shape> {
     let deadline = Instant::now() + time_max;
     // Gone before the store is made, and so before anything large is allocated.
@@ -129,24 +132,37 @@ fn measure(ring: &mut IoUring, region_bytes: u64, time_max: Duration) -> io::Res
         .map_err(io::Error::other)?;
     // Space that was never written reads as zeros without the disk.
     sweep(ring, Verb::Write, DEFAULT, region_bytes, &mut buffer)?;
-    let mut best_s = [f64::INFINITY; CANDIDATES.len()];
+    let mut rounds = Vec::with_capacity(ROUNDS);
     'rounds: for _ in 0..ROUNDS {
-        for (shape, best_s) in CANDIDATES.into_iter().zip(&mut best_s) {
+        let mut round = [0.0; CANDIDATES.len()];
+        for (shape, taken_s) in CANDIDATES.into_iter().zip(&mut round) {
             if Instant::now() >= deadline {
                 break 'rounds;
             }
-            let taken_s = sweep(ring, Verb::Read, shape, region_bytes, &mut buffer)?;
-            *best_s = best_s.min(taken_s);
+            *taken_s = sweep(ring, Verb::Read, shape, region_bytes, &mut buffer)?;
+        }
+        rounds.push(round);
+    }
+    let challenger = fastest(&rounds);
+    if challenger == DEFAULT {
+        return Ok(DEFAULT);
+    }
+    let mut writes_s = [0.0; 2];
+    for _ in 0..ROUNDS_MIN {
+        for (shape, taken_s) in [DEFAULT, challenger].into_iter().zip(&mut writes_s) {
+            *taken_s += sweep(ring, Verb::Write, shape, region_bytes / 2, &mut buffer)?;
         }
     }
-    Ok(fastest(&best_s))
+    Ok(if writes_s[1] <= writes_s[0] { challenger } else { DEFAULT })
 }
 
-/// The fastest way, or the default when none is clearly faster.
-fn fastest(best_s: &[f64; CANDIDATES.len()]) -> Shape {
-    let ways = CANDIDATES.into_iter().zip(best_s);
-    let fastest = ways.min_by(|(_, one_s), (_, other_s)| one_s.total_cmp(other_s));
-    fastest.filter(|&(_, &taken_s)| taken_s < CLEARLY_FASTER * best_s[0]).map_or(DEFAULT, |(shape, _)| shape)
+/// The way that was clearly faster than the default in every round, by the most; else the default.
+fn fastest(rounds: &[Round]) -> Shape {
+    let worst_ratio = |way: usize| rounds.iter().map(|round| round[way] / round[0]).fold(0.0, f64::max);
+    let ways = CANDIDATES.into_iter().enumerate().map(|(way, shape)| (shape, worst_ratio(way)));
+    let fastest = ways.min_by(|(_, one), (_, other)| one.total_cmp(other));
+    let is_clear = |ratio: f64| rounds.len() >= ROUNDS_MIN && ratio < CLEARLY_FASTER;
+    fastest.filter(|&(_, ratio)| is_clear(ratio)).map_or(DEFAULT, |(shape, _)| shape)
 }
 
 /// Moves a region of file 0 once; answers the seconds that it took.
@@ -243,13 +259,19 @@ mod tests {
 
     #[test]
     fn the_default_stays_unless_another_way_is_clearly_faster() {
-        let mut best_s = [1.0; CANDIDATES.len()];
-        assert_eq!(fastest(&best_s), DEFAULT);
-        best_s[2] = 0.93;
-        assert_eq!(fastest(&best_s), DEFAULT);
-        best_s[4] = 0.85;
-        assert_eq!(fastest(&best_s), CANDIDATES[4]);
-        assert_eq!(fastest(&[f64::INFINITY; CANDIDATES.len()]), DEFAULT, "nothing was measured in time");
+        let rounds = |way: usize, times_s: &[f64]| -> Vec<Round> {
+            let round = |&taken_s: &f64| {
+                let mut round = [1.0; CANDIDATES.len()];
+                round[way] = taken_s;
+                round
+            };
+            times_s.iter().map(round).collect()
+        };
+        assert_eq!(fastest(&rounds(2, &[0.8, 0.9, 0.7])), CANDIDATES[2]);
+        assert_eq!(fastest(&rounds(2, &[0.97, 0.97, 0.97])), DEFAULT);
+        assert_eq!(fastest(&rounds(3, &[0.5, 0.5, 1.1])), DEFAULT, "slower once");
+        assert_eq!(fastest(&rounds(3, &[0.5, 0.5])), DEFAULT, "too few rounds");
+        assert_eq!(fastest(&[]), DEFAULT, "nothing was measured in time");
         for shape in CANDIDATES {
             assert!(shape.is_sound() && REGION_BYTES.is_multiple_of(shape.part_bytes as u64), "{shape:?}");
             assert!(shape.over(3).is_sound() && shape.over(usize::MAX).depth == DEPTH_MAX);
@@ -261,9 +283,9 @@ mod tests {
         let Ok(mut ring) = IoUring::new(ENTRIES) else { return println!("skipping: no io_uring") };
         let file = tempfile::tempfile().unwrap();
         ring.submitter().register_files(&[file.as_raw_fd()]).unwrap();
-        let shape = measure(&mut ring, 4 * PART_BYTES_MAX as u64, TIME_MAX).unwrap();
+        let shape = measure(&mut ring, 8 * PART_BYTES_MAX as u64, TIME_MAX).unwrap();
         assert!(CANDIDATES.contains(&shape));
-        assert_eq!(file.metadata().unwrap().len(), 4 * PART_BYTES_MAX as u64, "the region and no more");
+        assert_eq!(file.metadata().unwrap().len(), 8 * PART_BYTES_MAX as u64, "the region and no more");
         // A file that ends early, and one that cannot be read at all: an error, and nothing left in flight.
         let mut buffer =
             Arena::new(&Budget::new(Tier::Host, 4 << 20), 4 << 20).unwrap().lease(4 << 20).unwrap();
