@@ -116,7 +116,7 @@ fn interruptions_and_short_transfers_are_ridden_out() {
                 other => other,
             };
             let specs = state("h.0/master", 3 * PIECE_BYTES as u64);
-            let store = Store::create_on(disk.io(&plan), specs, PIECE_BYTES).unwrap();
+            let store = Store::create_on(disk.io(&plan), specs, &of_pieces(PIECE_BYTES)).unwrap();
             write_all(&store, &arena, 1);
             for piece in pieces(&store) {
                 expect_round(&store, &arena, piece, 1);
@@ -168,7 +168,7 @@ fn a_manifest_that_could_not_be_saved_holds_up_writes_until_it_is() {
 fn files_that_cannot_be_made_are_an_error() {
     for disk in disks() {
         let io = disk.io(&plan(FaultPoint::Allocate, 0, FaultKind::NoSpace));
-        let refused = Store::create_on(io, state("h.0/master", 4096), 4096).map(drop);
+        let refused = Store::create_on(io, state("h.0/master", 4096), &of_pieces(4096)).map(drop);
         assert!(matches!(refused, Err(Error::File { operation: "allocate", .. })));
     }
 }

@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{
     Commit,
-    layout::{Extent, ExtentId, ExtentKind, Layout, Place},
+    layout::{Extent, ExtentId, ExtentKind, Form, Layout, Place, crc32c},
     table::{Located, Table},
 };
 use crate::Error;
@@ -27,7 +27,10 @@ const CRC_DIGITS: usize = 8;
 pub(super) struct Manifest {
     format: u64,
     generation: u64,
-    piece_bytes: usize,
+    #[serde(flatten)]
+    form: Form,
+    /// In a store that is written in place: whether writes have begun since the commit, so that it may be gone.
+    overwriting: bool,
     extents: Vec<ExtentEntry>,
     application: serde_json::Value,
 }
@@ -41,11 +44,12 @@ struct ExtentEntry {
 }
 
 impl Manifest {
-    /// The document of a commit of everything that is latest.
+    /// The document of a commit of everything that is latest, or of the commit that is now to be overwritten.
     pub(super) fn encode(
         layout: &Layout,
         table: &Table,
         commit: &Commit,
+        overwriting: bool,
         path: &Path,
     ) -> Result<Vec<u8>, Error> {
         let mut extents = Vec::with_capacity(layout.extents().len());
@@ -62,7 +66,8 @@ impl Manifest {
         let manifest = Self {
             format: FORMAT,
             generation: commit.generation,
-            piece_bytes: layout.piece_bytes(),
+            form: layout.form().clone(),
+            overwriting,
             extents,
             application: commit.application.clone(),
         };
@@ -88,6 +93,9 @@ impl Manifest {
         }
         let manifest = serde_json::from_slice::<Self>(document);
         let manifest = manifest.map_err(|error| corrupt(path, error.to_string()))?;
+        if manifest.overwriting {
+            return Err(Error::Overwritten { path: path.to_owned(), generation: manifest.generation });
+        }
         manifest.into_table(path)
     }
 
@@ -95,8 +103,7 @@ impl Manifest {
         let (extents, pieces): (Vec<Extent>, Vec<_>) =
             self.extents.into_iter().map(|entry| (entry.extent, entry.pieces)).unzip();
         let specs = extents.iter().map(|extent| extent.spec.clone()).collect();
-        let layout =
-            Layout::new(specs, self.piece_bytes).map_err(|error| corrupt(path, error.to_string()))?;
+        let layout = Layout::new(specs, self.form).map_err(|error| corrupt(path, error.to_string()))?;
         let mut located = Vec::with_capacity(layout.pieces_in_all());
         for (index, (extent, pieces)) in extents.iter().zip(pieces).enumerate() {
             let count = layout.piece_count(ExtentId(index))?;
@@ -116,7 +123,7 @@ impl Manifest {
 /// Adds the checksum as the last member of a JSON object.
 fn seal(mut object: Vec<u8>) -> Vec<u8> {
     object.truncate(object.len().saturating_sub(1));
-    let crc = crc32c::crc32c(&object);
+    let crc = crc32c(&[&object]);
     object.extend_from_slice(SEAL_START);
     object.extend_from_slice(format!("{crc:08x}").as_bytes());
     object.extend_from_slice(SEAL_END);
@@ -128,7 +135,7 @@ fn is_sealed(document: &[u8]) -> bool {
         let rest = document.strip_suffix(SEAL_END)?;
         let (rest, digits) = rest.split_at_checked(rest.len().checked_sub(CRC_DIGITS)?)?;
         let body = rest.strip_suffix(SEAL_START)?;
-        Some(digits == format!("{:08x}", crc32c::crc32c(body)).as_bytes())
+        Some(digits == format!("{:08x}", crc32c(&[body])).as_bytes())
     };
     sealed().unwrap_or(false)
 }
