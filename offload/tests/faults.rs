@@ -103,7 +103,7 @@ fn silent_damage_is_found_by_the_checksum() {
 
 #[test]
 fn interruptions_and_short_transfers_are_ridden_out() {
-    for kind in [FaultKind::Interrupted, FaultKind::Again, FaultKind::Short] {
+    for kind in [FaultKind::Interrupted, FaultKind::Again, FaultKind::Short { bytes: 4096 }] {
         let faults = [FaultPoint::Read, FaultPoint::Write]
             .iter()
             .flat_map(|&point| [0, 1, 2, 4].map(|nth| Fault { point, nth, kind }));

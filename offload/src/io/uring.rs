@@ -82,9 +82,11 @@ impl Uring {
                 format!("io_uring could not register the arena ({refusal}): each request maps its own pages");
             directory.note(Notice::new("buffers-not-registered", text));
         }
+        let script = Arc::new(Script::below(faults));
+        directory.inject(script.clone());
         Ok(Self {
             directory,
-            script: Arc::new(Script::below(faults)),
+            script,
             idle: Mutex::new(Some(Idle { ring, buffers })),
             running: OnceLock::new(),
         })

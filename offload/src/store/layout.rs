@@ -59,6 +59,9 @@ impl Place {
     }
 }
 
+/// Longest file: all files of a store together are still a number of bytes.
+const FILE_BYTES_MAX: u64 = i64::MAX as u64 / 3;
+
 const FILE_NAMES: [&str; 3] = ["state-a.bin", "state-b.bin", "scratch.bin"];
 
 pub(super) fn file_name(place: Place) -> &'static str {
@@ -133,7 +136,7 @@ impl Layout {
             let offset_bytes = *end_bytes;
             let padded_bytes = spec.bytes.checked_next_multiple_of(page_bytes);
             let end = padded_bytes.and_then(|bytes| bytes.checked_add(offset_bytes));
-            let end = end.filter(|&end| i64::try_from(end).is_ok());
+            let end = end.filter(|&end| end <= FILE_BYTES_MAX);
             *end_bytes = end.ok_or_else(|| bad("is larger than a file can be"))?;
             let count = usize::try_from(spec.bytes.div_ceil(piece_bytes as u64));
             let total = count.ok().and_then(|count| pieces.checked_add(count));
