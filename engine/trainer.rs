@@ -325,7 +325,9 @@ impl Trainer {
         self.executor.run(self.plan.schedule(|builder| builder.commit(first)), self.context(None))?;
         self.executor.drain()?;
         let progress = Progress { step: self.step, parameters: parameter_rows(&self.plan.layout) };
-        let generation = store.commit(serde_json::json!({ "engine": progress, "user": user }))?;
+        let generation = store
+            .commit(serde_json::json!({ "engine": progress, "user": user }))
+            .map_err(|source| Error::Disk { step: self.step + 1, source })?;
         self.committed = true;
         Ok(generation)
     }
