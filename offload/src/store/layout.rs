@@ -108,7 +108,8 @@ pub(super) struct Layout {
 impl Layout {
     pub(super) fn new(specs: Vec<ExtentSpec>, piece_bytes: usize) -> Result<Self, Error> {
         let page_bytes = PAGE_BYTES as u64;
-        if piece_bytes == 0 || !piece_bytes.is_multiple_of(PAGE_BYTES) {
+        let is_size = piece_bytes > 0 && piece_bytes as u64 <= FILE_BYTES_MAX;
+        if !is_size || !piece_bytes.is_multiple_of(PAGE_BYTES) {
             let reason = format!("pieces of {piece_bytes} bytes: use a positive multiple of {PAGE_BYTES}");
             return Err(Error::BadLayout { reason });
         }
@@ -217,6 +218,8 @@ impl Layout {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::padded_bytes;
+    use proptest::prelude::*;
 
     fn spec(name: &str, bytes: u64, kind: ExtentKind) -> ExtentSpec {
         ExtentSpec { name: name.to_owned(), bytes, kind }
@@ -257,6 +260,7 @@ mod tests {
             (vec![spec("huge", u64::MAX, ExtentKind::State)], 4096, "extent huge is larger"),
             (vec![], 1000, "pieces of 1000 bytes"),
             (vec![], 0, "pieces of 0 bytes"),
+            (vec![], usize::MAX - 4095, "pieces of 18446744073709547520 bytes"),
         ];
         for (specs, piece_bytes, expected) in refusals {
             let text = Layout::new(specs, piece_bytes).unwrap_err().to_string();
@@ -273,5 +277,52 @@ mod tests {
         let mut checksums = vec![checksum(0, 0), checksum(0, 1), checksum(1, 0)];
         checksums.dedup();
         assert_eq!(checksums.len(), 3);
+    }
+
+    fn specs() -> impl Strategy<Value = Vec<ExtentSpec>> {
+        let kind = prop_oneof![Just(ExtentKind::State), Just(ExtentKind::Scratch)];
+        let bytes = prop_oneof![1..40_000_u64, (1..10_u64).prop_map(|pages| pages * PAGE_BYTES as u64)];
+        prop::collection::vec((bytes, kind), 0..20).prop_map(|extents| {
+            let named = extents.into_iter().enumerate();
+            named.map(|(index, (bytes, kind))| spec(&format!("extent {index}"), bytes, kind)).collect()
+        })
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
+
+        #[test]
+        fn any_pieces_are_aligned_apart_within_their_file_and_found_again(specs in specs(), pages in 1..6_usize) {
+            let piece_bytes = pages * PAGE_BYTES;
+            let layout = Layout::new(specs.clone(), piece_bytes).unwrap();
+            let [a, b, scratch] = &layout.files()[..] else { panic!("three files") };
+            prop_assert_eq!(a.bytes, b.bytes);
+            let mut index = 0;
+            let mut ends = [0, 0];
+            for (number, spec) in specs.iter().enumerate() {
+                let id = layout.find(&spec.name).unwrap();
+                prop_assert_eq!((id, layout.name(id)), (ExtentId(number), spec.name.as_str()));
+                let (end, file) = match spec.kind {
+                    ExtentKind::State => (&mut ends[0], a),
+                    ExtentKind::Scratch => (&mut ends[1], scratch),
+                };
+                let mut extent_bytes = 0;
+                for piece_number in 0..layout.piece_count(id).unwrap() {
+                    let piece = layout.piece(id, piece_number).unwrap();
+                    prop_assert_eq!((piece.index, layout.piece_at(index)), (index, Some((id, piece_number))));
+                    prop_assert!(piece.offset_bytes.is_multiple_of(PAGE_BYTES as u64));
+                    prop_assert!(piece.offset_bytes >= *end, "after the piece before it");
+                    prop_assert!(piece.bytes > 0 && piece.bytes <= piece_bytes);
+                    // Transfers move whole pages.
+                    *end = piece.offset_bytes + padded_bytes(piece.bytes) as u64;
+                    prop_assert!(*end <= file.bytes);
+                    extent_bytes += piece.bytes as u64;
+                    index += 1;
+                }
+                prop_assert_eq!(extent_bytes, spec.bytes, "pieces tile their extent");
+            }
+            prop_assert_eq!((ends[0], ends[1]), (a.bytes, scratch.bytes), "nothing is left over");
+            prop_assert_eq!((index, layout.piece_at(index)), (layout.pieces_in_all(), None));
+        }
     }
 }

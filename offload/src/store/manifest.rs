@@ -154,6 +154,8 @@ fn corrupt(path: &Path, reason: String) -> Error {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::ExtentSpec;
+    use proptest::prelude::*;
 
     #[test]
     fn every_damaged_byte_breaks_the_seal() {
@@ -165,6 +167,46 @@ mod tests {
             damaged[index] ^= 1;
             assert!(!is_sealed(&damaged), "byte {index}");
             assert!(!is_sealed(&document[..index]), "cut at {index}");
+        }
+    }
+
+    fn located() -> impl Strategy<Value = Option<Located>> {
+        let place = prop_oneof![Just(Place::A), Just(Place::B)];
+        prop::option::of((place, any::<u32>()).prop_map(|(place, crc)| Located { place, crc }))
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
+
+        #[test]
+        fn what_a_manifest_says_is_read_back(
+            extents in prop::collection::vec((1..30_000_u64, any::<bool>()), 0..10),
+            places in prop::collection::vec(located(), 80),
+            generation in 1..u64::MAX,
+            number in any::<f64>().prop_filter("JSON has no such numbers", |number| number.is_finite()),
+        ) {
+            let kind = |is_state| if is_state { ExtentKind::State } else { ExtentKind::Scratch };
+            let specs = extents.iter().enumerate().map(|(index, &(bytes, is_state))| {
+                ExtentSpec { name: format!("extent {index}"), bytes, kind: kind(is_state) }
+            });
+            let layout = Layout::new(specs.collect(), 4096).unwrap();
+            let commit = Commit { generation, application: serde_json::json!({ "number": number }) };
+            let places: Vec<_> = (0..layout.pieces_in_all())
+                .map(|index| {
+                    let (extent, _) = layout.piece_at(index).unwrap();
+                    let is_state = layout.extents()[extent.0].spec.kind == ExtentKind::State;
+                    places[index].filter(|_| is_state)
+                })
+                .collect();
+            let table = Table::of_commit(&layout, commit.clone(), places.clone());
+            let document = Manifest::encode(&layout, &table, &commit, Path::new("m")).unwrap();
+            let (read, manifest) = Manifest::decode(&document, Path::new("m")).unwrap();
+            prop_assert_eq!(read.extents(), layout.extents());
+            prop_assert_eq!(read.piece_bytes(), layout.piece_bytes());
+            let table = manifest.into_table(&read).unwrap();
+            prop_assert_eq!(table.committed(), Some(commit.into()));
+            let latest: Vec<_> = table.latest(0..read.pieces_in_all()).collect();
+            prop_assert_eq!(latest, places);
         }
     }
 }
