@@ -4,10 +4,11 @@
 use crate::layout::{Group, Layout};
 use crate::schedule::{Buffer, GroupIndex, Slot, Stream};
 use ferrozero_offload::Tier;
+use serde::{Deserialize, Serialize};
 use std::collections::HashMap;
 
 /// Home of each state stream of one group.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct GroupPlacement {
     /// Home of the master parameters. `Device` means a slot of its own.
     pub master: Tier,

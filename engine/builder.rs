@@ -47,14 +47,19 @@ struct Draft<'a> {
     passages: usize,
     /// How often each group's gradient is still to be accumulated in this step, and how often it has been.
     accumulations: Vec<(usize, usize)>,
+    /// Groups whose update of the last step is still to be made.
+    pending: Vec<bool>,
     /// Gradient buffers of the group that was accumulated last, where gradients pass through.
     gradients: Vec<Buffer>,
 }
 
 impl<'a> Builder<'a> {
-    /// One training step.
-    pub fn train(&self) -> Vec<Operation> {
+    /// One training step. With clipping it ends at the norm of its gradients, and its updates are left `pending`: they
+    /// are made by the next schedule, each when that one asks for the group, whose new values then go up from the
+    /// update without being read again.
+    pub fn train(&self, pending: bool) -> Vec<Operation> {
         let mut draft = self.draft();
+        draft.pending.fill(pending);
         let resident = self.layout.resident();
         for call in self.calls {
             draft.accumulations[call.group].0 += self.accumulate;
@@ -75,18 +80,23 @@ impl<'a> Builder<'a> {
             draft.accumulate(resident, gradients);
         }
         draft.operations.push(Operation::Norm);
-        if self.clip {
-            // In the order in which the next step asks for them, which therefore starts before the last is done.
-            for group in std::iter::once(resident).chain(0..resident) {
-                draft.update(group);
-            }
+        draft.operations
+    }
+
+    /// The updates that the last step left pending.
+    pub fn settle(&self) -> Vec<Operation> {
+        let mut draft = self.draft();
+        let resident = self.layout.resident();
+        for group in std::iter::once(resident).chain(0..resident) {
+            draft.update(group);
         }
         draft.operations
     }
 
-    /// One pass without gradients.
-    pub fn evaluate(&self) -> Vec<Operation> {
+    /// One pass without gradients, with the updates that the last step left `pending`.
+    pub fn evaluate(&self, pending: bool) -> Vec<Operation> {
         let mut draft = self.draft();
+        draft.pending.fill(pending);
         draft.attach();
         for call in 0..self.calls.len() {
             draft.forward(call, false);
@@ -145,7 +155,8 @@ impl<'a> Builder<'a> {
         draft.operations
     }
 
-    /// Writes to disk what a commit needs and has another home. Frozen parameters change in the first commit only.
+    /// Writes to disk what a commit needs and has another home, and commits. Frozen parameters change in the first
+    /// commit only.
     pub fn commit(&self, first: bool) -> Vec<Operation> {
         let mut draft = self.draft();
         for (group, placement) in self.arrangement.placements.iter().enumerate() {
@@ -170,6 +181,7 @@ impl<'a> Builder<'a> {
                 }
             }
         }
+        draft.operations.push(Operation::Commit);
         draft.operations
     }
 
@@ -177,7 +189,10 @@ impl<'a> Builder<'a> {
     pub fn collect(&self, group: GroupIndex, pieces: std::ops::Range<usize>) -> Vec<Operation> {
         let mut draft = self.draft();
         for piece in pieces {
-            let master = draft.master_place(group, piece, true);
+            let master = match self.arrangement.placements[group].master {
+                Tier::Device => MasterPlace::Slot(draft.own_slot(group)),
+                _ => MasterPlace::Buffer(draft.fetched_master(group, piece)),
+            };
             draft.operations.push(Operation::Collect { group, piece, master });
         }
         draft.operations
@@ -196,6 +211,7 @@ impl<'a> Builder<'a> {
             gradient_sets: 0,
             passages: 0,
             accumulations: vec![(0, 0); self.layout.groups.len()],
+            pending: vec![false; self.layout.groups.len()],
             gradients: vec![],
         }
     }
@@ -208,7 +224,8 @@ impl Draft<'_> {
     }
 
     fn attach(&mut self) {
-        self.operations.push(Operation::Attach { slot: self.own_slot(self.builder.layout.resident()) });
+        let slot = self.fetch(self.builder.layout.resident());
+        self.operations.push(Operation::Attach { slot });
     }
 
     fn next_gradient_set(&mut self) -> GradientSet {
@@ -225,14 +242,18 @@ impl Draft<'_> {
         self.builder.arrangement.boundary_home != Tier::Device && self.builder.calls[call].boundary_moves
     }
 
-    /// Sees to it that the parameters of a group are in a slot.
+    /// Sees to it that the parameters of a group are in a slot, with the update that was left pending.
     fn fetch(&mut self, group: GroupIndex) -> Slot {
         let arrangement = self.builder.arrangement;
-        let now = self.operations.len();
+        let pending = std::mem::take(&mut self.pending[group]);
         let candidates = &arrangement.slots_of[group];
         if arrangement.placements[group].master == Tier::Device {
+            if pending {
+                self.update(group);
+            }
             return candidates[0];
         }
+        let now = self.operations.len();
         if let Some(&slot) = candidates.iter().find(|slot| self.slot_contents[slot.0].0 == Some(group)) {
             self.slot_contents[slot.0].1 = now;
             return slot;
@@ -242,19 +263,30 @@ impl Draft<'_> {
             .min_by_key(|slot| (self.slot_contents[slot.0].0.is_some(), self.slot_contents[slot.0].1))
             .unwrap_or(&candidates[0]);
         self.slot_contents[slot.0] = (Some(group), now);
-        for piece in 0..self.builder.layout.piece_count(self.builder.layout.groups[group].elements) {
-            let buffer = match arrangement.homes.get(&(group, Stream::Master)) {
-                Some(home) => home[piece],
-                None => {
-                    let buffer = self.fetch_pool.next();
-                    let extent = Extent::State(group, Stream::Master);
-                    self.operations.push(Operation::Read { extent, piece, buffer, fetch: true });
-                    buffer
-                }
-            };
+        let layout = self.builder.layout;
+        let updated = if pending { layout.piece_count(layout.groups[group].trainable_elements) } else { 0 };
+        for piece in 0..layout.piece_count(layout.groups[group].elements) {
+            let buffer = self.fetched_master(group, piece);
+            if piece < updated {
+                self.update_piece(group, piece, MasterPlace::Buffer(buffer));
+            }
             self.operations.push(Operation::Upload { group, piece, buffer, slot });
+            if piece < updated {
+                self.write_home(group, Stream::Master, piece, buffer);
+            }
         }
         slot
+    }
+
+    /// The buffer that holds a piece of master parameters for the device, read from disk if that is its home.
+    fn fetched_master(&mut self, group: GroupIndex, piece: usize) -> Buffer {
+        if let Some(home) = self.builder.arrangement.homes.get(&(group, Stream::Master)) {
+            return home[piece];
+        }
+        let buffer = self.fetch_pool.next();
+        let extent = Extent::State(group, Stream::Master);
+        self.operations.push(Operation::Read { extent, piece, buffer, fetch: true });
+        buffer
     }
 
     fn forward(&mut self, call: usize, train: bool) {
@@ -354,61 +386,51 @@ impl Draft<'_> {
         buffer
     }
 
-    fn master_place(&mut self, group: GroupIndex, piece: usize, fetch: bool) -> MasterPlace {
-        if self.builder.arrangement.placements[group].master == Tier::Device {
-            return MasterPlace::Slot(self.own_slot(group));
-        }
-        if !fetch || self.builder.arrangement.homes.contains_key(&(group, Stream::Master)) {
-            return MasterPlace::Buffer(self.state_buffer(group, Stream::Master, piece));
-        }
-        let buffer = self.fetch_pool.next();
-        let extent = Extent::State(group, Stream::Master);
-        self.operations.push(Operation::Read { extent, piece, buffer, fetch });
-        MasterPlace::Buffer(buffer)
-    }
-
     fn update(&mut self, group: GroupIndex) {
         let layout = self.builder.layout;
         for piece in 0..layout.piece_count(layout.groups[group].trainable_elements) {
-            let gradient = if self.builder.gradient_passes_through() {
-                self.gradients[piece]
+            if self.builder.arrangement.placements[group].master == Tier::Device {
+                self.update_piece(group, piece, MasterPlace::Slot(self.own_slot(group)));
             } else {
-                self.state_buffer(group, Stream::Gradient, piece)
-            };
-            let master = self.master_place(group, piece, false);
-            let first_moment = self.state_buffer(group, Stream::FirstMoment, piece);
-            let second_moment = self.state_buffer(group, Stream::SecondMoment, piece);
-            let clipped = self.builder.clip;
-            self.operations.push(Operation::Update {
-                group,
-                piece,
-                master,
-                first_moment,
-                second_moment,
-                gradient,
-                clipped,
-            });
-            let written = [
-                (Stream::Master, if let MasterPlace::Buffer(buffer) = master { Some(buffer) } else { None }),
-                (Stream::FirstMoment, Some(first_moment)),
-                (Stream::SecondMoment, Some(second_moment)),
-            ];
-            for (stream, buffer) in written {
-                if let (Some(buffer), Tier::Disk) =
-                    (buffer, self.builder.arrangement.placements[group].home(stream))
-                {
-                    self.operations.push(Operation::Write {
-                        extent: Extent::State(group, stream),
-                        piece,
-                        buffer,
-                    });
-                }
+                let buffer = self.state_buffer(group, Stream::Master, piece);
+                self.update_piece(group, piece, MasterPlace::Buffer(buffer));
+                self.write_home(group, Stream::Master, piece, buffer);
             }
         }
         for contents in &mut self.slot_contents {
             if contents.0 == Some(group) && layout.groups[group].trainable_elements > 0 {
                 contents.0 = None;
             }
+        }
+    }
+
+    /// Updates a piece of which the master parameters are in `master`, and brings its moments home.
+    fn update_piece(&mut self, group: GroupIndex, piece: usize, master: MasterPlace) {
+        let gradient = if self.builder.gradient_passes_through() {
+            self.gradients[piece]
+        } else {
+            self.state_buffer(group, Stream::Gradient, piece)
+        };
+        let first_moment = self.state_buffer(group, Stream::FirstMoment, piece);
+        let second_moment = self.state_buffer(group, Stream::SecondMoment, piece);
+        let deferred = self.builder.clip;
+        self.operations.push(Operation::Update {
+            group,
+            piece,
+            master,
+            first_moment,
+            second_moment,
+            gradient,
+            deferred,
+        });
+        self.write_home(group, Stream::FirstMoment, piece, first_moment);
+        self.write_home(group, Stream::SecondMoment, piece, second_moment);
+    }
+
+    /// Writes a piece to disk if that is its home.
+    fn write_home(&mut self, group: GroupIndex, stream: Stream, piece: usize, buffer: Buffer) {
+        if self.builder.arrangement.placements[group].home(stream) == Tier::Disk {
+            self.operations.push(Operation::Write { extent: Extent::State(group, stream), piece, buffer });
         }
     }
 }

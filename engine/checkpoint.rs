@@ -1,212 +1,273 @@
-//! What of a run lies on disk: the stores, what a commit says about the model, and how a checkpoint is matched to it.
+//! A checkpoint without its model: what is in a run's folder, whether it is whole, and its way to and from safetensors.
 
-use crate::engine::Config;
+use crate::arrangement::GroupPlacement;
 use crate::error::{Error, Result};
-use crate::layout::Layout;
-use crate::plan::Plan;
-use crate::schedule::{Extent, Stream};
-use ferrozero_offload::{BackendChoice, ExtentId, ExtentKind, ExtentSpec, Store, StoreOptions, Tier};
-use serde::{Deserialize, Serialize};
-use std::collections::HashMap;
-use std::path::PathBuf;
-use std::sync::Arc;
+use crate::export::export_safetensors;
+use crate::layout::{Group, Layout};
+use crate::schedule::Stream;
+use crate::stores::{self, ParameterRow, Progress};
+use ferrozero_offload::{
+    Arena, Budget, Completion, ExtentId, Lease, Store, StoreOptions, Ticket, Tier, padded_bytes,
+};
+use serde::Serialize;
+use std::collections::VecDeque;
+use std::path::{Path, PathBuf};
 
-/// Folder of what no commit keeps, within the folder of the state.
-const SCRATCH: &str = "scratch";
+/// Pieces that are read at once.
+const PIECES_IN_FLIGHT: usize = 4;
 
-/// What the engine writes into a commit.
-#[derive(Debug, Clone, Serialize, Deserialize)]
-pub struct Progress {
+/// The last commit of a run, opened without a model.
+pub struct Checkpoint {
+    directory: PathBuf,
+    store: Store,
+    progress: Progress,
+    user: serde_json::Value,
+    layout: Layout,
+}
+
+/// What a checkpoint holds.
+#[derive(Debug, Clone, Serialize)]
+pub struct Summary {
+    /// Number of the commit.
+    pub generation: u64,
     /// Optimizer steps that were made.
     pub step: u64,
-    /// Every parameter in the order of the groups' runs.
-    pub parameters: Vec<ParameterRow>,
+    /// Elements of all parameters.
+    pub parameters: u64,
+    /// Bytes of one piece.
+    pub piece_bytes: usize,
+    /// Bytes of all files.
+    pub disk_bytes: u64,
+    /// Each group, in order.
+    pub groups: Vec<GroupSummary>,
+    /// What the run's own side of the commit says.
+    pub user: serde_json::Value,
 }
 
-/// A parameter in a commit.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct ParameterRow {
-    /// Group.
-    pub group: String,
-    /// Full name.
+/// A group of a checkpoint.
+#[derive(Debug, Clone, Serialize)]
+pub struct GroupSummary {
+    /// Name.
     pub name: String,
-    /// Shape.
-    pub shape: Vec<usize>,
-    /// Whether it is trained.
-    pub trainable: bool,
+    /// Number of parameters by name.
+    pub tensors: usize,
+    /// Elements of its parameters.
+    pub parameters: u64,
+    /// Bytes of parameters and moments, alignment included.
+    pub bytes: u64,
+    /// Homes in the run that made the commit; none for an imported checkpoint.
+    pub homes: Option<GroupPlacement>,
 }
 
-/// The parameters of a layout as a commit lists them.
-pub fn parameter_rows(layout: &Layout) -> Vec<ParameterRow> {
-    let rows = layout.groups.iter().flat_map(|group| group.table.iter().map(move |entry| (group, entry)));
-    rows.map(|(group, entry)| ParameterRow {
-        group: group.name.clone(),
-        name: entry.name.clone(),
-        shape: entry.shape.clone(),
-        trainable: entry.trainable,
-    })
-    .collect()
+/// A piece that is not what the commit says.
+#[derive(Debug, Clone, Serialize)]
+pub struct Damage {
+    /// Group and state stream.
+    pub extent: String,
+    /// Number of the piece.
+    pub piece: usize,
+    /// Parameters of which it holds a part.
+    pub parameters: Vec<String>,
+    /// What was found.
+    pub error: String,
 }
 
-fn options(config: &Config, piece_bytes: usize) -> StoreOptions {
-    StoreOptions {
-        piece_bytes,
-        backend: config.backend,
-        faults: config.faults.clone(),
-        throttle: config.throttle,
-        ..StoreOptions::default()
+impl Checkpoint {
+    /// Opens the last commit in a folder. No run may use the folder meanwhile.
+    ///
+    /// # Errors
+    /// What the disk store says of the folder; [`Error::CheckpointMismatch`] if no trainer wrote it.
+    pub fn open(directory: &Path) -> Result<Self> {
+        let store = Store::open(directory, StoreOptions::default())?;
+        let (progress, user) = stores::committed(&store, directory)?;
+        let layout = layout_of(&progress.parameters, store.piece_bytes() / 4);
+        Ok(Self { directory: directory.to_owned(), store, progress, user, layout })
     }
-}
 
-/// Opens the checkpoint that a configuration resumes.
-pub fn open(config: &Config) -> Result<Option<Store>> {
-    if !config.resume {
-        return Ok(None);
+    /// What it holds.
+    pub fn summary(&self) -> Summary {
+        let groups = self.layout.groups.iter().enumerate().map(|(index, group)| GroupSummary {
+            name: group.name.clone(),
+            tensors: group.table.len(),
+            parameters: group.table.iter().map(|entry| entry.elements as u64).sum(),
+            bytes: Stream::STATE.iter().map(|s| 4 * s.elements(&self.layout, index) as u64).sum(),
+            homes: self.progress.homes.iter().find(|(name, _)| *name == group.name).map(|(_, homes)| *homes),
+        });
+        Summary {
+            generation: self.store.committed().map_or(0, |commit| commit.generation),
+            step: self.progress.step,
+            parameters: self.layout.parameter_elements(),
+            piece_bytes: self.store.piece_bytes(),
+            disk_bytes: self.store.disk_bytes(),
+            groups: groups.collect(),
+            user: self.user.clone(),
+        }
     }
-    let Some(directory) = &config.directory else {
-        return Err(Error::Configuration(
-            "resume needs the checkpoint's folder: set directory (--dir)".into(),
-        ));
-    };
-    Ok(Some(Store::open(directory, options(config, 0))?))
-}
 
-/// The disk tier of a run.
-pub struct Stores {
-    /// State streams; commits keep them.
-    pub state: Option<Arc<Store>>,
-    /// Gradients and boundaries; nothing keeps them.
-    pub scratch: Option<Arc<Store>>,
-    /// Which extent is where.
-    pub extents: HashMap<Extent, (Arc<Store>, ExtentId)>,
-    /// Whether `state` holds a commit of this run.
-    pub resumed: Option<Progress>,
-}
+    /// Bytes that [`Self::verify`] reads.
+    pub fn state_bytes(&self) -> u64 {
+        self.summary().groups.iter().map(|group| group.bytes).sum()
+    }
 
-impl Stores {
-    /// Reserves the space of a plan, or matches it to the checkpoint that was opened.
-    pub fn make(config: &Config, plan: &Plan, opened: Option<Store>, piece_bytes: usize) -> Result<Self> {
-        let layout = plan.layout();
-        let mut stores = Self { state: None, scratch: None, extents: HashMap::new(), resumed: None };
-        let Some(directory) = directory(config) else { return Ok(stores) };
-        let mut states = vec![];
-        for (group, of_group) in layout.groups.iter().enumerate() {
+    /// Reads every piece and checks its sum; tells `on_read` the bytes of each. What is damaged is listed, by name.
+    ///
+    /// # Errors
+    /// Of memory. Errors of the disk are damage.
+    pub fn verify(&self, mut on_read: impl FnMut(u64)) -> Result<Vec<Damage>> {
+        let mut damage = vec![];
+        for (index, group) in self.layout.groups.iter().enumerate() {
             for stream in Stream::STATE {
-                let bytes = 4 * stream.elements(layout, group) as u64;
-                if bytes > 0 {
-                    states.push((
-                        Extent::State(group, stream),
-                        format!("{}/{}", of_group.name, stream.name()),
-                        bytes,
-                    ));
+                let elements = stream.elements(&self.layout, index);
+                if elements == 0 {
+                    continue;
                 }
+                let extent = stores::extent_name(group, stream);
+                self.read(&extent, 0..self.layout.piece_count(elements), |piece, _, result| {
+                    let range = self.layout.piece_range(elements, piece);
+                    on_read(4 * range.len() as u64);
+                    if let Err(error) = result {
+                        let names = group.runs(range).map(|run| group.table[run.entry].name.clone());
+                        let (extent, error) = (extent.clone(), error.to_string());
+                        damage.push(Damage { extent, piece, parameters: names.collect(), error });
+                    }
+                    Ok(())
+                })?;
             }
         }
-        let state = match opened {
-            Some(store) => {
-                stores.resumed = Some(matching_progress(&store, layout, &directory)?);
-                store
-            }
-            None => {
-                let specs = specs(&states, ExtentKind::State);
-                match Store::create(&directory, specs, options(config, piece_bytes)) {
-                    Err(ferrozero_offload::Error::AlreadyCommitted { .. }) => {
-                        return Err(Error::CheckpointExists { path: directory });
-                    }
-                    created => created?,
-                }
-            }
-        };
-        let state = Arc::new(state);
-        stores.add(&state, states);
-        stores.state = Some(state);
-        stores.make_scratch(config, plan, &directory, piece_bytes)?;
-        Ok(stores)
+        Ok(damage)
     }
 
-    fn make_scratch(
-        &mut self,
-        config: &Config,
-        plan: &Plan,
-        directory: &std::path::Path,
-        piece_bytes: usize,
+    /// Reads pieces in order, several in flight, and hands each to `each`.
+    fn read(
+        &self,
+        extent: &str,
+        pieces: std::ops::Range<usize>,
+        mut each: impl FnMut(usize, &Lease, Result<()>) -> Result<()>,
     ) -> Result<()> {
-        let layout = plan.layout();
-        let mut scratches = vec![];
-        for (group, placement) in plan.placements().iter().enumerate() {
-            let bytes = 4 * layout.groups[group].trainable_elements as u64;
-            if placement.gradient == Tier::Disk && bytes > 0 {
-                let name = format!("{}/{}", layout.groups[group].name, Stream::Gradient.name());
-                scratches.push((Extent::State(group, Stream::Gradient), name, bytes));
+        let id = self.store.extent(extent).ok_or_else(|| Error::CheckpointMismatch {
+            path: self.directory.clone(),
+            mismatch: format!("it has no {extent}"),
+        })?;
+        let bytes = padded_bytes(self.store.piece_bytes());
+        let budget = Budget::new(Tier::Host, (PIECES_IN_FLIGHT * bytes) as u64);
+        let arena = Arena::new(&budget, PIECES_IN_FLIGHT * bytes)?;
+        let mut in_flight: VecDeque<(usize, Ticket)> = VecDeque::new();
+        let mut finish = |(piece, ticket): (usize, Ticket)| {
+            let Completion { lease, result } = ticket.wait();
+            each(piece, &lease, result.map_err(Error::from))
+        };
+        for piece in pieces {
+            if in_flight.len() == PIECES_IN_FLIGHT
+                && let Some(oldest) = in_flight.pop_front()
+            {
+                finish(oldest)?;
+            }
+            let (ticket, on_done) = Ticket::new();
+            self.store.read(id, piece, arena.lease(bytes)?, on_done);
+            in_flight.push_back((piece, ticket));
+        }
+        in_flight.into_iter().try_for_each(finish)
+    }
+
+    /// Values of a parameter.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] for an unknown name, and what reading finds.
+    pub fn parameter(&self, name: &str) -> Result<Vec<f32>> {
+        let (group, entry) = self.layout.find(name)?;
+        let of_group = &self.layout.groups[group];
+        let mut values = vec![0.0; of_group.table[entry].elements];
+        let extent = stores::extent_name(of_group, Stream::Master);
+        self.read(&extent, self.layout.pieces_of(group, entry), |piece, lease, result| {
+            result?;
+            let range = self.layout.piece_range(of_group.elements, piece);
+            for run in of_group.runs(range).filter(|run| run.entry == entry) {
+                values[run.entry_start..run.entry_start + run.elements]
+                    .copy_from_slice(&lease.as_f32()[run.piece_start..run.piece_start + run.elements]);
+            }
+            Ok(())
+        })?;
+        Ok(values)
+    }
+
+    /// Writes all parameters to a safetensors file, one after another: the memory of one parameter suffices.
+    ///
+    /// # Errors
+    /// [`Error::File`] and what reading finds.
+    pub fn export_safetensors(&self, path: &Path) -> Result<()> {
+        export_safetensors(path, &self.layout.parameters(), &|name| self.parameter(name))
+    }
+}
+
+/// The groups of a commit.
+fn layout_of(rows: &[ParameterRow], piece_elements: usize) -> Layout {
+    let mut members: Vec<(String, Vec<_>)> = vec![];
+    for (index, row) in rows.iter().enumerate() {
+        let member = (index, row.name.clone(), row.shape.clone(), row.trainable, false);
+        match members.last_mut().filter(|(group, _)| *group == row.group) {
+            Some((_, members)) => members.push(member),
+            None => members.push((row.group.clone(), vec![member])),
+        }
+    }
+    let groups = members.into_iter().map(|(name, members)| {
+        let resident = name == stores::RESIDENT;
+        Group::new(name, resident, members)
+    });
+    Layout { groups: groups.collect(), piece_elements }
+}
+
+/// Makes checkpoints of files in another format.
+pub(crate) struct Making {
+    layout: Layout,
+    rows: Vec<ParameterRow>,
+    store: Store,
+}
+
+impl Making {
+    /// Reserves the space of a checkpoint with these parameters.
+    pub(crate) fn start(directory: &Path, rows: Vec<ParameterRow>, options: StoreOptions) -> Result<Self> {
+        let layout = layout_of(&rows, options.piece_bytes / 4);
+        let store = stores::create_state(directory, &stores::state_extents(&layout), options)?;
+        Ok(Self { layout, rows, store })
+    }
+
+    /// Writes all states, with master parameters as `values` answers them by name and moments of zero, and commits.
+    pub(crate) fn finish(self, values: impl Fn(&str) -> Result<Vec<f32>>) -> Result<()> {
+        let bytes = padded_bytes(self.store.piece_bytes());
+        let budget = Budget::new(Tier::Host, bytes as u64);
+        let arena = Arena::new(&budget, bytes)?;
+        let mut lease = arena.lease(bytes)?;
+        for (index, group) in self.layout.groups.iter().enumerate() {
+            let mut current: Option<(usize, Vec<f32>)> = None;
+            for stream in Stream::STATE {
+                let elements = stream.elements(&self.layout, index);
+                let Some(extent) = self.store.extent(&stores::extent_name(group, stream)) else { continue };
+                for piece in 0..self.layout.piece_count(elements) {
+                    lease.as_f32_mut().fill(0.0);
+                    let runs = group.runs(self.layout.piece_range(elements, piece));
+                    for run in runs.filter(|_| stream == Stream::Master) {
+                        if current.as_ref().is_none_or(|(entry, _)| *entry != run.entry) {
+                            current = Some((run.entry, values(&group.table[run.entry].name)?));
+                        }
+                        if let Some((_, values)) = &current {
+                            lease.as_f32_mut()[run.piece_start..run.piece_start + run.elements]
+                                .copy_from_slice(&values[run.entry_start..run.entry_start + run.elements]);
+                        }
+                    }
+                    lease = self.write(extent, piece, lease)?;
+                }
             }
         }
-        if plan.arrangement.boundary_home == Tier::Disk {
-            for (call, of_call) in plan.calls.iter().enumerate().filter(|(_, call)| call.boundary_moves) {
-                let bytes = 4 * of_call.boundary_elements as u64;
-                scratches.push((Extent::Boundary(call), format!("boundary {call}"), bytes));
-            }
-        }
-        if scratches.is_empty() {
-            return Ok(());
-        }
-        let specs = specs(&scratches, ExtentKind::Scratch);
-        let store = Store::create(&directory.join(SCRATCH), specs, options(config, piece_bytes))?;
-        let store = Arc::new(store);
-        self.add(&store, scratches);
-        self.scratch = Some(store);
+        let progress = Progress { step: 0, parameters: self.rows, homes: vec![] };
+        self.store.commit(serde_json::json!({ "engine": progress, "user": null }))?;
         Ok(())
     }
 
-    fn add(&mut self, store: &Arc<Store>, extents: Vec<(Extent, String, u64)>) {
-        for (extent, name, _) in extents {
-            if let Some(id) = store.extent(&name) {
-                self.extents.insert(extent, (store.clone(), id));
-            }
-        }
+    fn write(&self, extent: ExtentId, piece: usize, lease: Lease) -> Result<Lease> {
+        let (ticket, on_done) = Ticket::new();
+        self.store.write(extent, piece, lease, on_done);
+        let Completion { lease, result } = ticket.wait();
+        result?;
+        Ok(lease)
     }
-
-    /// Bytes of all files.
-    pub fn disk_bytes(&self) -> u64 {
-        self.state.iter().chain(&self.scratch).map(|store| store.disk_bytes()).sum()
-    }
-}
-
-/// Where the stores are: none without a disk tier.
-fn directory(config: &Config) -> Option<PathBuf> {
-    match (&config.directory, config.backend) {
-        (Some(directory), _) => Some(directory.clone()),
-        (None, BackendChoice::Memory) => Some(PathBuf::from("memory")),
-        (None, _) => None,
-    }
-}
-
-fn specs(extents: &[(Extent, String, u64)], kind: ExtentKind) -> Vec<ExtentSpec> {
-    extents.iter().map(|(_, name, bytes)| ExtentSpec { name: name.clone(), bytes: *bytes, kind }).collect()
-}
-
-/// Reads a commit's progress, and refuses it if the model differs.
-fn matching_progress(store: &Store, layout: &Layout, directory: &std::path::Path) -> Result<Progress> {
-    let mismatch = |mismatch: String| Error::CheckpointMismatch { path: directory.to_owned(), mismatch };
-    let commit = store.committed().ok_or_else(|| mismatch("it holds no commit".into()))?;
-    let progress = commit.application.get("engine").cloned().unwrap_or_default();
-    let progress: Progress = serde_json::from_value(progress)
-        .map_err(|error| mismatch(format!("its commit was not written by ferrozero's trainer ({error})")))?;
-    let rows = parameter_rows(layout);
-    for (stored, asked) in progress.parameters.iter().zip(&rows) {
-        if stored != asked {
-            return Err(mismatch(format!(
-                "it has {} of shape {:?}, and this model {} of shape {:?}{}",
-                stored.name,
-                stored.shape,
-                asked.name,
-                asked.shape,
-                if stored.trainable == asked.trainable { "" } else { " (one of them is frozen)" }
-            )));
-        }
-    }
-    if progress.parameters.len() != rows.len() {
-        let (stored, asked) = (progress.parameters.len(), rows.len());
-        return Err(mismatch(format!("it has {stored} parameters and this model {asked}")));
-    }
-    Ok(progress)
 }

@@ -1,6 +1,5 @@
 //! The engine as a user meets it: configuration, the `VarBuilder`, segments, the plan.
 
-use crate::checkpoint::{self, Stores};
 use crate::error::{Error, Result};
 use crate::layout::{ALIGNMENT_ELEMENTS, Layout};
 use crate::pass::{Mode, Observed, Passes, lock};
@@ -8,6 +7,7 @@ use crate::plan::{Limits, Placement, Plan};
 use crate::registry::{GroupTensors, ParameterRule, Registry};
 use crate::rehearsal::Rehearsal;
 use crate::segment::Segment;
+use crate::stores::{self, Progress, Stores};
 use crate::trainer::Trainer;
 use candle_core::{DType, Device, Tensor};
 use candle_nn::VarBuilder;
@@ -120,7 +120,8 @@ pub struct Engine {
     registry: Registry,
     passes: Passes,
     opened: Mutex<Option<Store>>,
-    resumed: Option<serde_json::Value>,
+    /// What the checkpoint says that is resumed: the engine's part and the user's.
+    resumed: Option<(Progress, serde_json::Value)>,
     piece_bytes: usize,
 }
 
@@ -145,13 +146,15 @@ impl Engine {
         if config.piece_bytes.is_some_and(|bytes| bytes == 0 || bytes % (4 * ALIGNMENT_ELEMENTS) != 0) {
             return invalid("piece_bytes must be a multiple of 4096");
         }
-        let opened = checkpoint::open(&config)?;
+        let opened = stores::open(&config)?;
         let piece_bytes = match &opened {
             Some(store) => store.piece_bytes(),
             None => config.piece_bytes.unwrap_or(DEFAULT_PIECE_BYTES),
         };
-        let resumed =
-            opened.as_ref().and_then(|store| store.committed()).map(|commit| commit.application.clone());
+        let resumed = match (&opened, &config.directory) {
+            (Some(store), Some(directory)) => Some(stores::committed(store, directory)?),
+            _ => None,
+        };
         Ok(Self {
             config,
             registry: Registry::default(),
@@ -173,7 +176,7 @@ impl Engine {
 
     /// What the user's side of a resumed checkpoint says: the value given to [`Trainer::commit`].
     pub fn resumed(&self) -> Option<&serde_json::Value> {
-        self.resumed.as_ref().and_then(|commit| commit.get("user"))
+        self.resumed.as_ref().map(|(_, user)| user)
     }
 
     /// A builder whose parameters are the engine's. They are vacant: they have no values until a step.
@@ -208,7 +211,9 @@ impl Engine {
     /// # Errors
     /// [`Error::MissingGradient`], [`Error::BudgetTooSmall`], and whatever `loss` returns.
     pub fn plan(&self, adamw: AdamW, loss: impl Fn() -> candle_core::Result<Tensor>) -> Result<Plan> {
-        let layout = Arc::new(self.registry.seal(self.piece_bytes / 4, &adamw.decays)?);
+        let stored = self.resumed.iter().flat_map(|(progress, _)| &progress.parameters);
+        let order: Vec<String> = stored.map(|row| row.name.clone()).collect();
+        let layout = Arc::new(self.registry.seal(self.piece_bytes / 4, &adamw.decays, &order)?);
         let names = layout.groups.iter().map(|group| group.name.clone()).collect();
         self.passes.set_segment_names(names);
         let tensors = Arc::new(GroupTensors::new(&layout, &self.registry.parameters()));

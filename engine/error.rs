@@ -112,6 +112,14 @@ pub enum Error {
         /// Folder of the checkpoint.
         path: PathBuf,
     },
+    /// A safetensors file that cannot be used.
+    #[error("{path}: {reason}")]
+    Safetensors {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        reason: String,
+    },
     /// A part of the model that the engine cannot run.
     #[error("{0}")]
     Unsupported(String),

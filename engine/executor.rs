@@ -77,7 +77,7 @@ impl Executor {
             )
         });
         let mut workers = HashMap::new();
-        for queue in [Queue::Upload, Queue::Download, Queue::Optimizer] {
+        for queue in [Queue::Upload, Queue::Download, Queue::Optimizer, Queue::Commit] {
             workers.insert(queue, Worker::start(queue, shared.clone(), events.clone())?);
         }
         let dispatcher = Dispatcher {
@@ -259,13 +259,23 @@ impl Dispatcher {
             self.advance();
             self.answer();
         }
+        // A commit that was asked for is made. All that it waits for was asked for before it, and needs no compute.
+        while self.stopped.is_none()
+            && self.entries.values().any(|entry| entry.operation == Operation::Commit)
+        {
+            self.advance();
+            self.take_finished();
+        }
         // Transfers in flight own their buffers; they end before the memory goes.
         while self.in_flight_outside() > 0 {
-            match self.received.recv() {
-                Ok(Event::Finished { id, held, result }) => self.finished(id, held, result),
-                Ok(_) => {}
-                Err(_) => break,
-            }
+            self.take_finished();
+        }
+    }
+
+    fn take_finished(&mut self) {
+        // The dispatcher holds a sender itself, so this waits until an operation ends.
+        if let Ok(Event::Finished { id, held, result }) = self.received.recv() {
+            self.finished(id, held, result);
         }
     }
 
@@ -296,10 +306,9 @@ impl Dispatcher {
             let id = self.next_id;
             self.next_id += 1;
             let mut waiting_for = 0;
-            for resource in operation.resources() {
-                let Some(previous) = self.last_user.insert(resource, id) else { continue };
-                if let Some(previous) = self.entries.get_mut(&previous) {
-                    previous.dependents.push(id);
+            for earlier in self.awaited(&operation, id) {
+                if let Some(earlier) = self.entries.get_mut(&earlier) {
+                    earlier.dependents.push(id);
                     waiting_for += 1;
                 }
             }
@@ -308,6 +317,22 @@ impl Dispatcher {
             let entry = Entry { operation, context, waiting_for, dependents: vec![], started_s: 0.0 };
             self.entries.insert(id, entry);
         }
+    }
+
+    /// The earlier operations, perhaps done, that a new one waits for.
+    fn awaited(&mut self, operation: &Operation, id: u64) -> Vec<u64> {
+        let mut awaited = vec![];
+        for resource in operation.resources() {
+            awaited.extend(self.last_user.insert(resource, id));
+            if resource == Resource::StatesOnDisk {
+                // Rare, so those who share it are looked for and not kept count of.
+                let sharers =
+                    self.entries.iter().filter(|(_, e)| e.operation.shared_resource() == Some(resource));
+                awaited.extend(sharers.map(|(&sharer, _)| sharer));
+            }
+        }
+        awaited.extend(operation.shared_resource().and_then(|shared| self.last_user.get(&shared)));
+        awaited
     }
 
     fn finished(&mut self, id: u64, held: Held, result: Result<()>) {
@@ -478,7 +503,7 @@ impl Dispatcher {
                 Resource::Gradients(set) => held.gradients = Some(self.gradients[set.0].take()?),
                 Resource::Passage(passage) => held.passage = Some(self.passages[passage.0].take()?),
                 Resource::Statistics => held.statistics = Some(self.statistics.take()?),
-                Resource::Piece(..) => {}
+                Resource::Piece(..) | Resource::StatesOnDisk => {}
             }
         }
         Some(held)
@@ -493,8 +518,7 @@ impl Dispatcher {
                 Resource::Slot(index) => self.slots[index.0] = slot.take(),
                 Resource::Gradients(set) => self.gradients[set.0] = gradients.take(),
                 Resource::Passage(index) => self.passages[index.0] = passage.take(),
-                Resource::Statistics => {}
-                Resource::Piece(..) => {}
+                Resource::Statistics | Resource::Piece(..) | Resource::StatesOnDisk => {}
             }
         }
         if held.statistics.is_some() {

@@ -6,6 +6,7 @@
 //! [`ALIGNMENT_ELEMENTS`]: direct I/O needs 4 KiB, and the blocks over which squared norms are summed then never
 //! straddle two tensors or two pieces, so a norm has the same bits whatever the piece size.
 
+use crate::error::{Error, Result};
 use ferrozero_kernels::gradient::BLOCK_ELEMENTS;
 use std::ops::Range;
 
@@ -130,6 +131,35 @@ impl Layout {
     pub fn piece_range(&self, elements: usize, piece: usize) -> Range<usize> {
         let start = piece * self.piece_elements;
         start..(start + self.piece_elements).min(elements)
+    }
+
+    /// Group, and place in its table, of a parameter.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] for an unknown name.
+    pub fn find(&self, name: &str) -> Result<(usize, usize)> {
+        let mut entries = self.groups.iter().enumerate().flat_map(|(group, of_group)| {
+            of_group.table.iter().enumerate().map(move |(index, entry)| (group, index, entry))
+        });
+        let found = entries.find(|(_, _, entry)| entry.name == name);
+        found
+            .map(|(group, index, _)| (group, index))
+            .ok_or_else(|| Error::Unsupported(format!("the model has no parameter {name}")))
+    }
+
+    /// The pieces of a group's run that hold a parameter.
+    pub fn pieces_of(&self, group: usize, entry: usize) -> Range<usize> {
+        let entry = &self.groups[group].table[entry];
+        let last = entry.offset_elements + entry.elements.max(1) - 1;
+        entry.offset_elements / self.piece_elements..last / self.piece_elements + 1
+    }
+
+    /// Names and shapes of all parameters, in the order of their names.
+    pub fn parameters(&self) -> Vec<(String, Vec<usize>)> {
+        let entries = self.groups.iter().flat_map(|group| &group.table);
+        let mut all: Vec<_> = entries.map(|entry| (entry.name.clone(), entry.shape.clone())).collect();
+        all.sort();
+        all
     }
 
     /// Number of parameters' elements, alignment not counted.

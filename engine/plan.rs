@@ -237,9 +237,9 @@ impl Plan {
         make(&self.builder())
     }
 
-    /// The operations of a training step.
+    /// The operations of a training step after another one.
     pub fn train_schedule(&self) -> Vec<Operation> {
-        self.builder().train()
+        self.builder().train(self.clip.is_some())
     }
 
     /// Groups of the model.

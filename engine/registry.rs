@@ -2,6 +2,7 @@
 
 use crate::error::{Error, Result};
 use crate::layout::{Group, Layout};
+use crate::stores::RESIDENT;
 use crate::vacancy::{self, DeviceRun};
 use candle_core::{DType, Device, Shape, Tensor};
 use candle_nn::Init;
@@ -84,8 +85,9 @@ impl Registry {
         self.state().building = None;
     }
 
-    /// Lays the groups out. No parameter can be added afterwards.
-    pub fn seal(&self, piece_elements: usize, decays: &ParameterRule) -> Result<Layout> {
+    /// Lays the groups out. No parameter can be added afterwards. Parameters named in `order`, which is that of a
+    /// checkpoint, come in this order within their groups, all others in the order in which they were asked for.
+    pub fn seal(&self, piece_elements: usize, decays: &ParameterRule, order: &[String]) -> Result<Layout> {
         let mut state = self.state();
         state.sealed = true;
         if state.parameters.is_empty() {
@@ -100,7 +102,11 @@ impl Registry {
             let row = (index, parameter.name.clone(), parameter.shape.clone(), parameter.trainable, decays);
             members[parameter.segment.unwrap_or(resident)].push(row);
         }
-        let names = state.segments.iter().cloned().chain(["resident".to_owned()]);
+        let order: HashMap<_, _> = order.iter().zip(0..).collect();
+        for members in &mut members {
+            members.sort_by_key(|(_, name, ..)| order.get(name).copied().unwrap_or(usize::MAX));
+        }
+        let names = state.segments.iter().cloned().chain([RESIDENT.to_owned()]);
         let groups = names.zip(members).enumerate();
         let groups =
             groups.map(|(index, (name, members))| Group::new(name, index == resident, members)).collect();

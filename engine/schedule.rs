@@ -2,7 +2,7 @@
 //!
 //! Every operation names what it uses: buffers (host or device memory of one piece), slots, gradient sets,
 //! boundaries in passing, pieces on disk. An operation may start when the last earlier one that used any of
-//! these is done. The list is in an order in which it could run one by one, and each queue takes its own operations in
+//! these is done. One resource, the states on disk as a whole, is shared by writes and a commit has it for itself. The list is in an order in which it could run one by one, and each queue takes its own operations in
 //! that order, so the earliest unfinished operation can always start: a schedule cannot deadlock.
 //!
 //! [`Builder`](crate::builder::Builder) makes schedules; the planner counts their bytes, the executor runs them and the
@@ -126,7 +126,7 @@ pub enum Operation {
     },
     /// The gradient norm over all groups is known; with clipping, so is the factor.
     Norm,
-    /// The optimizer updates a piece.
+    /// The optimizer updates a piece: by the numbers of this step or, `deferred`, by those of the last one.
     Update {
         group: GroupIndex,
         piece: usize,
@@ -134,10 +134,12 @@ pub enum Operation {
         first_moment: Buffer,
         second_moment: Buffer,
         gradient: Buffer,
-        clipped: bool,
+        deferred: bool,
     },
     /// A piece of master parameters is handed to the caller, for export and digests.
     Collect { group: GroupIndex, piece: usize, master: MasterPlace },
+    /// What was written of states until here becomes the commit. Later writes of states wait for it, and nothing else.
+    Commit,
 }
 
 /// What runs one operation after another and beside the others.
@@ -157,13 +159,15 @@ pub enum Queue {
     Compute,
     /// The optimizer's arithmetic on the host.
     Optimizer,
+    /// Commits: data and manifest are made durable.
+    Commit,
     /// The executor itself.
     Control,
 }
 
 impl Queue {
     /// All queues.
-    pub const ALL: [Self; 8] = [
+    pub const ALL: [Self; 9] = [
         Self::FetchRead,
         Self::StateRead,
         Self::DiskWrite,
@@ -171,6 +175,7 @@ impl Queue {
         Self::Download,
         Self::Compute,
         Self::Optimizer,
+        Self::Commit,
         Self::Control,
     ];
 
@@ -184,6 +189,7 @@ impl Queue {
             Self::Download => "download",
             Self::Compute => "compute",
             Self::Optimizer => "optimizer",
+            Self::Commit => "commit",
             Self::Control => "control",
         }
     }
@@ -204,6 +210,8 @@ pub enum Resource {
     Piece(Extent, usize),
     /// The gradient statistics of the step.
     Statistics,
+    /// The states on disk as a whole.
+    StatesOnDisk,
 }
 
 impl MasterPlace {
@@ -254,20 +262,21 @@ impl Operation {
                 used
             }
             Self::Norm => vec![R::Statistics],
-            Self::Update { master, first_moment, second_moment, gradient, clipped, .. } => {
-                let mut used = vec![
-                    master.resource(),
-                    R::Buffer(first_moment),
-                    R::Buffer(second_moment),
-                    R::Buffer(gradient),
-                ];
-                if clipped {
-                    used.push(R::Statistics);
-                }
-                used
-            }
+            Self::Update { master, first_moment, second_moment, gradient, .. } => vec![
+                master.resource(),
+                R::Buffer(first_moment),
+                R::Buffer(second_moment),
+                R::Buffer(gradient),
+            ],
             Self::Collect { master, .. } => vec![master.resource()],
+            Self::Commit => vec![R::StatesOnDisk],
         }
+    }
+
+    /// What the operation uses together with others that share it, but not while an operation has it for itself.
+    pub fn shared_resource(&self) -> Option<Resource> {
+        let writes_state = matches!(self, Self::Write { extent: Extent::State(..), .. });
+        writes_state.then_some(Resource::StatesOnDisk)
     }
 
     /// The queue that runs it.
@@ -285,6 +294,7 @@ impl Operation {
                 Queue::Compute
             }
             Self::Initialize { .. } | Self::Update { .. } => Queue::Optimizer,
+            Self::Commit => Queue::Commit,
             Self::Norm => Queue::Control,
         }
     }

@@ -1,24 +1,22 @@
 //! The trainer: steps, evaluations, commits and exports, each by running a schedule.
 
-use crate::checkpoint::{Progress, Stores, parameter_rows};
 use crate::engine::Config;
 use crate::error::{Error, Result};
 use crate::executor::{ComputeRequest, Executor, Memory};
-use crate::layout::TableEntry;
+use crate::export::export_safetensors;
 use crate::pass::{GradientSink, Granted, Mode, Passes, ScheduledPass, lock};
 use crate::plan::Plan;
 use crate::registry::{GroupTensors, Parameter};
 use crate::schedule::Operation;
+use crate::stores::{Progress, Stores};
 use crate::trace::Trace;
-use crate::work::{Shared, StepContext};
+use crate::work::{Shared, StateCommit, StepContext};
 use candle_core::Tensor;
-use crossbeam::channel::{Sender, unbounded};
+use crossbeam::channel::unbounded;
 use ferrozero_kernels::Pool;
 use ferrozero_kernels::adamw::AdamWStep;
-use ferrozero_offload::{Arena, Budget, Notice, Tier, memory};
-use safetensors::tensor::{Dtype, View};
+use ferrozero_offload::{Arena, Budget, Notice, Store, Tier, memory};
 use sha2::{Digest, Sha256};
-use std::borrow::Cow;
 use std::collections::HashMap;
 use std::path::Path;
 use std::sync::{Arc, Mutex, OnceLock};
@@ -57,6 +55,10 @@ pub struct Usage {
     pub planned_device_bytes: u64,
     /// Bytes of all files of the disk tier.
     pub disk_bytes: u64,
+    /// Bytes written to the disk tier so far, initial values included.
+    pub written_bytes: u64,
+    /// Bytes read from it.
+    pub read_bytes: u64,
 }
 
 /// Trains a model by a plan.
@@ -75,8 +77,12 @@ pub struct Trainer {
     learning_rate: f64,
     step: u64,
     committed: bool,
-    train_schedule: Vec<Operation>,
-    evaluate_schedule: Vec<Operation>,
+    /// Numbers of the updates that the last step left pending.
+    pending: Mutex<Option<AdamWStep>>,
+    /// Schedules of a training step, without and with pending updates.
+    train_schedules: [Vec<Operation>; 2],
+    /// Schedules of an evaluation, without and with pending updates.
+    evaluate_schedules: [Vec<Operation>; 2],
 }
 
 impl Trainer {
@@ -133,8 +139,12 @@ impl Trainer {
             learning_rate: plan.adamw.learning_rate,
             step: stores.resumed.as_ref().map_or(0, |progress| progress.step),
             committed: stores.resumed.is_some(),
-            train_schedule: plan.schedule(|builder| builder.train()),
-            evaluate_schedule: plan.schedule(|builder| builder.evaluate()),
+            pending: Mutex::new(None),
+            // Only clipping leaves updates pending.
+            train_schedules: [false, plan.clip.is_some()]
+                .map(|pending| plan.schedule(|builder| builder.train(pending))),
+            evaluate_schedules: [false, plan.clip.is_some()]
+                .map(|pending| plan.schedule(|builder| builder.evaluate(pending))),
             config,
             plan,
             passes,
@@ -151,15 +161,15 @@ impl Trainer {
             true => this.plan.schedule(|builder| builder.restore()),
             false => this.plan.schedule(|builder| builder.initialize()),
         };
-        let context = this.context(None);
-        this.executor.run(bring_home, context)?;
+        this.executor.run(bring_home, Arc::new(this.context()))?;
         this.executor.drain()?;
         Ok(this)
     }
 
-    fn context(&self, collector: Option<Sender<crate::work::Collected>>) -> Arc<StepContext> {
+    /// The context of the next schedule, which makes the updates that are pending.
+    fn context(&self) -> StepContext {
         let adamw = &self.plan.adamw;
-        Arc::new(StepContext {
+        StepContext {
             adamw: AdamWStep {
                 learning_rate: self.learning_rate,
                 beta1: adamw.beta1,
@@ -169,11 +179,30 @@ impl Trainer {
                 step: self.step + 1,
                 gradient_scale: 1.0,
             },
+            deferred: lock(&self.pending).take(),
             gradient_scale: 1.0 / self.plan.accumulate as f32,
             clip: self.plan.clip,
             norm: OnceLock::new(),
-            collector,
-        })
+            collector: None,
+            commit: None,
+        }
+    }
+
+    /// Starts the schedule for whether updates are pending.
+    fn run(&self, schedules: &[Vec<Operation>; 2]) -> Result<Arc<StepContext>> {
+        let context = Arc::new(self.context());
+        let schedule = schedules[usize::from(context.deferred.is_some())].clone();
+        self.executor.run(schedule, context.clone())?;
+        Ok(context)
+    }
+
+    /// Starts the updates that the last step left pending.
+    fn settle(&self) -> Result<()> {
+        let context = self.context();
+        if context.deferred.is_none() {
+            return Ok(());
+        }
+        self.executor.run(self.plan.schedule(|builder| builder.settle()), Arc::new(context))
     }
 
     /// The plan that is followed.
@@ -198,7 +227,8 @@ impl Trainer {
 
     /// One optimizer step. `loss` computes the loss of the micro-batch whose number, from 0, it is given.
     ///
-    /// Returns when the gradients of all parameters are known. Updates that the next step does not need at once go on behind.
+    /// Returns when the gradients of all parameters are known. With clipping their updates are made when the next step asks
+    /// for the parameters, or whatever else comes next.
     ///
     /// # Errors
     /// Whatever `loss` returns, [`Error::NonFiniteLoss`], [`Error::NonFiniteGradient`], [`Error::MissingGradient`],
@@ -214,13 +244,17 @@ impl Trainer {
 
     fn try_step(&mut self, mut loss: impl FnMut(usize) -> candle_core::Result<Tensor>) -> Result<StepReport> {
         let started = Instant::now();
-        self.executor.run(self.train_schedule.clone(), self.context(None))?;
+        let context = self.run(&self.train_schedules)?;
         let pass = self.pass(true);
         let mut sum = 0.0;
         for micro_batch in 0..self.plan.accumulate {
             sum += f64::from(self.micro_batch(&pass, || loss(micro_batch))?);
         }
         let (norm, trace) = self.executor.await_norm()?;
+        if self.plan.clip.is_some() {
+            let numbers = AdamWStep { gradient_scale: norm.factor, ..context.adamw.clone() };
+            *lock(&self.pending) = Some(numbers);
+        }
         self.step += 1;
         self.note_heap();
         let step_s = started.elapsed().as_secs_f64();
@@ -303,7 +337,7 @@ impl Trainer {
     }
 
     fn try_evaluate<T>(&mut self, run: impl FnOnce() -> candle_core::Result<T>) -> Result<T> {
-        self.executor.run(self.evaluate_schedule.clone(), self.context(None))?;
+        self.run(&self.evaluate_schedules)?;
         let pass = self.pass(false);
         self.attach(&pass)?;
         let result = self.passes.within(Mode::Scheduled(pass.clone()), run)?;
@@ -318,18 +352,32 @@ impl Trainer {
     /// # Errors
     /// [`Error::Configuration`] without a folder, and errors of the disk tier.
     pub fn commit(&mut self, user: serde_json::Value) -> Result<u64> {
+        let store = self.begin_commit(user)?;
+        self.executor.drain()?;
+        Ok(store.committed().map_or(0, |commit| commit.generation))
+    }
+
+    /// As [`Self::commit`], without waiting: the state is made durable while the next step computes, whose updates wait for
+    /// it. If that fails, a later call says so, and the commit before is where to go on. Dropping the trainer waits for it.
+    ///
+    /// # Errors
+    /// As [`Self::commit`].
+    pub fn commit_behind(&mut self, user: serde_json::Value) -> Result<()> {
+        self.begin_commit(user).map(drop)
+    }
+
+    fn begin_commit(&mut self, user: serde_json::Value) -> Result<Arc<Store>> {
         let Some(store) = self.stores.state.clone() else {
             return Err(Error::Configuration("a commit needs a folder: set directory (--dir)".into()));
         };
-        let first = !self.committed;
-        self.executor.run(self.plan.schedule(|builder| builder.commit(first)), self.context(None))?;
-        self.executor.drain()?;
-        let progress = Progress { step: self.step, parameters: parameter_rows(&self.plan.layout) };
-        let generation = store
-            .commit(serde_json::json!({ "engine": progress, "user": user }))
-            .map_err(|source| Error::Disk { step: self.step + 1, source })?;
+        self.settle()?;
+        let progress = Progress::of(self.step, &self.plan);
+        let document = serde_json::json!({ "engine": progress, "user": user });
+        let commit = Some(StateCommit { store: store.clone(), document });
+        let schedule = self.plan.schedule(|builder| builder.commit(!self.committed));
+        self.executor.run(schedule, Arc::new(StepContext { commit, ..self.context() }))?;
         self.committed = true;
-        Ok(generation)
+        Ok(store)
     }
 
     /// Values of a parameter, brought from wherever they are.
@@ -337,17 +385,13 @@ impl Trainer {
     /// # Errors
     /// [`Error::Unsupported`] for an unknown name, and errors of the tiers.
     pub fn parameter(&self, name: &str) -> Result<Vec<f32>> {
-        let (group, index, entry) = self
-            .entries()
-            .find(|(_, _, entry)| entry.name == name)
-            .ok_or_else(|| Error::Unsupported(format!("the model has no parameter {name}")))?;
-        let piece_elements = self.plan.layout.piece_elements;
-        let first = entry.offset_elements / piece_elements;
-        let last = (entry.offset_elements + entry.elements.max(1) - 1) / piece_elements;
-        let mut values = vec![0.0; entry.elements];
+        let layout = &self.plan.layout;
+        let (group, index) = layout.find(name)?;
+        let mut values = vec![0.0; layout.groups[group].table[index].elements];
         let (sender, received) = unbounded();
-        let schedule = self.plan.schedule(|builder| builder.collect(group, first..last + 1));
-        self.executor.run(schedule, self.context(Some(sender)))?;
+        self.settle()?;
+        let schedule = self.plan.schedule(|builder| builder.collect(group, layout.pieces_of(group, index)));
+        self.executor.run(schedule, Arc::new(StepContext { collector: Some(sender), ..self.context() }))?;
         self.executor.drain()?;
         for piece in received.try_iter().filter(|piece| piece.entry == index) {
             values[piece.entry_start..piece.entry_start + piece.values.len()].copy_from_slice(&piece.values);
@@ -357,17 +401,7 @@ impl Trainer {
 
     /// Names and shapes of all parameters, in the order of their names.
     pub fn parameters(&self) -> Vec<(String, Vec<usize>)> {
-        let mut all: Vec<_> =
-            self.entries().map(|(_, _, entry)| (entry.name.clone(), entry.shape.clone())).collect();
-        all.sort();
-        all
-    }
-
-    fn entries(&self) -> impl Iterator<Item = (usize, usize, &TableEntry)> {
-        let groups = self.plan.layout.groups.iter().enumerate();
-        groups.flat_map(|(group, of)| {
-            of.table.iter().enumerate().map(move |(index, entry)| (group, index, entry))
-        })
+        self.plan.layout.parameters()
     }
 
     /// SHA-256 of all master parameters in the order of their names, as little-endian bytes. Equal digests mean weights
@@ -391,20 +425,7 @@ impl Trainer {
     /// # Errors
     /// [`Error::File`] and errors of the tiers.
     pub fn export_safetensors(&self, path: &Path) -> Result<()> {
-        let failure = Mutex::new(None);
-        let parameters = self.parameters();
-        let views = parameters.iter().map(|(name, shape)| {
-            (name.clone(), ParameterView { trainer: self, name, shape, failure: &failure })
-        });
-        let partial = path.with_extension("safetensors.partial");
-        let written = safetensors::serialize_to_file(views, None, &partial);
-        let failed = |source| Error::File { path: path.to_owned(), source };
-        if let Some(error) = lock(&failure).take() {
-            let _ = std::fs::remove_file(&partial);
-            return Err(error);
-        }
-        written.map_err(|error| failed(std::io::Error::other(error)))?;
-        std::fs::rename(&partial, path).map_err(failed)
+        export_safetensors(path, &self.parameters(), &|name| self.parameter(name))
     }
 
     fn note_heap(&mut self) {
@@ -414,48 +435,20 @@ impl Trainer {
 
     /// Peak bytes so far against those of the plan.
     pub fn usage(&self) -> Usage {
+        let (read_bytes, written_bytes) = self.stores.moved_bytes();
         Usage {
             peak_host_bytes: self.host.peak_bytes(),
             planned_host_bytes: self.plan.host_bytes(),
             peak_device_bytes: self.device.peak_bytes() + self.peak_heap_bytes,
             planned_device_bytes: self.plan.device_bytes(),
             disk_bytes: self.stores.disk_bytes(),
+            written_bytes,
+            read_bytes,
         }
     }
 
     /// Settings of the run.
     pub fn config(&self) -> &Config {
         &self.config
-    }
-}
-
-/// A parameter that is fetched at the moment at which it is written to a file.
-struct ParameterView<'a> {
-    trainer: &'a Trainer,
-    name: &'a str,
-    shape: &'a [usize],
-    failure: &'a Mutex<Option<Error>>,
-}
-
-impl View for ParameterView<'_> {
-    fn dtype(&self) -> Dtype {
-        Dtype::F32
-    }
-
-    fn shape(&self) -> &[usize] {
-        self.shape
-    }
-
-    fn data(&self) -> Cow<'_, [u8]> {
-        // The trait has no room for an error: it is remembered, and the file thrown away.
-        let values = self.trainer.parameter(self.name).unwrap_or_else(|error| {
-            lock(self.failure).get_or_insert(error);
-            vec![0.0; self.shape.iter().product()]
-        });
-        Cow::Owned(values.iter().flat_map(|value| value.to_le_bytes()).collect())
-    }
-
-    fn data_len(&self) -> usize {
-        4 * self.shape.iter().product::<usize>()
     }
 }

@@ -11,8 +11,8 @@ use ferrozero_kernels::Pool;
 use ferrozero_kernels::adamw::{AdamWState, AdamWStep, adamw};
 use ferrozero_kernels::gradient::{Accumulate, GradientStatistics, accumulate};
 use ferrozero_kernels::initialize::initialize;
-use ferrozero_offload::Lease;
-use std::sync::OnceLock;
+use ferrozero_offload::{Lease, Store};
+use std::sync::{Arc, OnceLock};
 
 /// The memory that one operation uses, in its hands from its start to its end.
 #[derive(Default)]
@@ -52,6 +52,8 @@ pub struct Collected {
 pub struct StepContext {
     /// The optimizer's numbers; `weight_decay` is that of parameters that decay.
     pub adamw: AdamWStep,
+    /// Those of the last step, if it left updates pending.
+    pub deferred: Option<AdamWStep>,
     /// Factor on every gradient, one over the number of micro-batches.
     pub gradient_scale: f32,
     /// Largest gradient norm that is not scaled down.
@@ -60,6 +62,16 @@ pub struct StepContext {
     pub norm: OnceLock<Norm>,
     /// Receives what [`Operation::Collect`] reads.
     pub collector: Option<Sender<Collected>>,
+    /// What [`Operation::Commit`] makes durable.
+    pub commit: Option<StateCommit>,
+}
+
+/// A commit to be made.
+pub struct StateCommit {
+    /// Where.
+    pub store: Arc<Store>,
+    /// What it says.
+    pub document: serde_json::Value,
 }
 
 /// What stays the same for all operations of a run.
@@ -89,9 +101,12 @@ impl Shared {
                 self.accumulate(group, piece, add, measure, held, context)
             }
             Operation::Norm => norm(held, context),
-            Operation::Update { group, piece, master, clipped, .. } => {
-                self.update(group, piece, master, clipped, held, context)
+            Operation::Update { group, piece, master, deferred, .. } => {
+                let numbers = if deferred { context.deferred.as_ref() } else { Some(&context.adamw) };
+                let numbers = numbers.ok_or_else(|| internal("a pending update without its numbers"))?;
+                self.update(group, piece, master, numbers, held)
             }
+            Operation::Commit => commit(context),
             Operation::Collect { group, piece, master } => self.collect(group, piece, master, held, context),
             Operation::Read { .. }
             | Operation::Write { .. }
@@ -215,9 +230,8 @@ impl Shared {
         group: GroupIndex,
         piece: usize,
         master: MasterPlace,
-        clipped: bool,
+        numbers: &AdamWStep,
         held: &mut Held,
-        context: &StepContext,
     ) -> Result<()> {
         let Held { buffers, slot, .. } = held;
         let (master_buffer, rest) = match master {
@@ -228,12 +242,6 @@ impl Shared {
             return Err(internal("update without states"));
         };
         let (first_moment, second_moment) = (first_moment.as_f32_mut(), second_moment.as_f32_mut());
-        let mut step = context.adamw.clone();
-        if clipped {
-            let norm =
-                context.norm.get().ok_or_else(|| internal("clipped update before the norm is known"))?;
-            step.gradient_scale = norm.factor;
-        }
         for run in self.runs(group, Stream::FirstMoment, piece) {
             let within_piece = run.piece_start..run.piece_start + run.elements;
             let master = match (&mut *master_buffer, slot.as_mut()) {
@@ -242,10 +250,8 @@ impl Shared {
                 _ => return Err(internal("update without parameters")),
             };
             let decays = self.layout.groups[group].table[run.entry].decays;
-            let step = AdamWStep {
-                weight_decay: if decays { context.adamw.weight_decay } else { 0.0 },
-                ..step.clone()
-            };
+            let weight_decay = if decays { numbers.weight_decay } else { 0.0 };
+            let step = AdamWStep { weight_decay, ..numbers.clone() };
             let state = AdamWState {
                 master,
                 first_moment: &mut first_moment[within_piece.clone()],
@@ -285,6 +291,13 @@ fn norm(held: &mut Held, context: &StepContext) -> Result<()> {
     // As torch.nn.utils.clip_grad_norm_ does: the small term keeps a zero norm from dividing by zero.
     let factor = context.clip.map_or(1.0, |clip| (clip / (norm + 1e-6)).min(1.0)) as f32;
     context.norm.set(Norm { norm, factor }).map_err(|_| internal("the norm was computed twice"))
+}
+
+fn commit(context: &StepContext) -> Result<()> {
+    let commit = context.commit.as_ref().ok_or_else(|| internal("a commit without its store"))?;
+    let step = context.adamw.step;
+    commit.store.commit(commit.document.clone()).map_err(|source| Error::Disk { step, source })?;
+    Ok(())
 }
 
 fn first_buffer(held: &mut Held) -> Result<&mut Lease> {

@@ -1,6 +1,7 @@
 //! The command line.
 
 mod bench;
+mod checkpoint;
 mod settings;
 mod train;
 
@@ -26,6 +27,14 @@ enum Command {
     /// memory, in about three minutes.
     #[command(after_help = TRAIN_EXAMPLES, args_override_self = true)]
     Train(Box<TrainArguments>),
+    /// Tell what a run's folder holds: commit, step, groups, bytes, homes.
+    Inspect(checkpoint::FolderArguments),
+    /// Read all of a run's states, check all sums, and name what is damaged.
+    Verify(checkpoint::FolderArguments),
+    /// Write the parameters of a run's last commit to a safetensors file.
+    Export(checkpoint::ExportArguments),
+    /// Make a run's folder of a safetensors file: its parameters, no step, moments of zero.
+    Import(checkpoint::ImportArguments),
     /// Measure against a reference that runs in the same process.
     #[command(subcommand)]
     Bench(bench::Bench),
@@ -45,6 +54,10 @@ pub fn run() -> ExitCode {
     let CommandLine { command } = CommandLine::parse();
     let result = match command {
         Command::Train(arguments) => train::run(*arguments),
+        Command::Inspect(arguments) => checkpoint::inspect(arguments),
+        Command::Verify(arguments) => checkpoint::verify(arguments),
+        Command::Export(arguments) => checkpoint::export(arguments),
+        Command::Import(arguments) => checkpoint::import(arguments),
         Command::Bench(bench) => bench::run(bench),
     };
     match result {

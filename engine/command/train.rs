@@ -19,6 +19,14 @@ const VALIDATION_BATCHES: usize = 8;
 /// Where no progress bar can be drawn, a line is written this often.
 const LINE_EVERY: Duration = Duration::from_secs(10);
 
+const SECONDS_PER_DAY: f64 = 86_400.0;
+
+/// How fast a run wears its drive out: drives are rated in bytes that can be written.
+struct Wear {
+    bytes_per_step: f64,
+    bytes_per_day: f64,
+}
+
 /// Where people read: standard output, or standard error if programs read standard output.
 struct Output {
     json: bool,
@@ -81,6 +89,8 @@ struct Run {
     trainer: Trainer,
     output: Output,
     fingerprint: String,
+    /// Bytes written and steps made when the first step of this process began, and that moment.
+    began: (u64, u64, Instant),
 }
 
 /// Trains as the arguments say.
@@ -110,7 +120,8 @@ pub fn run(arguments: TrainArguments) -> CommandResult {
     let stop = stop_flag()?;
     let (model, trainer) = prepare(&settings, &arguments, &tokenizer, &data, &output)?;
     output.start(trainer.steps(), settings.steps)?;
-    let mut run = Run { settings, tokenizer, data, model, trainer, output, fingerprint };
+    let began = (trainer.usage().written_bytes, trainer.steps(), Instant::now());
+    let mut run = Run { settings, tokenizer, data, model, trainer, output, fingerprint, began };
     run.train(&stop)
 }
 
@@ -198,19 +209,31 @@ impl Run {
             }
             self.output.object(&object)?;
             if is_due(self.settings.commit_every) {
-                self.commit()?;
+                let document = self.document()?;
+                self.trainer.commit_behind(document)?;
             }
             last = Some(report.loss);
         }
-        self.commit()?;
+        let document = self.document()?;
+        self.trainer.commit(document)?;
         self.output.bar.finish_and_clear();
-        self.summarize(last)
+        let wear = self.wear();
+        self.summarize(last, wear)
     }
 
-    fn commit(&mut self) -> CommandResult {
-        let settings = serde_json::to_value(&self.settings)?;
-        self.trainer.commit(json!({ "settings": settings, "data": self.fingerprint }))?;
-        Ok(())
+    /// What the steps of this process wrote to disk.
+    fn wear(&self) -> Wear {
+        let (written_bytes, steps, at) = self.began;
+        let written_bytes = (self.trainer.usage().written_bytes - written_bytes) as f64;
+        Wear {
+            bytes_per_step: written_bytes / (self.trainer.steps() - steps).max(1) as f64,
+            bytes_per_day: written_bytes / at.elapsed().as_secs_f64() * SECONDS_PER_DAY,
+        }
+    }
+
+    /// What a commit says of the run.
+    fn document(&self) -> CommandResult<Value> {
+        Ok(json!({ "settings": serde_json::to_value(&self.settings)?, "data": self.fingerprint }))
     }
 
     fn validate(&mut self) -> CommandResult<f32> {
@@ -236,7 +259,7 @@ impl Run {
         Ok(self.tokenizer.decode(&tokens))
     }
 
-    fn summarize(&mut self, train_loss: Option<f32>) -> CommandResult {
+    fn summarize(&mut self, train_loss: Option<f32>, wear: Wear) -> CommandResult {
         let validation_loss = self.validate()?;
         let text = if self.settings.sample > 0 { self.sample()? } else { String::new() };
         let digest = self.trainer.weights_digest()?;
@@ -266,6 +289,13 @@ impl Run {
             ));
         }
         say(format_args!("  files                         {}", Bytes(usage.disk_bytes)));
+        if wear.bytes_per_step > 0.0 {
+            say(format_args!(
+                "  written to disk               {} a step; {:.2} TB a day at this pace",
+                Bytes(wear.bytes_per_step as u64),
+                wear.bytes_per_day / 1e12
+            ));
+        }
         say(format_args!("  checkpoint                    {}", self.settings.dir.display()));
         say(format_args!("  digest of the weights         {digest}"));
         if !text.is_empty() {
@@ -281,6 +311,8 @@ impl Run {
             "peak_device_bytes": usage.peak_device_bytes,
             "planned_device_bytes": usage.planned_device_bytes,
             "disk_bytes": usage.disk_bytes,
+            "written_bytes_per_step": wear.bytes_per_step,
+            "written_bytes_per_day": wear.bytes_per_day,
             "weights_digest": digest,
             "checkpoint": self.settings.dir,
             "sample": text,

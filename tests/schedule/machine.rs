@@ -69,13 +69,14 @@ pub struct Machine {
     slots: Vec<SlotContent>,
     sets: Vec<Option<Set>>,
     passages: Vec<Option<Passing>>,
+    disk: HashMap<(Extent, usize), Content>,
     /// What survives a restart.
-    pub disk: HashMap<(Extent, usize), Content>,
+    committed: HashMap<(Extent, usize), Content>,
     /// Step and number of pieces that were measured, by group.
     measured: Vec<(u64, usize)>,
     normed_step: u64,
     /// Updates that each collected piece had seen.
-    pub collected: HashMap<(usize, usize), u64>,
+    collected: HashMap<(usize, usize), u64>,
 }
 
 /// The numbers of pieces of a layout and its calls.
@@ -134,6 +135,7 @@ impl Machine {
             sets: vec![None; arrangement.gradient_sets],
             passages: vec![None; arrangement.passages],
             disk: HashMap::new(),
+            committed: HashMap::new(),
             normed_step: 0,
             collected: HashMap::new(),
         }
@@ -281,6 +283,16 @@ impl Machine {
                 self.collected.insert((group, piece), updates);
                 Ok(())
             }
+            Operation::Commit => {
+                self.expect_committable(moment.updates)?;
+                let is_state = |extent: &Extent| match extent {
+                    Extent::State(_, stream) => Stream::STATE.contains(stream),
+                    Extent::Boundary(_) => false,
+                };
+                let states = self.disk.iter().filter(|((extent, _), _)| is_state(extent));
+                self.committed = states.map(|(&place, content)| (place, content.clone())).collect();
+                Ok(())
+            }
         }
     }
 
@@ -385,8 +397,17 @@ impl Machine {
         Ok(())
     }
 
+    /// The machine of another process, which finds what was committed. Answers also whether that is the state after
+    /// `updates` updates.
+    pub fn restarted(&self, fresh: &Self, updates: u64) -> Result<Self, String> {
+        let restarted =
+            Self { disk: self.committed.clone(), committed: self.committed.clone(), ..fresh.clone() };
+        restarted.expect_committable(updates)?;
+        Ok(restarted)
+    }
+
     /// Whether the states on disk are those after `updates` updates: what a commit makes durable.
-    pub fn expect_committable(&self, updates: u64) -> Checked {
+    fn expect_committable(&self, updates: u64) -> Checked {
         for group in 0..self.layout.pieces.len() {
             for stream in Stream::STATE {
                 let pieces = match stream {

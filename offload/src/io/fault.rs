@@ -68,6 +68,8 @@ pub enum FaultKind {
     Stale,
     /// The bytes beside those asked for are moved, and nobody says so.
     Misplaced,
+    /// The process ends at once, before the operation, as if it had been killed.
+    Kill,
 }
 
 impl FaultKind {
@@ -83,7 +85,7 @@ impl FaultKind {
             FaultKind::Again => libc::EAGAIN,
             FaultKind::NoPermission => libc::EACCES,
             FaultKind::Short { .. } | FaultKind::BitFlip { .. } => return None,
-            FaultKind::Stale | FaultKind::Misplaced => return None,
+            FaultKind::Stale | FaultKind::Misplaced | FaultKind::Kill => return None,
         };
         Some(io::Error::from_raw_os_error(code))
     }
@@ -134,6 +136,9 @@ impl Script {
         }
         let nth = self.counts[point as usize].fetch_add(1, Ordering::SeqCst);
         let fault = self.faults.iter().find(|fault| fault.point == point && fault.nth == nth)?;
+        if fault.kind == FaultKind::Kill {
+            std::process::abort();
+        }
         Some(fault.kind)
     }
 

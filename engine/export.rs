@@ -1,0 +1,195 @@
+//! Parameters to and from safetensors files, one at a time.
+
+use crate::checkpoint::Making;
+use crate::error::{Error, Result};
+use crate::pass::lock;
+use crate::stores::{ParameterRow, RESIDENT};
+use ferrozero_offload::StoreOptions;
+use half::{bf16, f16};
+use safetensors::tensor::{Dtype, Metadata, TensorInfo, View};
+use std::borrow::Cow;
+use std::collections::HashMap;
+use std::fs::File;
+use std::io::{self, Read};
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::sync::Mutex;
+
+/// Values of a parameter by its name.
+pub(crate) type Values<'a> = dyn Fn(&str) -> Result<Vec<f32>> + 'a;
+
+/// Writes `parameters`, names and shapes, to a safetensors file in f32. The file appears whole or not at all.
+///
+/// # Errors
+/// [`Error::File`] and what `values` answers.
+pub(crate) fn export_safetensors(
+    path: &Path,
+    parameters: &[(String, Vec<usize>)],
+    values: &Values,
+) -> Result<()> {
+    let failure = Mutex::new(None);
+    let views = parameters
+        .iter()
+        .map(|(name, shape)| (name.clone(), ParameterView { values, name, shape, failure: &failure }));
+    let partial = path.with_extension("safetensors.partial");
+    let written = safetensors::serialize_to_file(views, None, &partial);
+    let failed = |source| Error::File { path: path.to_owned(), source };
+    if let Some(error) = lock(&failure).take() {
+        let _ = std::fs::remove_file(&partial);
+        return Err(error);
+    }
+    written.map_err(|error| failed(io::Error::other(error)))?;
+    std::fs::rename(&partial, path).map_err(failed)
+}
+
+/// A parameter that is fetched at the moment at which it is written to a file.
+struct ParameterView<'a> {
+    values: &'a Values<'a>,
+    name: &'a str,
+    shape: &'a [usize],
+    failure: &'a Mutex<Option<Error>>,
+}
+
+impl View for ParameterView<'_> {
+    fn dtype(&self) -> Dtype {
+        Dtype::F32
+    }
+
+    fn shape(&self) -> &[usize] {
+        self.shape
+    }
+
+    fn data(&self) -> Cow<'_, [u8]> {
+        // The trait has no room for an error: it is remembered, and the file thrown away. After it nothing is fetched.
+        let failed = lock(self.failure).is_some();
+        let values = if failed { None } else { Some((self.values)(self.name)) };
+        let values = values.transpose().unwrap_or_else(|error| {
+            lock(self.failure).get_or_insert(error);
+            None
+        });
+        match values {
+            Some(values) => Cow::Owned(values.iter().flat_map(|value| value.to_le_bytes()).collect()),
+            None => Cow::Owned(vec![0; self.data_len()]),
+        }
+    }
+
+    fn data_len(&self) -> usize {
+        4 * self.shape.iter().product::<usize>()
+    }
+}
+
+/// A safetensors file, of which only the table of contents is in memory.
+struct SafetensorsFile {
+    path: PathBuf,
+    file: File,
+    /// Where the tensors' bytes begin.
+    data_start: u64,
+    tensors: HashMap<String, TensorInfo>,
+}
+
+/// Longest table of contents that is read, in bytes; the format's own limit.
+const LONGEST_HEADER_BYTES: u64 = 100_000_000;
+
+impl SafetensorsFile {
+    fn open(path: &Path) -> Result<Self> {
+        let failed = |source| Error::File { path: path.to_owned(), source };
+        let damaged = |reason: String| Error::Safetensors { path: path.to_owned(), reason };
+        let mut file = File::open(path).map_err(failed)?;
+        let file_bytes = file.metadata().map_err(failed)?.len();
+        let mut length = [0; 8];
+        file.read_exact(&mut length).map_err(|_| damaged("it is shorter than a header".into()))?;
+        let header_bytes = u64::from_le_bytes(length);
+        if header_bytes > LONGEST_HEADER_BYTES.min(file_bytes.saturating_sub(8)) {
+            return Err(damaged("it ends within its table of contents, or is no safetensors file".into()));
+        }
+        let mut header = vec![0; header_bytes as usize];
+        file.read_exact(&mut header).map_err(failed)?;
+        let metadata: Metadata = serde_json::from_slice(&header)
+            .map_err(|error| damaged(format!("its table of contents cannot be read: {error}")))?;
+        let data_start = 8 + header_bytes;
+        let needed_bytes = data_start + metadata.data_len() as u64;
+        if file_bytes < needed_bytes {
+            let last = metadata.tensors().into_iter().max_by_key(|(_, info)| info.data_offsets.1);
+            let name = last.map_or(String::new(), |(name, _)| name);
+            return Err(damaged(format!(
+                "it has {file_bytes} bytes and {needed_bytes} are needed for {name}"
+            )));
+        }
+        let tensors = metadata.tensors().into_iter().map(|(name, info)| (name, info.clone())).collect();
+        Ok(Self { path: path.to_owned(), file, data_start, tensors })
+    }
+
+    /// Elements of a tensor in f32.
+    fn values(&self, name: &str) -> Result<Vec<f32>> {
+        let damaged = |reason: String| Error::Safetensors { path: self.path.clone(), reason };
+        let info = self.tensors.get(name).ok_or_else(|| damaged(format!("it has no {name}")))?;
+        let (start, end) = info.data_offsets;
+        let mut bytes = vec![0; end - start];
+        let failed = |source| Error::File { path: self.path.clone(), source };
+        self.file.read_exact_at(&mut bytes, self.data_start + start as u64).map_err(failed)?;
+        let pairs = || bytes.chunks_exact(2).map(|pair| [pair[0], pair[1]]);
+        match info.dtype {
+            Dtype::F32 => {
+                let words = bytes.chunks_exact(4);
+                Ok(words.map(|word| f32::from_le_bytes([word[0], word[1], word[2], word[3]])).collect())
+            }
+            Dtype::BF16 => Ok(pairs().map(|pair| bf16::from_le_bytes(pair).to_f32()).collect()),
+            Dtype::F16 => Ok(pairs().map(|pair| f16::from_le_bytes(pair).to_f32()).collect()),
+            other => Err(damaged(format!("{name} is of type {other:?}; F32, BF16 and F16 can be imported"))),
+        }
+    }
+}
+
+/// Makes a checkpoint of a safetensors file: its tensors are the parameters, the moments are zero, and no step is made. Parameters under a
+/// name with a number, as `h.3.` or `model.layers.3.`, are the group of that prefix, all others are resident.
+///
+/// # Errors
+/// [`Error::File`], [`Error::Safetensors`], [`Error::CheckpointExists`] and errors of the disk tier.
+pub fn import_safetensors(path: &Path, directory: &Path) -> Result<()> {
+    let source = SafetensorsFile::open(path)?;
+    let mut rows: Vec<ParameterRow> = source
+        .tensors
+        .iter()
+        .map(|(name, info)| ParameterRow {
+            group: group_of(name),
+            name: name.clone(),
+            shape: info.shape.clone(),
+            trainable: true,
+        })
+        .collect();
+    if rows.is_empty() {
+        return Err(Error::Safetensors { path: path.to_owned(), reason: "it has no tensors".into() });
+    }
+    rows.sort_by_key(|row| (row.group == RESIDENT, number_in(&row.group), row.name.clone()));
+    Making::start(directory, rows, StoreOptions::default())?.finish(|name| source.values(name))
+}
+
+/// The prefix of a name up to its first part that is a number.
+fn group_of(name: &str) -> String {
+    let is_number = |part: &&str| !part.is_empty() && part.bytes().all(|byte| byte.is_ascii_digit());
+    let parts: Vec<&str> = name.split('.').collect();
+    match parts.iter().position(|part| is_number(&part)) {
+        Some(number) if number + 1 < parts.len() => parts[..=number].join("."),
+        _ => RESIDENT.to_owned(),
+    }
+}
+
+/// The number at the end of a group's name, and what is before it, so that h.2 comes before h.10.
+fn number_in(group: &str) -> (String, u64) {
+    let (prefix, number) = group.rsplit_once('.').unwrap_or((group, ""));
+    (prefix.to_owned(), number.parse().unwrap_or(0))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn groups_are_named_after_the_first_number() {
+        assert_eq!(group_of("h.3.attn.c_attn.weight"), "h.3");
+        assert_eq!(group_of("model.layers.11.mlp.2.weight"), "model.layers.11");
+        assert_eq!(group_of("wte.weight"), RESIDENT);
+        assert_eq!(group_of("bias.0"), RESIDENT);
+        assert!(number_in("h.2") < number_in("h.10"));
+    }
+}
