@@ -95,7 +95,7 @@ impl fmt::Debug for Ticket {
     }
 }
 
-#[cfg(all(test, not(loom)))]
+#[cfg(test)]
 mod tests {
     use super::*;
     use crate::{Arena, Budget, Tier};
