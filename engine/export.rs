@@ -168,7 +168,7 @@ pub fn import_safetensors(path: &Path, directory: &Path) -> Result<()> {
 fn group_of(name: &str) -> String {
     let is_number = |part: &&str| !part.is_empty() && part.bytes().all(|byte| byte.is_ascii_digit());
     let parts: Vec<&str> = name.split('.').collect();
-    match parts.iter().position(|part| is_number(&part)) {
+    match parts.iter().position(is_number) {
         Some(number) if number + 1 < parts.len() => parts[..=number].join("."),
         _ => RESIDENT.to_owned(),
     }
