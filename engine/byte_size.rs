@@ -27,11 +27,12 @@ impl FromStr for ByteSize {
         let refuse =
             || format!("{text:?} is not a size: write it as 512MiB, 1.5GiB, 2GB or a number of bytes");
         let trimmed = text.trim();
-        let unit = UNITS.iter().find(|(unit, _)| trimmed.to_lowercase().ends_with(&unit.to_lowercase()));
-        let (number, factor) = match unit {
-            Some((unit, factor)) => (&trimmed[..trimmed.len() - unit.len()], *factor),
-            None => (trimmed.strip_suffix(['B', 'b']).unwrap_or(trimmed), 1),
-        };
+        let with_unit = UNITS.iter().find_map(|(unit, factor)| {
+            let (number, found) = trimmed.split_at_checked(trimmed.len().checked_sub(unit.len())?)?;
+            found.eq_ignore_ascii_case(unit).then_some((number, *factor))
+        });
+        let without = || (trimmed.strip_suffix(['B', 'b']).unwrap_or(trimmed), 1);
+        let (number, factor) = with_unit.unwrap_or_else(without);
         let number = number.trim();
         if let Ok(whole) = number.parse::<u64>() {
             return whole.checked_mul(factor).map(Self).ok_or_else(refuse);
@@ -77,7 +78,8 @@ mod tests {
         for (text, bytes) in cases {
             assert_eq!(text.parse(), Ok(ByteSize(bytes)), "{text}");
         }
-        for text in ["", "MiB", "-1GiB", "12 apples", "1e30GiB", "99999999999TiB", "nan", "ä"] {
+        for text in ["", "MiB", "-1GiB", "12 apples", "1e30GiB", "99999999999TiB", "nan", "ä", "5\u{212a}iB"]
+        {
             assert!(text.parse::<ByteSize>().unwrap_err().contains("512MiB"), "{text}");
         }
     }

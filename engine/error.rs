@@ -15,6 +15,14 @@ pub enum Error {
     /// An error of the memory or disk tiers.
     #[error(transparent)]
     Offload(#[from] ferrozero_offload::Error),
+    /// An error of the disk tier while steps were run.
+    #[error("before the end of step {step}: {source}")]
+    Disk {
+        /// Optimizer step, 1-based.
+        step: u64,
+        /// What failed, with file, extent and generation.
+        source: ferrozero_offload::Error,
+    },
     /// An error of the numeric kernels.
     #[error("numeric kernel: {0}")]
     Kernel(String),

@@ -9,6 +9,7 @@ use crate::vacancy::DeviceRun;
 use crate::work::{Held, Norm, Shared, StepContext, internal};
 use crossbeam::channel::{Receiver, Sender, bounded, unbounded};
 use ferrozero_kernels::gradient::GradientStatistics;
+use ferrozero_offload::io::Verb;
 use ferrozero_offload::{Completion, ExtentId, Lease, Store};
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
@@ -446,8 +447,12 @@ impl Dispatcher {
         entry.started_s = self.started.elapsed().as_secs_f64();
         let context = entry.context.clone();
         match operation {
-            Operation::Read { extent, piece, .. } => self.transfer(id, extent, piece, held, false),
-            Operation::Write { extent, piece, .. } => self.transfer(id, extent, piece, held, true),
+            Operation::Read { extent, piece, .. } => {
+                self.transfer(id, extent, piece, held, Verb::Read, context.adamw.step);
+            }
+            Operation::Write { extent, piece, .. } => {
+                self.transfer(id, extent, piece, held, Verb::Write, context.adamw.step);
+            }
             _ if queue == Queue::Compute => {
                 let Some((_, reply)) = self.compute.take() else { return };
                 if let Err(unsent) = reply.send(Ok(Grant { operation, held, id }))
@@ -472,18 +477,21 @@ impl Dispatcher {
         }
     }
 
-    fn transfer(&mut self, id: u64, extent: Extent, piece: usize, mut held: Held, write: bool) {
+    fn transfer(&mut self, id: u64, extent: Extent, piece: usize, mut held: Held, verb: Verb, step: u64) {
         let (Some((store, extent)), Some(lease)) = (self.extents.get(&extent), held.buffers.pop()) else {
             return self.finished(id, held, Err(internal("a transfer without its extent")));
         };
         let events = self.events.clone();
         let done = move |completion: Completion| {
             let held = Held { buffers: vec![completion.lease], ..Held::default() };
-            let result = completion.result.map_err(Error::from);
+            let result = completion.result.map_err(|source| Error::Disk { step, source });
             // Nobody listens any more only when the dispatcher itself is gone, and the lease with it.
             let _ = events.send(Event::Finished { id, held, result });
         };
-        if write { store.write(*extent, piece, lease, done) } else { store.read(*extent, piece, lease, done) }
+        match verb {
+            Verb::Read => store.read(*extent, piece, lease, done),
+            Verb::Write => store.write(*extent, piece, lease, done),
+        }
     }
 
     fn take(&mut self, operation: &Operation) -> Option<Held> {

@@ -62,7 +62,7 @@ pub struct Run {
 
 impl Group {
     /// Lays out parameters given as (registry index, name, shape, trainable, decays).
-    pub(crate) fn new(
+    pub fn new(
         name: String,
         resident: bool,
         parameters: Vec<(usize, String, Vec<usize>, bool, bool)>,

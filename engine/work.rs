@@ -295,7 +295,8 @@ fn norm(held: &mut Held, context: &StepContext) -> Result<()> {
 
 fn commit(context: &StepContext) -> Result<()> {
     let commit = context.commit.as_ref().ok_or_else(|| internal("a commit without its store"))?;
-    commit.store.commit(commit.document.clone())?;
+    let step = context.adamw.step;
+    commit.store.commit(commit.document.clone()).map_err(|source| Error::Disk { step, source })?;
     Ok(())
 }
 

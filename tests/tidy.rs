@@ -28,7 +28,7 @@ fn sources(extension: &str) -> Vec<PathBuf> {
 fn library_sources() -> impl Iterator<Item = (PathBuf, String)> {
     let of_library = |path: &PathBuf| {
         let path = path.strip_prefix(env!("CARGO_MANIFEST_DIR")).unwrap();
-        !["tests", "benches", "examples"]
+        !["tests", "benches", "examples", "fuzz"]
             .iter()
             .any(|folder| path.components().any(|c| c.as_os_str() == *folder))
     };

@@ -165,6 +165,12 @@ impl Default for TrainSettings {
     }
 }
 
+/// Largest size of any kind: their products are still numbers of bytes.
+const SIZE_MAX: usize = 1 << 20;
+const THREADS_MAX: usize = 4096;
+/// A petabyte of state.
+const PARAMETERS_MAX: u128 = 1 << 46;
+
 /// Puts the members of `upper` over those of `lower`.
 fn overlay(lower: &mut Value, upper: Value) {
     if let (Value::Object(lower), Value::Object(upper)) = (lower, upper) {
@@ -227,6 +233,19 @@ impl TrainSettings {
         ];
         if let Some((name, _)) = sizes.iter().find(|(_, size)| *size == 0) {
             return Err(configuration(format!("{name} must be at least 1")));
+        }
+        if let Some((name, size)) = sizes[1..].iter().find(|(_, size)| *size > SIZE_MAX) {
+            return Err(configuration(format!("{name} is {size} and must be at most {SIZE_MAX}")));
+        }
+        if self.threads.is_some_and(|threads| threads > THREADS_MAX) {
+            return Err(configuration(format!("threads must be at most {THREADS_MAX}")));
+        }
+        let [layers, hidden, seq] = [self.layers, self.hidden, self.seq].map(|size| size as u128);
+        if 12 * layers * hidden * hidden + seq * hidden > PARAMETERS_MAX {
+            let (layers, hidden) = (self.layers, self.hidden);
+            return Err(configuration(format!(
+                "a model of layers = {layers} and hidden = {hidden} has more parameters than any disk holds"
+            )));
         }
         if !self.hidden.is_multiple_of(self.heads) {
             let (hidden, heads) = (self.hidden, self.heads);
@@ -299,6 +318,9 @@ mod tests {
         wrong("{ \"heads\": 7 }", "multiple of heads (7)");
         wrong("{ \"steps\": 0 }", "steps");
         wrong("{ \"lr\": -1 }", "lr");
+        wrong("{ \"batch\": 18446744073709551615 }", "batch");
+        wrong("{ \"threads\": 1000000 }", "threads");
+        wrong("{ \"layers\": 1000000, \"hidden\": 1000000 }", "more parameters than any disk holds");
         wrong("{ \"warmup\": 1000 }", "warmup (1000)");
         let missing = TrainArguments { config: Some("nowhere.json".into()), ..Default::default() };
         assert!(TrainSettings::resolve(&missing, None).unwrap_err().to_string().contains("nowhere.json"));

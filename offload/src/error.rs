@@ -158,6 +158,17 @@ pub enum Error {
         supported: u64,
     },
 
+    /// The manifest was written in a format that this version no longer reads.
+    #[error("{path} has format {found}, this program reads format {supported}; use an older program, or create the store anew", path = path.display())]
+    OlderFormat {
+        /// The manifest.
+        path: PathBuf,
+        /// Its format.
+        found: u64,
+        /// The format that this program reads.
+        supported: u64,
+    },
+
     /// The manifest is damaged.
     #[error("{path} is damaged ({reason}); restore the directory from a copy, or create the store anew", path = path.display())]
     CorruptManifest {

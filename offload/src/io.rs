@@ -8,11 +8,7 @@
 //! | [`Faulty`] | injects failures by a script |
 //! | [`Throttled`] | makes a disk slower, so that overlap can be seen on a laptop |
 
-use std::{
-    fmt,
-    path::PathBuf,
-    sync::mpsc::{Receiver, SyncSender, sync_channel},
-};
+use std::path::PathBuf;
 
 use crate::{Error, Lease, Notice};
 
@@ -23,6 +19,7 @@ mod mem;
 mod pool;
 mod progress;
 mod throttled;
+mod ticket;
 #[allow(unsafe_code)]
 mod uring;
 mod workers;
@@ -32,6 +29,7 @@ pub use fault::{Fault, FaultKind, FaultPlan, FaultPoint, Faulty};
 pub use mem::Mem;
 pub use pool::Pool;
 pub use throttled::Throttled;
+pub use ticket::Ticket;
 pub use uring::Uring;
 pub(crate) use workers::{Job, Workers};
 
@@ -188,40 +186,4 @@ pub struct Completion {
     pub lease: Lease,
     /// Whether all bytes arrived.
     pub result: Result<(), Error>,
-}
-
-/// The handle of a transfer under way.
-#[must_use = "wait for the ticket, or give the transfer a callback of its own"]
-pub struct Ticket {
-    completion: Receiver<Completion>,
-}
-
-impl Ticket {
-    /// A ticket, and the callback that redeems it.
-    #[allow(clippy::new_ret_no_self)]
-    pub fn new() -> (Self, impl FnOnce(Completion) + Send + 'static) {
-        let (sender, completion): (SyncSender<Completion>, _) = sync_channel(1);
-        // Sending fails when the ticket was dropped; the lease then goes home by itself.
-        (Self { completion }, move |done| drop(sender.send(done)))
-    }
-
-    /// Blocks until the transfer has ended.
-    ///
-    /// # Panics
-    /// When the callback was dropped without being called, which no backend does.
-    pub fn wait(self) -> Completion {
-        // INVARIANT: a backend calls every callback, also when it ends, and nobody else has the sender.
-        self.completion.recv().expect("every transfer calls its callback")
-    }
-
-    /// The completion, if the transfer has ended.
-    pub fn try_wait(self) -> Result<Completion, Self> {
-        self.completion.try_recv().map_err(|_| self)
-    }
-}
-
-impl fmt::Debug for Ticket {
-    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-        formatter.write_str("Ticket")
-    }
 }

@@ -2,6 +2,7 @@
 
 use std::{
     fs,
+    io::ErrorKind,
     path::{Path, PathBuf},
     sync::{Arc, Mutex},
 };
@@ -158,10 +159,19 @@ impl Store {
     /// Opens the last commit of the store in `directory`.
     ///
     /// # Errors
-    /// [`Error::NoCommit`], [`Error::Locked`], [`Error::NewerFormat`], [`Error::CorruptManifest`],
-    /// [`Error::TruncatedFile`], [`Error::MissingStripe`], [`Error::Overwritten`], or what the file system answers.
+    /// [`Error::NoCommit`], [`Error::Locked`], [`Error::NewerFormat`], [`Error::OlderFormat`],
+    /// [`Error::CorruptManifest`], [`Error::TruncatedFile`], [`Error::MissingStripe`], [`Error::Overwritten`], or what
+    /// the file system answers.
     pub fn open(directory: &Path, options: StoreOptions) -> Result<Self, Error> {
-        if options.backend == BackendChoice::Memory || !directory.is_dir() {
+        let is_there = match fs::metadata(directory) {
+            Ok(metadata) => metadata.is_dir(),
+            Err(error) if error.kind() == ErrorKind::NotFound => false,
+            // One that may not be looked into is not one that is not there.
+            Err(source) => {
+                return Err(Error::File { operation: "open", path: directory.to_owned(), source });
+            }
+        };
+        if options.backend == BackendChoice::Memory || !is_there {
             return Err(Error::NoCommit { directory: directory.to_owned() });
         }
         let (io, notices) = connect(directory, &options)?;
@@ -203,8 +213,9 @@ impl Store {
     fn open_from(io: Arc<dyn Io>, directory: &Path, notices: Vec<Notice>) -> Result<Self, Error> {
         let document = io.load_document(manifest::NAME)?;
         let document = document.ok_or_else(|| Error::NoCommit { directory: directory.to_owned() })?;
-        let (layout, table) = Manifest::decode(&document, &io.path_of(manifest::NAME))?;
+        let (layout, manifest) = Manifest::decode(&document, &io.path_of(manifest::NAME))?;
         io.open_files(&layout.files())?;
+        let table = manifest.into_table(&layout)?;
         Self::start(io, layout, table, notices)
     }
 

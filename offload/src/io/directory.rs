@@ -2,19 +2,29 @@
 
 use std::{
     fs::{self, File, OpenOptions, TryLockError},
-    io::{self, Read, Write},
+    io,
     os::{
         fd::AsRawFd,
-        unix::{ffi::OsStrExt, fs::OpenOptionsExt},
+        unix::{
+            ffi::OsStrExt,
+            fs::{FileExt, OpenOptionsExt},
+        },
     },
     path::{Path, PathBuf},
-    sync::{Mutex, OnceLock},
+    sync::{Arc, Mutex, OnceLock},
 };
 
-use super::{FileId, FileSpec};
+use super::{
+    FileId, FileSpec, Verb,
+    fault::{FaultPoint, Script},
+    progress::{Progress, retried},
+};
 use crate::{Error, Notice, locked};
 
 const LOCK_NAME: &str = ".lock";
+
+/// Longest document that is read: a file of another kind in its place must not take all memory.
+const DOCUMENT_BYTES_MAX: u64 = 1 << 30;
 
 #[derive(Debug)]
 pub(crate) struct Directory {
@@ -24,6 +34,7 @@ pub(crate) struct Directory {
     stripe_locks: OnceLock<Vec<File>>,
     files: OnceLock<Vec<OpenFile>>,
     notices: Mutex<Vec<Notice>>,
+    script: OnceLock<Arc<Script>>,
 }
 
 #[derive(Debug)]
@@ -46,8 +57,35 @@ impl Drop for Directory {
 impl Directory {
     /// Locks an existing directory.
     pub(crate) fn lock(path: &Path) -> Result<Self, Error> {
-        let (stripe_locks, files) = (OnceLock::new(), OnceLock::new());
-        Ok(Self { path: path.to_owned(), lock: lock(path)?, stripe_locks, files, notices: Mutex::default() })
+        Ok(Self {
+            path: path.to_owned(),
+            lock: lock(path)?,
+            stripe_locks: OnceLock::new(),
+            files: OnceLock::new(),
+            notices: Mutex::default(),
+            script: OnceLock::new(),
+        })
+    }
+
+    /// System calls fail as the script says from now on.
+    pub(crate) fn inject(&self, script: Arc<Script>) {
+        // A second call keeps the first script; a backend makes only one.
+        let _ = self.script.set(script);
+    }
+
+    fn distort(&self, point: FaultPoint, result: io::Result<usize>) -> io::Result<usize> {
+        match self.script.get() {
+            Some(script) => script.distort_at(point, result),
+            None => result,
+        }
+    }
+
+    /// A system call that moves no bytes, until it is no longer interrupted.
+    fn call<T>(&self, point: FaultPoint, call: impl Fn() -> io::Result<T>) -> io::Result<T> {
+        retried(|| match self.script.get() {
+            Some(script) => script.call(point, &call),
+            None => call(),
+        })
     }
 
     pub(crate) fn files(&self) -> &[OpenFile] {
@@ -101,6 +139,10 @@ impl Directory {
     pub(crate) fn allocate_files(&self, files: &[FileSpec]) -> Result<(), Error> {
         self.lock_stripes(files)?;
         let made = files.iter().map(|spec| self.allocate_file(spec)).collect::<Result<Vec<_>, Error>>();
+        let made = made.and_then(|made| {
+            self.stripes_of(files).iter().try_for_each(|stripe| self.sync_directory(stripe))?;
+            self.sync_directory(&self.path).map(|()| made)
+        });
         let made = made.map_err(|error| {
             for spec in files {
                 let _ = fs::remove_file(self.path_of(&spec.name));
@@ -118,10 +160,6 @@ impl Directory {
                 other => other,
             }
         })?;
-        for stripe in self.stripes_of(files) {
-            sync_directory(&stripe)?;
-        }
-        sync_directory(&self.path)?;
         self.keep(made);
         Ok(())
     }
@@ -138,7 +176,7 @@ impl Directory {
         self.lock_stripes(files)?;
         let mut opened = Vec::with_capacity(files.len());
         for spec in files {
-            let open = self.open(&spec.name, OpenOptions::new().read(true).write(true))?;
+            let open = self.open(&spec.name, OpenOptions::new().read(true).write(true), FaultPoint::Open)?;
             let failed = |source| Error::File { operation: "inspect", path: open.path.clone(), source };
             let found_bytes = open.file.metadata().map_err(failed)?.len();
             if found_bytes < spec.bytes {
@@ -160,9 +198,10 @@ impl Directory {
         let open = self.open(
             &spec.name,
             OpenOptions::new().read(true).write(true).create(true).truncate(true).mode(0o644),
+            FaultPoint::Allocate,
         )?;
         let failed = |operation, source| Error::File { operation, path: self.path_of(&spec.name), source };
-        match reserve_space(&open.file, spec.bytes) {
+        match self.call(FaultPoint::Allocate, || reserve_space(&open.file, spec.bytes)) {
             Ok(()) => {}
             Err(error) if error.raw_os_error() == Some(libc::EOPNOTSUPP) => {
                 open.file.set_len(spec.bytes).map_err(|source| failed("set the size of", source))?;
@@ -174,14 +213,14 @@ impl Directory {
             }
             Err(error) => return Err(failed("reserve the space of", error)),
         }
-        open.file.sync_all().map_err(|source| failed("sync", source))?;
+        self.call(FaultPoint::Sync, || open.file.sync_all()).map_err(|source| failed("sync", source))?;
         Ok(open)
     }
 
     /// Opens past the page cache where the file system allows it.
-    fn open(&self, name: &str, options: &mut OpenOptions) -> Result<OpenFile, Error> {
+    fn open(&self, name: &str, options: &mut OpenOptions, point: FaultPoint) -> Result<OpenFile, Error> {
         let path = self.path_of(name);
-        let direct = options.clone().custom_flags(libc::O_DIRECT).open(&path);
+        let direct = self.call(point, || options.clone().custom_flags(libc::O_DIRECT).open(&path));
         let is_direct = direct.is_ok();
         let file = match direct {
             Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {
@@ -207,7 +246,7 @@ impl Directory {
 
     pub(crate) fn sync(&self, file: FileId) -> Result<(), Error> {
         let open = self.file(file)?;
-        open.file.sync_data().map_err(|source| Error::File {
+        self.call(FaultPoint::Sync, || open.file.sync_data()).map_err(|source| Error::File {
             operation: "sync",
             path: open.path.clone(),
             source,
@@ -217,21 +256,41 @@ impl Directory {
     /// New file, sync, rename, sync of the directory: a reader finds the old document or the new one.
     pub(crate) fn save_document(&self, name: &str, bytes: &[u8]) -> Result<(), Error> {
         let (path, new_path) = (self.path_of(name), self.path_of(&format!("{name}.new")));
-        let written = File::create(&new_path).and_then(|mut file| {
-            file.write_all(bytes)?;
-            file.sync_all()
+        let written = self.call(FaultPoint::SaveDocument, || File::create(&new_path)).and_then(|file| {
+            Progress::new(Verb::Write, bytes.len()).run(|done_bytes| {
+                let moved = file.write_at(&bytes[done_bytes..], done_bytes as u64);
+                self.distort(FaultPoint::SaveDocument, moved)
+            })?;
+            self.call(FaultPoint::Sync, || file.sync_all())
         });
         written.map_err(|source| Error::File { operation: "write", path: new_path.clone(), source })?;
-        let replaced = fs::rename(&new_path, &path);
+        let replaced = self.call(FaultPoint::Rename, || fs::rename(&new_path, &path));
         replaced.map_err(|source| Error::File { operation: "replace", path: path.clone(), source })?;
-        sync_directory(path.parent().unwrap_or(&self.path))
+        self.sync_directory(path.parent().unwrap_or(&self.path))
+    }
+
+    fn sync_directory(&self, path: &Path) -> Result<(), Error> {
+        let synced = self
+            .call(FaultPoint::SyncDirectory, || File::open(path).and_then(|directory| directory.sync_all()));
+        synced.map_err(|source| Error::File { operation: "sync", path: path.to_owned(), source })
     }
 
     pub(crate) fn load_document(&self, name: &str) -> Result<Option<Vec<u8>>, Error> {
         let path = self.path_of(name);
-        let mut bytes = Vec::new();
-        match File::open(&path).and_then(|mut file| file.read_to_end(&mut bytes)) {
-            Ok(_) => Ok(Some(bytes)),
+        let read = self.call(FaultPoint::LoadDocument, || File::open(&path)).and_then(|file| {
+            let bytes = file.metadata()?.len();
+            if bytes > DOCUMENT_BYTES_MAX {
+                return Err(io::ErrorKind::FileTooLarge.into());
+            }
+            let mut document = vec![0; bytes as usize];
+            Progress::new(Verb::Read, document.len()).run(|done_bytes| {
+                let moved = file.read_at(&mut document[done_bytes..], done_bytes as u64);
+                self.distort(FaultPoint::LoadDocument, moved)
+            })?;
+            Ok(document)
+        });
+        match read {
+            Ok(document) => Ok(Some(document)),
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
             Err(source) => Err(Error::File { operation: "read", path, source }),
         }
@@ -247,11 +306,6 @@ fn lock(directory: &Path) -> Result<File, Error> {
         Err(TryLockError::WouldBlock) => Err(Error::Locked { directory: directory.to_owned() }),
         Err(TryLockError::Error(source)) => Err(failed(source)),
     }
-}
-
-fn sync_directory(path: &Path) -> Result<(), Error> {
-    let synced = File::open(path).and_then(|directory| directory.sync_all());
-    synced.map_err(|source| Error::File { operation: "sync", path: path.to_owned(), source })
 }
 
 fn reserve_space(file: &File, bytes: u64) -> io::Result<()> {

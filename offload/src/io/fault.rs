@@ -16,22 +16,30 @@ use std::{
 use super::{Completion, FileId, FileSpec, Io, OnDone, Request, Verb};
 use crate::{Error, Notice};
 
-/// What a fault interferes with.
+/// What a fault interferes with. Transient kinds count system calls, the others count verbs of [`Io`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum FaultPoint {
     /// Making the files.
     Allocate,
+    /// Opening the files.
+    Open,
     /// A read; for transient kinds, a system call that reads.
     Read,
     /// A write; for transient kinds, a system call that writes.
     Write,
     /// Making a file's data durable.
     Sync,
-    /// Replacing a document.
+    /// Reading a document.
+    LoadDocument,
+    /// Writing a new document, before the old one is touched.
     SaveDocument,
+    /// Putting the new document in the old one's place.
+    Rename,
+    /// Making that durable: the new document is in place when this fails.
+    SyncDirectory,
 }
 
-const POINTS: usize = 5;
+const POINTS: usize = 9;
 
 /// What goes wrong.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -40,12 +48,17 @@ pub enum FaultKind {
     InputOutput,
     /// The file system is full (`ENOSPC`).
     NoSpace,
+    /// This process may not (`EACCES`).
+    NoPermission,
     /// A signal came (`EINTR`); transient.
     Interrupted,
     /// The system asks to try again (`EAGAIN`); transient.
     Again,
-    /// Half the bytes are moved; transient.
-    Short,
+    /// The call moves fewer bytes than it was asked for; transient.
+    Short {
+        /// Most bytes that it moves. With 0 it says that the file has ended, which no backend rides out.
+        bytes: usize,
+    },
     /// One bit of the bytes moved is wrong and nobody says so.
     BitFlip {
         /// Which one, counted modulo the bits of the request.
@@ -53,13 +66,15 @@ pub enum FaultKind {
     },
     /// Nothing is moved and success is reported: a lost write, or a read that left old bytes in the buffer.
     Stale,
+    /// The bytes beside those asked for are moved, and nobody says so.
+    Misplaced,
     /// The process ends at once, before the operation, as if it had been killed.
     Kill,
 }
 
 impl FaultKind {
     fn is_transient(self) -> bool {
-        matches!(self, FaultKind::Interrupted | FaultKind::Again | FaultKind::Short)
+        matches!(self, FaultKind::Interrupted | FaultKind::Again | FaultKind::Short { .. })
     }
 
     fn os_error(self) -> Option<io::Error> {
@@ -68,7 +83,9 @@ impl FaultKind {
             FaultKind::NoSpace => libc::ENOSPC,
             FaultKind::Interrupted => libc::EINTR,
             FaultKind::Again => libc::EAGAIN,
-            FaultKind::Short | FaultKind::BitFlip { .. } | FaultKind::Stale | FaultKind::Kill => return None,
+            FaultKind::NoPermission => libc::EACCES,
+            FaultKind::Short { .. } | FaultKind::BitFlip { .. } => return None,
+            FaultKind::Stale | FaultKind::Misplaced | FaultKind::Kill => return None,
         };
         Some(io::Error::from_raw_os_error(code))
     }
@@ -125,13 +142,22 @@ impl Script {
         Some(fault.kind)
     }
 
-    /// The result of a system call, made worse if the script says so.
+    /// The result of a system call that transfers, made worse if the script says so.
     pub(crate) fn distort(&self, verb: Verb, result: io::Result<usize>) -> io::Result<usize> {
-        match self.next(point_of(verb)) {
+        self.distort_at(point_of(verb), result)
+    }
+
+    pub(crate) fn distort_at(&self, point: FaultPoint, result: io::Result<usize>) -> io::Result<usize> {
+        match self.next(point) {
             None => result,
-            Some(FaultKind::Short) => result.map(|moved_bytes| moved_bytes / 2),
+            Some(FaultKind::Short { bytes }) => result.map(|moved_bytes| moved_bytes.min(bytes)),
             Some(kind) => kind.os_error().map_or(result, Err),
         }
+    }
+
+    /// A system call, in whose place the script's failure comes.
+    pub(crate) fn call<T>(&self, point: FaultPoint, call: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
+        self.next(point).and_then(FaultKind::os_error).map_or_else(call, Err)
     }
 }
 
@@ -165,10 +191,17 @@ impl Faulty {
         self.inner.path_of(name.map_or("", String::as_str))
     }
 
-    fn check(&self, point: FaultPoint, operation: &'static str, path: PathBuf) -> Result<(), Error> {
-        match self.script.next(point).and_then(FaultKind::os_error) {
+    /// Fails as planned, or answers the silent fault that is planned.
+    fn check(
+        &self,
+        point: FaultPoint,
+        operation: &'static str,
+        path: PathBuf,
+    ) -> Result<Option<FaultKind>, Error> {
+        let kind = self.script.next(point);
+        match kind.and_then(FaultKind::os_error) {
             Some(source) => Err(Error::File { operation, path, source }),
-            None => Ok(()),
+            None => Ok(kind),
         }
     }
 }
@@ -182,6 +215,7 @@ impl Io for Faulty {
 
     fn open_files(&self, files: &[FileSpec]) -> Result<(), Error> {
         self.remember(files);
+        self.check(FaultPoint::Open, "open", self.path(FileId(0)))?;
         self.inner.open_files(files)
     }
 
@@ -211,22 +245,46 @@ impl Io for Faulty {
                 };
                 self.inner.submit(request, Box::new(repaired));
             }
+            (FaultKind::Misplaced, _) => {
+                let length_bytes = request.length_bytes as u64;
+                let before = request.offset_bytes.checked_sub(length_bytes);
+                request.offset_bytes = before.unwrap_or(request.offset_bytes.saturating_add(length_bytes));
+                self.inner.submit(request, on_done);
+            }
             _ => on_done(request.complete(Ok(()))),
         }
     }
 
     fn sync(&self, file: FileId) -> Result<(), Error> {
-        self.check(FaultPoint::Sync, "sync", self.path(file))?;
-        self.inner.sync(file)
+        match self.check(FaultPoint::Sync, "sync", self.path(file))? {
+            Some(FaultKind::Stale) => Ok(()),
+            _ => self.inner.sync(file),
+        }
     }
 
     fn save_document(&self, name: &str, bytes: &[u8]) -> Result<(), Error> {
-        self.check(FaultPoint::SaveDocument, "write", self.inner.path_of(name))?;
-        self.inner.save_document(name, bytes)
+        let path = || self.inner.path_of(name);
+        let silent = self.check(FaultPoint::SaveDocument, "write", path())?;
+        self.check(FaultPoint::Rename, "replace", path())?;
+        match silent {
+            Some(FaultKind::BitFlip { bit }) => {
+                let mut damaged = bytes.to_vec();
+                flip(&mut damaged, bit);
+                self.inner.save_document(name, &damaged)?;
+            }
+            Some(FaultKind::Stale) => {}
+            _ => self.inner.save_document(name, bytes)?,
+        }
+        self.check(FaultPoint::SyncDirectory, "sync", self.inner.path_of("")).map(drop)
     }
 
     fn load_document(&self, name: &str) -> Result<Option<Vec<u8>>, Error> {
-        self.inner.load_document(name)
+        let silent = self.check(FaultPoint::LoadDocument, "read", self.inner.path_of(name))?;
+        let mut document = self.inner.load_document(name)?;
+        if let (Some(FaultKind::BitFlip { bit }), Some(bytes)) = (silent, &mut document) {
+            flip(bytes, bit);
+        }
+        Ok(document)
     }
 
     fn path_of(&self, name: &str) -> PathBuf {

@@ -29,6 +29,7 @@ impl Pool {
 
     pub(crate) fn over(directory: Arc<Directory>, faults: &FaultPlan) -> Result<Self, Error> {
         let script = Arc::new(Script::below(faults));
+        directory.inject(script.clone());
         Ok(Self { directory, script, workers: Workers::spawn("ferrozero-pool", THREADS)? })
     }
 }

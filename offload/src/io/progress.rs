@@ -78,6 +78,17 @@ impl Progress {
     }
 }
 
+/// Makes a call that moves no bytes, again as long as it is interrupted or asks to be tried again.
+pub(crate) fn retried<T>(mut call: impl FnMut() -> io::Result<T>) -> io::Result<T> {
+    for _ in 0..STALLS_MAX {
+        match call() {
+            Err(error) if is_transient(&error) => {}
+            other => return other,
+        }
+    }
+    call()
+}
+
 fn is_transient(error: &io::Error) -> bool {
     matches!(error.kind(), io::ErrorKind::Interrupted | io::ErrorKind::WouldBlock)
 }

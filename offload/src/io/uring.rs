@@ -61,12 +61,9 @@ impl Uring {
 
     pub(crate) fn over(directory: Arc<Directory>, faults: &FaultPlan) -> Result<Self, Error> {
         let ring = IoUring::new(shape::ENTRIES).map_err(|source| Error::UringUnavailable { source })?;
-        Ok(Self {
-            directory,
-            script: Arc::new(Script::below(faults)),
-            idle: Mutex::new(Some(Idle(ring))),
-            running: OnceLock::new(),
-        })
+        let script = Arc::new(Script::below(faults));
+        directory.inject(script.clone());
+        Ok(Self { directory, script, idle: Mutex::new(Some(Idle(ring))), running: OnceLock::new() })
     }
 
     /// Hands the ring, with the files that are now open, to its thread.

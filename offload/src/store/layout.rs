@@ -64,6 +64,9 @@ pub(super) enum Place {
     Scratch,
 }
 
+/// Longest file, divided by the directories: all files of a store together are still a number of bytes.
+const FILE_BYTES_MAX: u64 = i64::MAX as u64 / 3;
+
 const FILE_NAMES: [&str; 3] = ["state-a.bin", "state-b.bin", "scratch.bin"];
 
 /// One piece of an extent.
@@ -119,7 +122,8 @@ pub(super) struct Layout {
 impl Layout {
     pub(super) fn new(specs: Vec<ExtentSpec>, form: Form) -> Result<Self, Error> {
         let piece_bytes = form.piece_bytes;
-        if piece_bytes == 0 || !piece_bytes.is_multiple_of(PAGE_BYTES) {
+        let is_size = piece_bytes > 0 && piece_bytes as u64 <= FILE_BYTES_MAX;
+        if !is_size || !piece_bytes.is_multiple_of(PAGE_BYTES) {
             let reason = format!("pieces of {piece_bytes} bytes: use a positive multiple of {PAGE_BYTES}");
             return Err(Error::BadLayout { reason });
         }
@@ -170,7 +174,7 @@ impl Layout {
                     })
                 });
                 let end = own_bytes.and_then(|bytes| bytes.checked_add(*end_bytes));
-                let end = end.filter(|&end| i64::try_from(end).is_ok());
+                let end = end.filter(|&end| end <= FILE_BYTES_MAX / directories as u64);
                 *end_bytes = end.ok_or_else(|| bad("is larger than a file can be"))?;
             }
             layout.first_pieces.push(pieces);
@@ -278,6 +282,8 @@ impl Layout {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::padded_bytes;
+    use proptest::prelude::*;
 
     fn spec(name: &str, bytes: u64, kind: ExtentKind) -> ExtentSpec {
         ExtentSpec { name: name.to_owned(), bytes, kind }
@@ -349,6 +355,7 @@ mod tests {
             (vec![spec("huge", u64::MAX, ExtentKind::State)], 4096, "extent huge is larger"),
             (vec![], 1000, "pieces of 1000 bytes"),
             (vec![], 0, "pieces of 0 bytes"),
+            (vec![], usize::MAX - 4095, "pieces of 18446744073709547520 bytes"),
         ];
         for (specs, piece_bytes, expected) in refusals {
             let text = Layout::new(specs, form(piece_bytes)).unwrap_err().to_string();
@@ -383,5 +390,64 @@ mod tests {
         let mut checksums = vec![checksum(0, 0), checksum(0, 1), checksum(1, 0)];
         checksums.dedup();
         assert_eq!(checksums.len(), 3);
+    }
+
+    fn specs() -> impl Strategy<Value = Vec<ExtentSpec>> {
+        let kind = prop_oneof![Just(ExtentKind::State), Just(ExtentKind::Scratch)];
+        let bytes = prop_oneof![1..40_000_u64, (1..10_u64).prop_map(|pages| pages * PAGE_BYTES as u64)];
+        prop::collection::vec((bytes, kind), 0..20).prop_map(|extents| {
+            let named = extents.into_iter().enumerate();
+            named.map(|(index, (bytes, kind))| spec(&format!("extent {index}"), bytes, kind)).collect()
+        })
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
+
+        #[test]
+        fn any_pieces_are_aligned_apart_within_their_file_and_found_again(
+            specs in specs(),
+            pages in 1..6_usize,
+            stripes in 0..4_usize,
+            in_place in any::<bool>(),
+        ) {
+            let piece_bytes = pages * PAGE_BYTES;
+            let stripes = (0..stripes).map(|stripe| format!("/stripe-{stripe}").into()).collect();
+            let layout = Layout::new(specs.clone(), Form { piece_bytes, in_place, stripes }).unwrap();
+            let files = layout.files();
+            for directory in files.chunks(FILE_NAMES.len()) {
+                prop_assert_eq!(directory[1].bytes, if in_place { 0 } else { directory[0].bytes });
+            }
+            let mut index = 0;
+            let mut ends = vec![0; files.len()];
+            for (number, spec) in specs.iter().enumerate() {
+                let id = layout.find(&spec.name).unwrap();
+                prop_assert_eq!((id, layout.name(id)), (ExtentId(number), spec.name.as_str()));
+                let place = match spec.kind {
+                    ExtentKind::State => Place::A,
+                    ExtentKind::Scratch => Place::Scratch,
+                };
+                let mut extent_bytes = 0;
+                for piece_number in 0..layout.piece_count(id).unwrap() {
+                    let piece = layout.piece(id, piece_number).unwrap();
+                    prop_assert_eq!((piece.index, layout.piece_at(index)), (index, Some((id, piece_number))));
+                    prop_assert!(piece.offset_bytes.is_multiple_of(PAGE_BYTES as u64));
+                    let FileId(file) = piece.file(place);
+                    prop_assert_eq!(&files[file].name, &layout.file_name(&piece, place));
+                    let end = &mut ends[file];
+                    prop_assert_eq!(piece.offset_bytes, *end, "after the piece before it");
+                    prop_assert!(piece.bytes > 0 && piece.bytes <= piece_bytes);
+                    // Transfers move whole pages.
+                    *end = piece.offset_bytes + padded_bytes(piece.bytes) as u64;
+                    extent_bytes += piece.bytes as u64;
+                    index += 1;
+                }
+                prop_assert_eq!(extent_bytes, spec.bytes, "pieces tile their extent");
+            }
+            for (file, end) in files.iter().zip(ends).filter(|(file, _)| !file.name.ends_with("state-b.bin")) {
+                prop_assert_eq!(file.bytes, end, "nothing is left over");
+            }
+            prop_assert_eq!((index, layout.piece_at(index)), (layout.pieces_in_all(), None));
+        }
     }
 }

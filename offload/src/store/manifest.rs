@@ -16,7 +16,7 @@ use crate::Error;
 
 pub(super) const NAME: &str = "manifest.json";
 
-/// The newest format that is read, and the one that is written.
+/// The one format that is read and written.
 const FORMAT: u64 = 1;
 
 const SEAL_START: &[u8] = b",\"crc32c\":\"";
@@ -76,17 +76,22 @@ impl Manifest {
         Ok(seal(text))
     }
 
-    /// Checks a document and makes of it what a store works with.
-    pub(super) fn decode(document: &[u8], path: &Path) -> Result<(Layout, Table), Error> {
-        // The format comes first: a newer one may be sealed in another way.
+    /// Checks a document, and says which files it is about. What it takes to hold it is in proportion to its length,
+    /// whatever numbers are in it.
+    pub(super) fn decode(document: &[u8], path: &Path) -> Result<(Layout, Self), Error> {
+        // The format comes first: another one may be sealed in another way.
         #[derive(Deserialize)]
         struct Format {
             format: u64,
         }
-        if let Ok(Format { format }) = serde_json::from_slice(document)
-            && format > FORMAT
+        if let Ok(Format { format: found }) = serde_json::from_slice(document)
+            && found != FORMAT
         {
-            return Err(Error::NewerFormat { path: path.to_owned(), found: format, supported: FORMAT });
+            let (path, supported) = (path.to_owned(), FORMAT);
+            return Err(match found > FORMAT {
+                true => Error::NewerFormat { path, found, supported },
+                false => Error::OlderFormat { path, found, supported },
+            });
         }
         if !is_sealed(document) {
             return Err(corrupt(path, "its checksum does not match".to_owned()));
@@ -96,27 +101,37 @@ impl Manifest {
         if manifest.overwriting {
             return Err(Error::Overwritten { path: path.to_owned(), generation: manifest.generation });
         }
-        manifest.into_table(path)
-    }
-
-    fn into_table(self, path: &Path) -> Result<(Layout, Table), Error> {
-        let (extents, pieces): (Vec<Extent>, Vec<_>) =
-            self.extents.into_iter().map(|entry| (entry.extent, entry.pieces)).unzip();
-        let specs = extents.iter().map(|extent| extent.spec.clone()).collect();
-        let layout = Layout::new(specs, self.form).map_err(|error| corrupt(path, error.to_string()))?;
-        let mut located = Vec::with_capacity(layout.pieces_in_all());
-        for (index, (extent, pieces)) in extents.iter().zip(pieces).enumerate() {
-            let count = layout.piece_count(ExtentId(index))?;
-            let is_state = extent.spec.kind == ExtentKind::State;
-            if *extent != layout.extents()[index] || pieces.len() != if is_state { count } else { 0 } {
+        // A generation after it must be possible, and the first is 1.
+        if manifest.generation == 0 || manifest.generation == u64::MAX {
+            return Err(corrupt(path, format!("generation {} cannot be", manifest.generation)));
+        }
+        let specs = manifest.extents.iter().map(|entry| entry.extent.spec.clone()).collect();
+        let layout = Layout::new(specs, manifest.form.clone());
+        let layout = layout.map_err(|error| corrupt(path, error.to_string()))?;
+        for (index, ExtentEntry { extent, pieces }) in manifest.extents.iter().enumerate() {
+            let count = match extent.spec.kind {
+                ExtentKind::State => layout.piece_count(ExtentId(index))?,
+                ExtentKind::Scratch => 0,
+            };
+            let elsewhere = pieces.iter().flatten().any(|(place, _)| *place == Place::Scratch);
+            if *extent != layout.extents()[index] || pieces.len() != count || elsewhere {
                 return Err(corrupt(path, format!("extent {} does not fit its pieces", extent.spec.name)));
             }
+        }
+        Ok((layout, manifest))
+    }
+
+    /// What a store works with, once the files are known to be as long as the layout says: it takes memory for every
+    /// piece.
+    pub(super) fn into_table(self, layout: &Layout) -> Result<Table, Error> {
+        let mut located = Vec::with_capacity(layout.pieces_in_all());
+        for (index, ExtentEntry { pieces, .. }) in self.extents.into_iter().enumerate() {
+            let count = layout.piece_count(ExtentId(index))?;
             located.extend(pieces.iter().map(|piece| piece.map(|(place, crc)| Located { place, crc })));
-            located.resize(located.len() + count - pieces.len(), None);
+            located.resize(located.len() + count.saturating_sub(pieces.len()), None);
         }
         let commit = Commit { generation: self.generation, application: self.application };
-        let table = Table::of_commit(&layout, commit, located);
-        Ok((layout, table))
+        Ok(Table::of_commit(layout, commit, located))
     }
 }
 
@@ -147,6 +162,8 @@ fn corrupt(path: &Path, reason: String) -> Error {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::ExtentSpec;
+    use proptest::prelude::*;
 
     #[test]
     fn every_damaged_byte_breaks_the_seal() {
@@ -158,6 +175,50 @@ mod tests {
             damaged[index] ^= 1;
             assert!(!is_sealed(&damaged), "byte {index}");
             assert!(!is_sealed(&document[..index]), "cut at {index}");
+        }
+    }
+
+    fn located() -> impl Strategy<Value = Option<Located>> {
+        let place = prop_oneof![Just(Place::A), Just(Place::B)];
+        prop::option::of((place, any::<u32>()).prop_map(|(place, crc)| Located { place, crc }))
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
+
+        #[test]
+        fn what_a_manifest_says_is_read_back(
+            extents in prop::collection::vec((1..30_000_u64, any::<bool>()), 0..10),
+            places in prop::collection::vec(located(), 80),
+            generation in 1..u64::MAX,
+            stripes in 0..3_usize,
+            in_place in any::<bool>(),
+            number in any::<f64>().prop_filter("JSON has no such numbers", |number| number.is_finite()),
+        ) {
+            let kind = |is_state| if is_state { ExtentKind::State } else { ExtentKind::Scratch };
+            let specs = extents.iter().enumerate().map(|(index, &(bytes, is_state))| {
+                ExtentSpec { name: format!("extent {index}"), bytes, kind: kind(is_state) }
+            });
+            let stripes = (0..stripes).map(|stripe| format!("/stripe-{stripe}").into()).collect();
+            let form = Form { piece_bytes: 4096, in_place, stripes };
+            let layout = Layout::new(specs.collect(), form).unwrap();
+            let commit = Commit { generation, application: serde_json::json!({ "number": number }) };
+            let places: Vec<_> = (0..layout.pieces_in_all())
+                .map(|index| {
+                    let (extent, _) = layout.piece_at(index).unwrap();
+                    let is_state = layout.extents()[extent.0].spec.kind == ExtentKind::State;
+                    places[index].filter(|_| is_state)
+                })
+                .collect();
+            let table = Table::of_commit(&layout, commit.clone(), places.clone());
+            let document = Manifest::encode(&layout, &table, &commit, false, Path::new("m")).unwrap();
+            let (read, manifest) = Manifest::decode(&document, Path::new("m")).unwrap();
+            prop_assert_eq!(read.extents(), layout.extents());
+            prop_assert_eq!(read.form(), layout.form());
+            let table = manifest.into_table(&read).unwrap();
+            prop_assert_eq!(table.committed(), Some(commit.into()));
+            let latest: Vec<_> = table.latest(0..read.pieces_in_all()).collect();
+            prop_assert_eq!(latest, places);
         }
     }
 }
