@@ -2,7 +2,8 @@
 //!
 //! What a disk likes best differs from disk to disk, and no user should have to know it. So a store that is made on
 //! a disk not seen before reads a little from its own, still empty files in several ways and keeps the fastest.
-//! Reads decide: drives take writes into a cache of their own, for which one way is as good as another.
+//! Reads decide, so that the measurement wears the disk by little more than the one region that it has to write first;
+//! but what reads faster is kept only if it does not write more slowly.
 
 use std::{
     collections::BTreeMap,
