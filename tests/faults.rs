@@ -3,8 +3,7 @@
 
 mod support;
 
-use ferrozero::{BackendChoice, Config, Error, FaultPlan, Placement, Tier};
-use ferrozero_offload::io::{Fault, FaultKind, FaultPoint};
+use ferrozero::{BackendChoice, Config, Error, Fault, FaultKind, FaultPlan, FaultPoint, Placement, Tier};
 use std::path::Path;
 use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::time::Duration;
