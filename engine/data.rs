@@ -1,14 +1,21 @@
-//! Text for training: where it comes from, how it becomes tokens, and which tokens a step sees.
+//! Text for training: where it comes from, how it becomes tokens, and which tokens a step sees. Neither text nor tokens are ever
+//! in memory as a whole: text goes by documents, and tokens lie in a file.
 
 use candle_core::{Device, Tensor};
 use ferrozero_kernels::philox::Stream;
 use sha2::{Digest, Sha256};
-use std::io::Read;
+use std::fs::File;
+use std::io::{BufWriter, Read, Write};
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use tokenizers::Tokenizer as HuggingFaceTokenizer;
 
 /// Files above this are not prose and not source.
 const LARGEST_FILE_BYTES: u64 = 1 << 20;
+/// A file given on its own is cut into documents of about this size, at ends of lines.
+const DOCUMENT_BYTES: usize = 1 << 20;
+/// Bytes of a token in the file of tokens.
+const TOKEN_BYTES: u64 = 4;
 /// What the default corpus stops at.
 const DEFAULT_CORPUS_BYTES: usize = 32 << 20;
 /// Of how many tokens one is kept for validation.
@@ -41,6 +48,20 @@ pub enum DataError {
         /// Tokens that one sequence for training and one for validation need.
         needed: usize,
     },
+    /// The file of tokens that cannot be made, read or written.
+    #[error(
+        "{path}: the file of the data's tokens beside it, {bytes} bytes, could not be {operation}: {source}"
+    )]
+    Tokens {
+        /// Folder of the run.
+        path: PathBuf,
+        /// What was tried.
+        operation: &'static str,
+        /// Bytes that it has so far.
+        bytes: u64,
+        /// What the system said.
+        source: std::io::Error,
+    },
     /// A tokenizer that cannot be used.
     #[error("tokenizer {path}: {reason}")]
     Tokenizer {
@@ -51,10 +72,12 @@ pub enum DataError {
     },
 }
 
-/// Text, as one run of bytes.
+/// Text, document by document.
 pub struct Corpus {
-    /// The text; files are separated by a zero byte.
-    pub text: Vec<u8>,
+    files: Vec<PathBuf>,
+    /// Whether there is one file, which is text whatever it holds and however large it is.
+    single: bool,
+    limit_bytes: usize,
     /// Where it is from, for people.
     pub source: String,
 }
@@ -68,46 +91,89 @@ impl Corpus {
         let home = std::env::var_os("CARGO_HOME").map(PathBuf::from);
         let home = home.or_else(|| std::env::home_dir().map(|home| home.join(".cargo"))).unwrap_or_default();
         let folder = home.join("registry").join("src");
-        let mut text = vec![];
         let mut files = vec![];
         // Order and choice must not depend on the host of the registry, only on the packages.
         for registry in sorted_entries(&folder).unwrap_or_default() {
             list_files(&registry, &mut files)?;
         }
         files.retain(|path| path.extension().is_some_and(|extension| extension == "rs" || extension == "md"));
-        for path in files {
-            if text.len() >= DEFAULT_CORPUS_BYTES {
-                break;
-            }
-            append_text(&path, &mut text)?;
+        if files.is_empty() {
+            return Err(DataError::Empty { place: folder.display().to_string() });
         }
-        text.truncate(DEFAULT_CORPUS_BYTES);
         let source = "the sources and documents of cargo's packages".to_owned();
-        if text.is_empty() {
-            Err(DataError::Empty { place: folder.display().to_string() })
-        } else {
-            Ok(Self { text, source })
-        }
+        Ok(Self { files, single: false, limit_bytes: DEFAULT_CORPUS_BYTES, source })
     }
 
     /// The text of a file, or of all text files in a folder and below.
     ///
     /// # Errors
-    /// [`DataError::Unreadable`] and [`DataError::Empty`].
+    /// [`DataError::Unreadable`].
     pub fn from_path(path: &Path) -> Result<Self, DataError> {
         let unreadable = |source| DataError::Unreadable { path: path.to_owned(), source };
-        let mut text = vec![];
-        if path.metadata().map_err(unreadable)?.is_dir() {
-            let mut files = vec![];
-            list_files(path, &mut files)?;
-            for file in files {
-                append_text(&file, &mut text)?;
-            }
+        let single = !path.metadata().map_err(unreadable)?.is_dir();
+        let mut files = vec![];
+        if single {
+            files.push(path.to_owned());
         } else {
-            text = std::fs::read(path).map_err(unreadable)?;
+            list_files(path, &mut files)?;
         }
-        let source = path.display().to_string();
-        if text.is_empty() { Err(DataError::Empty { place: source }) } else { Ok(Self { text, source }) }
+        Ok(Self { files, single, limit_bytes: usize::MAX, source: path.display().to_string() })
+    }
+
+    /// Hands every document to `each`. Those of different files end with a zero byte.
+    ///
+    /// # Errors
+    /// [`DataError::Unreadable`], [`DataError::Empty`], and what `each` answers.
+    pub fn documents(&self, mut each: impl FnMut(&[u8]) -> Result<(), DataError>) -> Result<(), DataError> {
+        let mut left_bytes = self.limit_bytes;
+        let mut document = vec![];
+        for path in &self.files {
+            if self.single {
+                read_in_documents(path, |document| {
+                    left_bytes -= document.len();
+                    each(document)
+                })?;
+                continue;
+            }
+            if left_bytes == 0 {
+                break;
+            }
+            document.clear();
+            append_text(path, &mut document)?;
+            document.truncate(left_bytes);
+            left_bytes -= document.len();
+            if !document.is_empty() {
+                each(&document)?;
+            }
+        }
+        if left_bytes == self.limit_bytes {
+            return Err(DataError::Empty { place: self.source.clone() });
+        }
+        Ok(())
+    }
+}
+
+/// Reads a file of any size in documents that end where lines do.
+fn read_in_documents(
+    path: &Path,
+    mut each: impl FnMut(&[u8]) -> Result<(), DataError>,
+) -> Result<(), DataError> {
+    let unreadable = |source| DataError::Unreadable { path: path.to_owned(), source };
+    let mut file = File::open(path).map_err(unreadable)?;
+    let mut rest = vec![];
+    loop {
+        let wanted = DOCUMENT_BYTES as u64;
+        let read_bytes = (&mut file).take(wanted).read_to_end(&mut rest).map_err(unreadable)?;
+        let at_end = (read_bytes as u64) < wanted;
+        let last_line = rest.iter().rposition(|&byte| byte == b'\n').map_or(rest.len(), |end| end + 1);
+        let cut = if at_end { rest.len() } else { last_line };
+        if cut > 0 {
+            each(&rest[..cut])?;
+        }
+        rest.drain(..cut);
+        if at_end {
+            return Ok(());
+        }
     }
 }
 
@@ -219,10 +285,81 @@ pub struct Batch {
     pub targets: Tensor,
 }
 
+/// A file of tokens that no folder lists, so that nothing is left of it when it is closed, however that happens.
+pub struct TokenFile {
+    file: File,
+    /// Folder of the run, for messages.
+    folder: PathBuf,
+    tokens: usize,
+    fingerprint: String,
+}
+
+impl TokenFile {
+    /// Encodes a corpus. The file is on the file system of `folder`, or of the folder above it that exists.
+    ///
+    /// # Errors
+    /// [`DataError`].
+    pub fn encode(corpus: &Corpus, tokenizer: &Tokenizer, folder: &Path) -> Result<Self, DataError> {
+        let mut writer = TokenWriter::new(folder)?;
+        corpus.documents(|document| writer.append(&tokenizer.encode(document)?))?;
+        writer.finish()
+    }
+
+    fn read(&self, start: usize, count: usize) -> Result<Vec<u32>, DataError> {
+        let mut bytes = vec![0; count * TOKEN_BYTES as usize];
+        let read = self.file.read_exact_at(&mut bytes, start as u64 * TOKEN_BYTES);
+        read.map_err(|source| tokens_error(&self.folder, "read", self.tokens, source))?;
+        let words = bytes.chunks_exact(TOKEN_BYTES as usize);
+        Ok(words.map(|word| u32::from_le_bytes([word[0], word[1], word[2], word[3]])).collect())
+    }
+}
+
+fn tokens_error(folder: &Path, operation: &'static str, tokens: usize, source: std::io::Error) -> DataError {
+    DataError::Tokens { path: folder.to_owned(), operation, bytes: tokens as u64 * TOKEN_BYTES, source }
+}
+
+struct TokenWriter {
+    file: BufWriter<File>,
+    folder: PathBuf,
+    hasher: Sha256,
+    tokens: usize,
+}
+
+impl TokenWriter {
+    fn new(folder: &Path) -> Result<Self, DataError> {
+        let absolute = std::path::absolute(folder).unwrap_or_else(|_| folder.to_owned());
+        let existing = absolute.ancestors().find(|folder| folder.is_dir()).unwrap_or(Path::new("/"));
+        let file =
+            tempfile::tempfile_in(existing).map_err(|source| tokens_error(folder, "made", 0, source))?;
+        let folder = folder.to_owned();
+        Ok(Self { file: BufWriter::new(file), folder, hasher: Sha256::new(), tokens: 0 })
+    }
+
+    fn append(&mut self, tokens: &[u32]) -> Result<(), DataError> {
+        self.tokens += tokens.len();
+        for token in tokens {
+            let bytes = token.to_le_bytes();
+            self.hasher.update(bytes);
+            let written = self.file.write_all(&bytes);
+            written.map_err(|source| tokens_error(&self.folder, "written", self.tokens, source))?;
+        }
+        Ok(())
+    }
+
+    fn finish(self) -> Result<TokenFile, DataError> {
+        let Self { file, folder, hasher, tokens } = self;
+        let file = file
+            .into_inner()
+            .map_err(|error| tokens_error(&folder, "written", tokens, error.into_error()))?;
+        let fingerprint = hasher.finalize().iter().map(|byte| format!("{byte:02x}")).collect();
+        Ok(TokenFile { file, folder, tokens, fingerprint })
+    }
+}
+
 /// Tokens for training and validation. What a step sees is a function of seed and step alone, so that a resumed run needs nothing
 /// else to go on.
 pub struct Dataset {
-    tokens: Vec<u32>,
+    tokens: TokenFile,
     /// Where the validation part begins.
     validation_start: usize,
     windows: Stream,
@@ -235,34 +372,30 @@ impl Dataset {
     ///
     /// # Errors
     /// [`DataError::TooSmall`].
-    pub fn new(tokens: Vec<u32>, seed: u64, batch: usize, sequence: usize) -> Result<Self, DataError> {
+    pub fn new(tokens: TokenFile, seed: u64, batch: usize, sequence: usize) -> Result<Self, DataError> {
         let window = sequence + 1;
-        let validation = (tokens.len() / VALIDATION_SHARE).max(window);
+        let validation = (tokens.tokens / VALIDATION_SHARE).max(window);
         let needed = 2 * window;
-        if tokens.len() < needed {
-            return Err(DataError::TooSmall { tokens: tokens.len(), needed });
+        if tokens.tokens < needed {
+            return Err(DataError::TooSmall { tokens: tokens.tokens, needed });
         }
-        let validation_start = tokens.len() - validation.min(tokens.len() - window);
+        let validation_start = tokens.tokens - validation.min(tokens.tokens - window);
         Ok(Self { validation_start, windows: Stream::new(seed, "training windows"), tokens, batch, sequence })
     }
 
     /// SHA-256 of all tokens.
-    pub fn fingerprint(&self) -> String {
-        let mut hasher = Sha256::new();
-        for token in &self.tokens {
-            hasher.update(token.to_le_bytes());
-        }
-        hasher.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
+    pub fn fingerprint(&self) -> &str {
+        &self.tokens.fingerprint
     }
 
     /// Number of tokens.
     pub fn len(&self) -> usize {
-        self.tokens.len()
+        self.tokens.tokens
     }
 
     /// Whether there are no tokens.
     pub fn is_empty(&self) -> bool {
-        self.tokens.is_empty()
+        self.tokens.tokens == 0
     }
 
     /// Random windows of the training part.
@@ -287,7 +420,7 @@ impl Dataset {
     /// # Errors
     /// What candle says.
     pub fn validation_batch(&self, number: usize, numbers: usize) -> candle_core::Result<Batch> {
-        let starts = self.tokens.len() - self.sequence - self.validation_start;
+        let starts = self.tokens.tokens - self.sequence - self.validation_start;
         let rows = numbers * self.batch;
         self.batch_at((0..self.batch).map(|row| {
             self.validation_start + (number * self.batch + row) * starts.saturating_sub(1) / rows.max(1)
@@ -297,8 +430,9 @@ impl Dataset {
     fn batch_at(&self, starts: impl Iterator<Item = usize>) -> candle_core::Result<Batch> {
         let (mut inputs, mut targets) = (vec![], vec![]);
         for start in starts {
-            inputs.extend_from_slice(&self.tokens[start..start + self.sequence]);
-            targets.extend_from_slice(&self.tokens[start + 1..start + 1 + self.sequence]);
+            let window = self.tokens.read(start, self.sequence + 1).map_err(candle_core::Error::wrap)?;
+            inputs.extend_from_slice(&window[..self.sequence]);
+            targets.extend_from_slice(&window[1..]);
         }
         let shape = (self.batch, self.sequence);
         Ok(Batch {
@@ -312,13 +446,29 @@ impl Dataset {
 mod tests {
     use super::*;
 
+    fn dataset(tokens: u32, seed: u64, batch: usize, sequence: usize) -> Result<Dataset, DataError> {
+        let folder = tempfile::tempdir().unwrap();
+        let mut writer = TokenWriter::new(folder.path())?;
+        writer.append(&(0..tokens).collect::<Vec<_>>())?;
+        Dataset::new(writer.finish()?, seed, batch, sequence)
+    }
+
+    fn text(path: &Path) -> Result<Vec<u8>, DataError> {
+        let mut text = vec![];
+        Corpus::from_path(path)?.documents(|document| {
+            text.extend_from_slice(document);
+            Ok(())
+        })?;
+        Ok(text)
+    }
+
     fn rows(tensor: &Tensor) -> Vec<Vec<u32>> {
         tensor.to_vec2().unwrap()
     }
 
     #[test]
     fn batches_are_a_function_of_step_and_never_touch_the_validation_part() {
-        let data = Dataset::new((0..1000).collect(), 3, 4, 16).unwrap();
+        let data = dataset(1000, 3, 4, 16).unwrap();
         for step in 0..200 {
             let batch = data.train_batch(step, 0, 1).unwrap();
             for (inputs, targets) in rows(&batch.inputs).iter().zip(rows(&batch.targets)) {
@@ -339,13 +489,10 @@ mod tests {
 
     #[test]
     fn the_smallest_data_works_and_smaller_data_is_refused() {
-        let data = Dataset::new((0..34).collect(), 0, 2, 16).unwrap();
+        let data = dataset(34, 0, 2, 16).unwrap();
         data.train_batch(0, 0, 1).unwrap();
         data.validation_batch(0, 1).unwrap();
-        assert!(matches!(
-            Dataset::new((0..33).collect(), 0, 2, 16),
-            Err(DataError::TooSmall { needed: 34, .. })
-        ));
+        assert!(matches!(dataset(33, 0, 2, 16), Err(DataError::TooSmall { needed: 34, .. })));
     }
 
     #[test]
@@ -355,11 +502,30 @@ mod tests {
         std::fs::write(folder.path().join("b/one.txt"), "one").unwrap();
         std::fs::write(folder.path().join("a.txt"), "first").unwrap();
         std::fs::write(folder.path().join("c.bin"), [0, 159, 146]).unwrap();
-        assert_eq!(Corpus::from_path(folder.path()).unwrap().text, b"first\0one\0");
-        assert_eq!(Corpus::from_path(&folder.path().join("a.txt")).unwrap().text, b"first");
+        assert_eq!(text(folder.path()).unwrap(), b"first\0one\0");
+        assert_eq!(text(&folder.path().join("a.txt")).unwrap(), b"first");
         let empty = tempfile::tempdir().unwrap();
-        assert!(matches!(Corpus::from_path(empty.path()), Err(DataError::Empty { .. })));
-        assert!(matches!(Corpus::from_path(&empty.path().join("x")), Err(DataError::Unreadable { .. })));
+        assert!(matches!(text(empty.path()), Err(DataError::Empty { .. })));
+        assert!(matches!(text(&empty.path().join("x")), Err(DataError::Unreadable { .. })));
+    }
+
+    #[test]
+    fn a_large_file_comes_in_documents_that_end_where_lines_do() {
+        let folder = tempfile::tempdir().unwrap();
+        let line = b"All work and no play makes Jack a dull boy.\n";
+        let whole = line.repeat(3 * DOCUMENT_BYTES / line.len());
+        for text in [whole.clone(), vec![b'x'; 2 * DOCUMENT_BYTES + 5], whole[..DOCUMENT_BYTES].to_vec()] {
+            let path = folder.path().join("text");
+            std::fs::write(&path, &text).unwrap();
+            let mut documents: Vec<Vec<u8>> = vec![];
+            let corpus = Corpus::from_path(&path).unwrap();
+            corpus.documents(|document| Ok(documents.push(document.to_vec()))).unwrap();
+            assert_eq!(documents.concat(), text);
+            assert!(documents.len() > 1 || text.len() <= DOCUMENT_BYTES);
+            if text.ends_with(b"\n") {
+                assert!(documents.iter().all(|document| document.ends_with(b"\n")));
+            }
+        }
     }
 
     #[test]

@@ -2,7 +2,7 @@
 
 use super::settings::{TrainArguments, TrainSettings};
 use super::{CommandResult, configuration};
-use crate::data::{Corpus, Dataset, Tokenizer};
+use crate::data::{Corpus, Dataset, TokenFile, Tokenizer};
 use crate::generate::{Sampling, generate};
 use crate::learning_rate::LearningRate;
 use crate::models::gpt::{Block, Gpt};
@@ -110,10 +110,10 @@ pub fn run(arguments: TrainArguments) -> CommandResult {
         Some(path) => Corpus::from_path(path)?,
         None => Corpus::of_cargo_registry()?,
     };
-    let data = Dataset::new(tokenizer.encode(&corpus.text)?, settings.seed, settings.batch, settings.seq)?;
+    let tokens = TokenFile::encode(&corpus, &tokenizer, &settings.dir)?;
+    let data = Dataset::new(tokens, settings.seed, settings.batch, settings.seq)?;
     output.say(format_args!("data: {} tokens from {}", data.len(), corpus.source));
-    drop(corpus.text);
-    let fingerprint = data.fingerprint();
+    let fingerprint = data.fingerprint().to_owned();
     if stored("data").is_some_and(|stored| stored != *fingerprint) {
         output.say("notice: the data is not the data of the run that is resumed");
     }
