@@ -199,6 +199,24 @@ impl Checkpoint {
     }
 }
 
+impl Checkpoint {
+    /// Copies the checkpoint to another folder, perhaps over `stripes`, perhaps to be written in place from then on.
+    ///
+    /// # Errors
+    /// [`Error::CheckpointExists`], what reading finds, and errors of the disk tier.
+    pub fn copy_to(&self, directory: &Path, stripes: Vec<PathBuf>, in_place: bool) -> Result<()> {
+        let piece_bytes = self.store.piece_bytes();
+        let options = StoreOptions { piece_bytes, stripes, in_place, ..StoreOptions::default() };
+        let target = stores::create_state(directory, &stores::state_extents(&self.layout), options)?;
+        let bytes = PIECES_IN_FLIGHT * padded_bytes(piece_bytes);
+        let arena = Arena::new(&Budget::new(Tier::Host, bytes as u64), bytes)?;
+        self.store.copy_to(&target, &arena)?;
+        let committed = self.store.committed();
+        target.commit(committed.map(|commit| commit.application.clone()).unwrap_or_default())?;
+        Ok(())
+    }
+}
+
 /// The groups of a commit.
 fn layout_of(rows: &[ParameterRow], piece_elements: usize) -> Layout {
     let mut members: Vec<(String, Vec<_>)> = vec![];

@@ -26,6 +26,11 @@ pub struct Config {
     pub device_memory_bytes: Option<u64>,
     /// Folder of the state on disk, which is the checkpoint. Without one there is no disk tier and no commit.
     pub directory: Option<PathBuf>,
+    /// More folders, on other disks, that the state is dealt out to. A run that resumes finds its own.
+    pub stripes: Vec<PathBuf>,
+    /// Keeps the state on disk once and not twice, which **gives up crash safety**: a run that is killed between two
+    /// commits cannot be resumed. A run that resumes stays as it was made.
+    pub in_place: bool,
     /// Opens the last commit in `directory` instead of starting anew.
     pub resume: bool,
     /// Homes of the state streams.
@@ -60,6 +65,8 @@ impl Default for Config {
             memory_bytes: None,
             device_memory_bytes: None,
             directory: None,
+            stripes: vec![],
+            in_place: false,
             resume: false,
             placement: Placement::Auto,
             boundaries: None,

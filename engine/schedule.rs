@@ -275,7 +275,11 @@ impl Operation {
 
     /// What the operation uses together with others that share it, but not while an operation has it for itself.
     pub fn shared_resource(&self) -> Option<Resource> {
-        let writes_state = matches!(self, Self::Write { extent: Extent::State(..), .. });
+        // No commit keeps gradients.
+        let writes_state = matches!(
+            self,
+            Self::Write { extent: Extent::State(_, stream), .. } if *stream != Stream::Gradient
+        );
         writes_state.then_some(Resource::StatesOnDisk)
     }
 

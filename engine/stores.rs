@@ -66,10 +66,11 @@ fn parameter_rows(layout: &Layout) -> Vec<ParameterRow> {
 fn options(config: &Config, piece_bytes: usize) -> StoreOptions {
     StoreOptions {
         piece_bytes,
+        in_place: config.in_place,
+        stripes: config.stripes.clone(),
         backend: config.backend,
         faults: config.faults.clone(),
         throttle: config.throttle,
-        ..StoreOptions::default()
     }
 }
 
@@ -146,7 +147,9 @@ impl Stores {
             return Ok(());
         }
         let specs = specs(&scratches, ExtentKind::Scratch);
-        let store = Store::create(&directory.join(SCRATCH), specs, options(config, piece_bytes))?;
+        let stripes = config.stripes.iter().map(|stripe| stripe.join(SCRATCH)).collect();
+        let options = StoreOptions { stripes, in_place: false, ..options(config, piece_bytes) };
+        let store = Store::create(&directory.join(SCRATCH), specs, options)?;
         let store = Arc::new(store);
         self.add(&store, scratches);
         self.scratch = Some(store);

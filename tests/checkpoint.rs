@@ -102,6 +102,44 @@ fn what_is_exported_and_imported_again_has_the_same_bits_and_trains() {
     assert!(matches!(again, Error::CheckpointExists { .. }), "{again}");
 }
 
+/// Striped, in place, copied from one to the other: the same bits.
+#[test]
+fn states_over_several_folders_and_in_place_change_nothing_and_can_be_copied() {
+    let expected = train(Config::default(), BLOCKS, 4).unwrap().1;
+    let folder = folder();
+    let path = |name: &str| folder.path().join(name);
+    let stripes = vec![path("disk-2"), path("disk-3")];
+    let striped = Config {
+        stripes: stripes.clone(),
+        boundaries: Some(Tier::Disk),
+        clip: Some(1e9),
+        ..config(&path("striped"))
+    };
+    let in_place = Config { in_place: true, ..config(&path("in-place")) };
+    for (config, other_stripes, other_in_place) in [(striped, vec![], true), (in_place, stripes, false)] {
+        let directory = config.directory.clone().unwrap();
+        let (mut first, model) = trainer(config, BLOCKS).unwrap();
+        for step in 0..2 {
+            first.step(|_| model.loss(&tokens(step, 0))).unwrap();
+        }
+        first.commit(serde_json::Value::Null).unwrap();
+        drop(first);
+        let copy = directory.with_extension("copy");
+        let checkpoint = Checkpoint::open(&directory).unwrap();
+        let other_stripes = other_stripes.iter().map(|stripe| stripe.with_extension("copy")).collect();
+        checkpoint.copy_to(&copy, other_stripes, other_in_place).unwrap();
+        drop(checkpoint);
+        for directory in [directory, copy] {
+            let config = Config { resume: true, ..self::config(&directory) };
+            let (mut second, model) = trainer(config, BLOCKS).unwrap();
+            for step in 2..4 {
+                second.step(|_| model.loss(&tokens(step, 0))).unwrap();
+            }
+            assert_eq!(second.weights_digest().unwrap(), expected, "{}", directory.display());
+        }
+    }
+}
+
 #[test]
 fn files_that_cannot_be_imported_are_refused_by_name() {
     let folder = folder();

@@ -22,8 +22,15 @@ const FOLDER: &str = "FERROZERO_CRASH_FOLDER";
 /// Kills of the soak.
 const KILLS: &str = "FERROZERO_CRASH_KILLS";
 
-const POINTS: [FaultPoint; 5] =
-    [FaultPoint::Allocate, FaultPoint::Read, FaultPoint::Write, FaultPoint::Sync, FaultPoint::SaveDocument];
+const POINTS: [FaultPoint; 6] = [
+    FaultPoint::Allocate,
+    FaultPoint::Read,
+    FaultPoint::Write,
+    FaultPoint::Sync,
+    FaultPoint::SaveDocument,
+    // The new manifest is in place, and nobody was told.
+    FaultPoint::SyncDirectory,
+];
 
 /// A way to train: what differs must not matter.
 fn config(way: usize) -> Config {
@@ -111,7 +118,7 @@ fn folder() -> tempfile::TempDir {
 #[test]
 fn a_kill_at_an_operation_of_the_disk_costs_no_bit() {
     let mut kills = 0;
-    let indices: [&[u64]; POINTS.len()] = [&[0], &[0, 30], &[1, 30, 90], &[0, 3], &[0, 1, 3]];
+    let indices: [&[u64]; POINTS.len()] = [&[0], &[0, 30], &[1, 30, 90], &[0, 3], &[0, 1, 3], &[0, 1]];
     for way in 0..8 {
         let expected = expected(way);
         for (point, nth) in
@@ -167,7 +174,7 @@ fn soak() {
         for _ in 0..1 + draw(6) {
             if draw(2) == 0 {
                 let point = 1 + draw(POINTS.len() as u64 - 1) as usize;
-                let nth = draw([1, 400, 800, 8, 4][point]);
+                let nth = draw([1, 400, 800, 8, 4, 4][point]);
                 kills += u64::from(!outcome(spawn(folder.path(), way, point, nth)).0);
             } else {
                 let mut child = spawn(folder.path(), way, POINTS.len(), 0);

@@ -3,8 +3,7 @@
 
 mod support;
 
-use ferrozero::{BackendChoice, Config, Error, FaultPlan, Placement, Tier};
-use ferrozero_offload::io::{Fault, FaultKind, FaultPoint};
+use ferrozero::{BackendChoice, Config, Error, Fault, FaultKind, FaultPlan, FaultPoint, Placement, Tier};
 use std::path::Path;
 use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::time::Duration;
@@ -28,6 +27,12 @@ fn config(folder: &Path) -> Config {
         threads: Some(1),
         ..Config::default()
     }
+}
+
+/// In memory where the system has such a folder: walks would wait for the disk thousands of times, and their faults come
+/// from a script.
+fn quick_folder() -> tempfile::TempDir {
+    tempfile::tempdir_in("/dev/shm").unwrap_or_else(|_| folder())
 }
 
 fn folder() -> tempfile::TempDir {
@@ -116,7 +121,7 @@ fn expect_transfer_named(error: &Error, progress: &Progress, folder: &Path, case
 fn walk_lasting(point: FaultPoint, kind: FaultKind, backend: BackendChoice, expected: &str) -> (u64, u64) {
     let mut before_commit = 0;
     for nth in 0.. {
-        let folder = folder();
+        let folder = quick_folder();
         let case = format!("{point:?} {nth} {kind:?} {backend:?}");
         let faulty = with_fault(Config { backend, ..config(folder.path()) }, point, nth, kind);
         let (progress, result) = live_watched(faulty, &case);
@@ -177,7 +182,7 @@ fn no_run_goes_on_from_silent_damage() {
         let mut found = 0;
         for kind in [FaultKind::BitFlip { bit: 4321 }, FaultKind::Stale] {
             for nth in 0..count {
-                let folder = folder();
+                let folder = quick_folder();
                 let case = format!("{point:?} {nth} {kind:?}");
                 let faulty = with_fault(config(folder.path()), point, nth, kind);
                 let (progress, result) = live_watched(faulty, &case);

@@ -1,4 +1,4 @@
-//! `ferrozero inspect`, `verify`, `export` and `import`: what can be done with a run's folder without its model.
+//! `ferrozero inspect`, `verify`, `copy`, `export` and `import`: what can be done with a run's folder without its model.
 
 use super::{CommandResult, configuration};
 use crate::arrangement::GroupPlacement;
@@ -37,6 +37,22 @@ pub struct ImportArguments {
     file: PathBuf,
     /// Folder to make; go on from it with `ferrozero train --resume --dir`
     dir: PathBuf,
+}
+
+/// From a folder to others.
+#[derive(Debug, Clone, clap::Args)]
+pub struct CopyArguments {
+    /// Folder of a run
+    dir: PathBuf,
+    /// Folder to make
+    #[arg(value_name = "NEW_DIR")]
+    to: PathBuf,
+    /// One more folder, on another disk, for a part of the new run's states; may be given several times
+    #[arg(long, value_name = "DIR")]
+    stripe: Vec<PathBuf>,
+    /// Keep the new run's states once and not twice: a kill between two commits then loses them
+    #[arg(long)]
+    in_place: bool,
 }
 
 fn homes(homes: Option<GroupPlacement>) -> String {
@@ -115,6 +131,13 @@ pub fn export(arguments: ExportArguments) -> CommandResult {
     let Summary { step, parameters, .. } = checkpoint.summary();
     println!("{}: {:.1} M parameters after step {step}", arguments.file.display(), parameters as f64 / 1e6);
     Ok(())
+}
+
+/// Makes another folder of the last commit.
+pub fn copy(arguments: CopyArguments) -> CommandResult {
+    let CopyArguments { dir, to, stripe, in_place } = arguments;
+    Checkpoint::open(&dir)?.copy_to(&to, stripe, in_place)?;
+    inspect(FolderArguments { dir: to, json: false })
 }
 
 /// Makes a checkpoint of a file.

@@ -31,6 +31,8 @@ enum Command {
     Inspect(checkpoint::FolderArguments),
     /// Read all of a run's states, check all sums, and name what is damaged.
     Verify(checkpoint::FolderArguments),
+    /// Copy a run's last commit to another folder, or over several disks.
+    Copy(checkpoint::CopyArguments),
     /// Write the parameters of a run's last commit to a safetensors file.
     Export(checkpoint::ExportArguments),
     /// Make a run's folder of a safetensors file: its parameters, no step, moments of zero.
@@ -56,6 +58,7 @@ pub fn run() -> ExitCode {
         Command::Train(arguments) => train::run(*arguments),
         Command::Inspect(arguments) => checkpoint::inspect(arguments),
         Command::Verify(arguments) => checkpoint::verify(arguments),
+        Command::Copy(arguments) => checkpoint::copy(arguments),
         Command::Export(arguments) => checkpoint::export(arguments),
         Command::Import(arguments) => checkpoint::import(arguments),
         Command::Bench(bench) => bench::run(bench),

@@ -23,7 +23,7 @@ pub struct TrainArguments {
     #[arg(long, value_name = "tokenizer.json")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub tokenizer: Option<PathBuf>,
-    /// Optimizer steps in all [default: 60]
+    /// Optimizer steps in all [default: 100]
     #[arg(long)]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub steps: Option<u64>,
@@ -63,6 +63,14 @@ pub struct TrainArguments {
     #[arg(long)]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub dir: Option<PathBuf>,
+    /// One more folder, on another disk, for a part of the states; may be given several times
+    #[arg(long, value_name = "DIR")]
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub stripe: Vec<PathBuf>,
+    /// Keep states once and not twice on disk: a kill between two commits then loses the run
+    #[arg(long)]
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub in_place: bool,
     /// Seed of initial values and of the data's order [default: 1]
     #[arg(long)]
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -126,6 +134,8 @@ pub struct TrainSettings {
     pub memory: ByteSize,
     pub device_memory: Option<ByteSize>,
     pub dir: PathBuf,
+    pub stripe: Vec<PathBuf>,
+    pub in_place: bool,
     pub seed: u64,
     pub lr: f64,
     pub warmup: u64,
@@ -142,7 +152,7 @@ impl Default for TrainSettings {
         Self {
             data: None,
             tokenizer: None,
-            steps: 60,
+            steps: 100,
             layers: 12,
             hidden: 512,
             heads: 8,
@@ -152,6 +162,8 @@ impl Default for TrainSettings {
             memory: ByteSize(384 << 20),
             device_memory: None,
             dir: PathBuf::from("ferrozero-run"),
+            stripe: vec![],
+            in_place: false,
             seed: 1,
             lr: 1e-3,
             warmup: 10,

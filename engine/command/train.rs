@@ -148,6 +148,8 @@ fn prepare(
         memory_bytes: Some(settings.memory.0),
         device_memory_bytes: settings.device_memory.map(|size| size.0),
         directory: Some(settings.dir.clone()),
+        stripes: settings.stripe.clone(),
+        in_place: settings.in_place,
         resume: arguments.resume,
         accumulate: settings.accumulate,
         clip: (settings.clip > 0.0).then_some(settings.clip),

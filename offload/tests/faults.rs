@@ -224,7 +224,7 @@ fn every_lasting_failure_at_every_operation_is_named_and_spares_the_last_commit(
     for row @ (_, point, count) in ROWS {
         for kind in [FaultKind::InputOutput, FaultKind::NoSpace, FaultKind::NoPermission] {
             for nth in 0..count {
-                for disk in disks() {
+                for disk in quick_disks() {
                     let (error, committed) = error_of(&disk, row, nth, kind).expect("the fault was told");
                     let case = format!("{row:?} {nth} {kind:?}: {error}");
                     match (&error, point) {
@@ -244,7 +244,7 @@ fn every_lasting_failure_at_every_operation_is_named_and_spares_the_last_commit(
             }
         }
         // The table has all operations of its kind: there is none after the last.
-        for disk in disks() {
+        for disk in quick_disks() {
             assert!(error_of(&disk, row, count, FaultKind::InputOutput).is_none(), "{row:?} has more");
         }
     }
@@ -255,7 +255,7 @@ fn every_silent_damage_at_every_transfer_is_found_before_it_is_committed() {
     let kinds = [FaultKind::BitFlip { bit: 65_432 }, FaultKind::Stale, FaultKind::Misplaced];
     for row @ (_, _, count) in ROWS.into_iter().filter(|row| matches!(row.1, Read | Write)) {
         for (kind, nth) in kinds.iter().flat_map(|&kind| (0..count).map(move |nth| (kind, nth))) {
-            for disk in disks() {
+            for disk in quick_disks() {
                 let found = error_of(&disk, row, nth, kind).map(|(error, _)| error);
                 let Some(Error::Checksum { extent, path, .. }) = &found else {
                     panic!("{row:?} {nth} {kind:?}: {found:?}")
@@ -280,7 +280,7 @@ fn every_passing_failure_at_every_system_call_is_ridden_out() {
         let plan = FaultPlan((0..64).map(|nth| Fault { point, nth: 2 * nth, kind }).collect());
         let lasting = FaultPlan((0..4096).map(|nth| Fault { point, nth, kind }).collect());
         let none = FaultPlan::default();
-        for disk in disks() {
+        for disk in quick_disks() {
             let plans = |plan| if part == MAKING { [plan, &none] } else { [&none, plan] };
             let is_memory = disk.path().is_none();
             if is_memory && (part == REOPENED || !matches!(point, Read | Write)) {
@@ -306,5 +306,5 @@ fn every_passing_failure_at_every_system_call_is_ridden_out() {
 
 /// A disk that nothing was done to, for the pool.
 fn fresh_disk() -> Disk {
-    Disk::Pool(tempfile::tempdir().unwrap())
+    Disk::Pool(tempfile::tempdir_in(quick_folder()).unwrap())
 }

@@ -1,7 +1,10 @@
 //! What the store's tests share: the table of backends, and a few lines each would otherwise repeat.
 #![allow(dead_code)]
 
-use std::{path::Path, sync::Arc};
+use std::{
+    path::{Path, PathBuf},
+    sync::Arc,
+};
 
 use ferrozero_offload::{
     io::{FaultPlan, Faulty, Io, Mem, Pool, Uring},
@@ -17,11 +20,24 @@ pub enum Disk {
 
 /// One of each backend. io_uring is left out, with a line that says so, where the system forbids it.
 pub fn disks() -> Vec<Disk> {
-    let uring = tempfile::tempdir().unwrap();
-    let mut disks = vec![
-        Disk::Pool(tempfile::tempdir().unwrap()),
-        Disk::Mem(Arc::new(Mem::new(&FaultPlan::default()).unwrap())),
-    ];
+    disks_in(&std::env::temp_dir())
+}
+
+/// As [`disks`], on a file system in memory where there is one: for tests that wait for the disk thousands of times.
+pub fn quick_disks() -> Vec<Disk> {
+    disks_in(&quick_folder())
+}
+
+pub fn quick_folder() -> PathBuf {
+    let memory = PathBuf::from("/dev/shm");
+    if tempfile::tempdir_in(&memory).is_ok() { memory } else { std::env::temp_dir() }
+}
+
+fn disks_in(folder: &Path) -> Vec<Disk> {
+    let directory = || tempfile::tempdir_in(folder).unwrap();
+    let uring = directory();
+    let mut disks =
+        vec![Disk::Pool(directory()), Disk::Mem(Arc::new(Mem::new(&FaultPlan::default()).unwrap()))];
     match Uring::new(uring.path(), &FaultPlan::default()) {
         Ok(_) => disks.push(Disk::Uring(uring)),
         Err(error) => println!("skipping io_uring: {error}"),
