@@ -220,3 +220,21 @@ fn help_names_every_option_and_gives_examples() {
     }
     assert!(help.contains("Examples:"));
 }
+
+#[test]
+fn the_disk_is_measured_without_fio_and_nothing_is_left_behind() {
+    let folder = folder();
+    let mut command = Command::new(env!("CARGO_BIN_EXE_ferrozero"));
+    command.current_dir(folder.path()).env("PATH", "");
+    command.args(["bench", "io", "--json", "--rounds", "2", "--bytes", "1MiB", "--bytes", "13MiB"]);
+    let objects = objects(&command.output().unwrap());
+    let [result] = &objects[..] else { panic!("{objects:?}") };
+    assert!(result["fio_missing"].as_str().unwrap().contains("fio cannot be started"), "{result}");
+    let rows = result["rows"].as_array().unwrap();
+    let sweeps: Vec<_> = rows.iter().map(|row| row["sweep"].as_str().unwrap()).collect();
+    assert_eq!(sweeps, ["read", "write", "update", "read", "write", "update"]);
+    for row in rows {
+        assert!(row["store_bytes_per_s"]["median"].as_f64().unwrap() > 0.0 && row["fio"].is_null(), "{row}");
+    }
+    assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 0);
+}

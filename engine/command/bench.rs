@@ -1,6 +1,7 @@
 //! `ferrozero bench`.
 
 mod adamw;
+mod io;
 mod step;
 
 use super::CommandResult;
@@ -13,6 +14,8 @@ pub enum Bench {
     /// The optimizer's loop, in turns with a loop that moves the same bytes.
     #[command(name = "adamw")]
     AdamW(adamw::AdamWArguments),
+    /// The disk store, in turns with fio where that is installed.
+    Io(io::IoArguments),
     /// Training steps of a GPT under a placement, in turns with another placement.
     Step(step::StepArguments),
 }
@@ -21,6 +24,7 @@ pub enum Bench {
 pub fn run(bench: Bench) -> CommandResult {
     match bench {
         Bench::AdamW(arguments) => adamw::run(arguments),
+        Bench::Io(arguments) => io::run(arguments),
         Bench::Step(arguments) => step::run(arguments),
     }
 }

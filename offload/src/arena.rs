@@ -94,10 +94,6 @@ impl Arena {
     pub fn notices(&self) -> &[Notice] {
         &self.shared.notices
     }
-
-    pub(crate) fn base(&self) -> NonNull<u8> {
-        self.shared.mapping.base
-    }
 }
 
 /// An owned, aligned range of an [`Arena`]. It moves into a transfer and comes back with its completion.

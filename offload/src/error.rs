@@ -178,6 +178,31 @@ pub enum Error {
         reason: String,
     },
 
+    /// A store that is written in place was left between two commits.
+    #[error(
+        "the store of {path} is written in place, and its process ended while it was overwriting generation \
+         {generation}: no whole state is left; restore the directory from a copy, or delete it and start anew",
+        path = path.display()
+    )]
+    Overwritten {
+        /// The manifest.
+        path: PathBuf,
+        /// Generation of the commit that is gone.
+        generation: u64,
+    },
+
+    /// A directory that holds a part of a store is not there, or is empty as when its disk is not mounted.
+    #[error(
+        "{directory} holds a part of the store, and {missing} is not there: mount the disk or put the directory \
+         back under the same name", directory = directory.display(), missing = missing.display()
+    )]
+    MissingStripe {
+        /// The directory.
+        directory: PathBuf,
+        /// What was looked for.
+        missing: PathBuf,
+    },
+
     /// A file of the store is missing bytes.
     #[error(
         "{path} has {found_bytes} bytes and the manifest says {expected_bytes}: it was cut or replaced; restore it \
@@ -219,15 +244,15 @@ pub enum Error {
 
     /// The last write of a piece failed, so that neither its old nor its new bytes may be used.
     #[error(
-        "the last write of piece {piece} of extent {extent} failed: write it again before reading or committing it, \
-         or reopen the store to continue from generation {generation}"
+        "the last write of piece {piece} of extent {extent} failed: write it again before reading or committing it; \
+         {}", way_back(*generation)
     )]
     FailedWrite {
         /// Name of the extent.
         extent: String,
         /// Number of the piece.
         piece: usize,
-        /// Generation of the last commit; 0 when there is none.
+        /// Generation of the last commit; 0 when there is none to come back to.
         generation: u64,
     },
 
@@ -317,21 +342,28 @@ pub enum Error {
 
     /// A commit failed half way, so both places of a piece may be needed.
     #[error(
-        "an earlier commit failed and may or may not be on disk (last known: generation {generation}); commit \
-         again before writing, or reopen the store"
+        "an earlier commit failed and may or may not be on disk; commit again before writing; {}", way_back(*generation)
     )]
     Unsettled {
-        /// Generation of the last commit known to be durable.
+        /// Generation of the last commit known to be durable; 0 when there is none to come back to.
         generation: u64,
     },
 
     /// The device did not make data durable, so nothing written since the last commit can be trusted.
     #[error(
-        "the disk did not make data durable, so what was written since generation {generation} is in doubt; \
-         reopen the store to continue from that commit"
+        "the disk did not make data durable, so what was written since the last commit is in doubt; {}",
+        way_back(*generation)
     )]
     SyncFailed {
-        /// Generation of the last commit.
+        /// Generation of the last commit; 0 when there is none to come back to.
         generation: u64,
     },
+}
+
+/// What a store can be reopened to; generation 0 stands for nothing.
+fn way_back(generation: u64) -> String {
+    match generation {
+        0 => "there is no commit to come back to".to_owned(),
+        generation => format!("reopening the store continues from generation {generation}"),
+    }
 }

@@ -33,7 +33,7 @@ pub use ticket::Ticket;
 pub use uring::Uring;
 pub(crate) use workers::{Job, Workers};
 
-/// A set of files and small documents in one place.
+/// A set of files and small documents in one directory, or with files in several.
 ///
 /// `submit` never blocks on the disk. Its callback runs exactly once, on any thread and perhaps before `submit` returns,
 /// so it must be short. All other verbs block until done.
@@ -75,7 +75,7 @@ pub struct FileId(pub usize);
 /// A file to make or to open.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct FileSpec {
-    /// Its name in the directory.
+    /// Its name in the directory, or an absolute path in another directory, which is then locked too.
     pub name: String,
     /// Its size, fixed from the start. May be 0.
     pub bytes: u64,

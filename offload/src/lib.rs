@@ -7,7 +7,7 @@
 //! |---|---|---|
 //! | [`Arena`]: one pinned mapping of host memory | whoever holds a [`Lease`] of it | a [`Budget`] |
 //! | [`Slot`]: device storage that groups take turns in | the slot, or whoever took the storage out | its maker |
-//! | [`Store`]: files with two places for each piece of state | the directory's one process | the sizes of its extents |
+//! | [`Store`]: files with two places for each piece of state | its directories' one process | the sizes of its extents |
 //!
 //! A lease moves into a transfer and comes back in its [`Completion`], also after an error, so nothing can free
 //! or touch a buffer in flight:

@@ -3,18 +3,19 @@
 use std::{
     fs,
     io::ErrorKind,
-    path::Path,
+    path::{Path, PathBuf},
     sync::{Arc, Mutex},
 };
 
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    Arena, Completion, Error, Lease, Notice,
+    Completion, Error, Lease, Notice,
     io::{Directory, FaultPlan, Faulty, Io, Job, Mem, Pool, Request, Throttled, Uring, Verb, Workers},
     locked, padded_bytes,
 };
 
+mod copy;
 mod layout;
 mod manifest;
 mod table;
@@ -22,7 +23,7 @@ mod table;
 pub use layout::{Extent, ExtentId, ExtentKind, ExtentSpec};
 pub use table::Traffic;
 
-use layout::{Layout, Piece};
+use layout::{Form, Layout, Piece};
 use manifest::Manifest;
 use table::{Located, Table};
 
@@ -35,10 +36,14 @@ pub struct StoreOptions {
     /// Bytes of all pieces of an extent but the last: a multiple of [`crate::PAGE_BYTES`]. Default 4 MiB. A store that
     /// is opened keeps the piece size that it was made with.
     pub piece_bytes: usize,
+    /// One place for each piece of state, half the disk: **a kill between commits then loses everything**, and the
+    /// store says so with the notice `in-place`. Default: no. A store that is opened stays as it was made.
+    pub in_place: bool,
+    /// More directories, on other disks, that pieces are dealt out to in turn. Default: none. A store that is opened
+    /// has them where it was made with them.
+    pub stripes: Vec<PathBuf>,
     /// What moves the bytes. Default: [`BackendChoice::Auto`].
     pub backend: BackendChoice,
-    /// The arena that the leases will come from; io_uring then maps its pages once and not at each request.
-    pub arena: Option<Arena>,
     /// Failures to inject.
     pub faults: Option<FaultPlan>,
     /// Bandwidths to slow down to.
@@ -49,8 +54,9 @@ impl Default for StoreOptions {
     fn default() -> Self {
         Self {
             piece_bytes: 4 << 20,
+            in_place: false,
+            stripes: Vec::new(),
             backend: BackendChoice::default(),
-            arena: None,
             faults: None,
             throttle: None,
         }
@@ -102,6 +108,11 @@ pub struct Commit {
 /// A write goes to the place that the last commit does not hold, so until the next commit both the committed and the
 /// new bytes of a piece are on disk. A commit makes the data durable and then replaces the manifest in one step;
 /// no bytes of state are copied. What was written and not committed is forgotten when the store is opened again.
+///
+/// A store with [`StoreOptions::stripes`] has such files, a lock and a `stripe.json` in each of its directories, and the
+/// manifest in the first. One that is written [`StoreOptions::in_place`] has no second place: before the first write
+/// after a commit it notes durably that the commit is being overwritten, and until the next commit it cannot be
+/// opened again.
 pub struct Store {
     // Dropped in this order: the backend ends all transfers, and the checkers then run the callbacks.
     io: Arc<dyn Io>,
@@ -113,6 +124,8 @@ pub struct Store {
 struct Shared {
     layout: Layout,
     table: Mutex<Table>,
+    /// Held while it is noted that a commit is being overwritten.
+    marking: Mutex<()>,
 }
 
 impl Store {
@@ -120,30 +133,35 @@ impl Store {
     ///
     /// # Errors
     /// [`Error::AlreadyCommitted`], [`Error::DiskFull`] (nothing is left behind), [`Error::Locked`],
-    /// [`Error::BadLayout`], or what the file system answers.
+    /// [`Error::BadLayout`], or what the file system answers. Directories that were made are then removed.
     pub fn create(directory: &Path, specs: Vec<ExtentSpec>, options: StoreOptions) -> Result<Self, Error> {
-        let layout = Layout::new(specs, options.piece_bytes)?;
-        let in_memory = options.backend == BackendChoice::Memory;
-        let is_new = !in_memory && !directory.exists();
-        if is_new {
-            let failed = |source| Error::File { operation: "make", path: directory.to_owned(), source };
-            fs::create_dir_all(directory).map_err(failed)?;
+        let mut made = MadeDirectories::default();
+        let (directory, stripes) = match options.backend {
+            BackendChoice::Memory => (directory.to_owned(), options.stripes.clone()),
+            _ => {
+                let stripes = options.stripes.iter().map(|stripe| made.ensure(stripe));
+                let stripes = stripes.collect::<Result<Vec<_>, Error>>()?;
+                (made.ensure(directory)?, stripes)
+            }
+        };
+        let options = StoreOptions { stripes, ..options };
+        if let Some(twice) = duplicate(&directory, &options.stripes) {
+            let reason = format!("{} is there twice: name each directory once", twice.display());
+            return Err(Error::BadLayout { reason });
         }
-        let created = connect(directory, &options)
-            .and_then(|(io, notices)| Self::create_from(io, layout, directory, notices));
-        if created.is_err() && is_new {
-            // Only what was made here: a directory with anything else in it stays.
-            let _ = fs::remove_file(directory.join(".lock"));
-            let _ = fs::remove_dir(directory);
-        }
-        created
+        let layout = layout_of(specs, &options)?;
+        let (io, notices) = connect(&directory, &options)?;
+        let store = Self::create_from(io, layout, &directory, notices)?;
+        made.keep();
+        Ok(store)
     }
 
     /// Opens the last commit of the store in `directory`.
     ///
     /// # Errors
     /// [`Error::NoCommit`], [`Error::Locked`], [`Error::NewerFormat`], [`Error::OlderFormat`],
-    /// [`Error::CorruptManifest`], [`Error::TruncatedFile`], or what the file system answers.
+    /// [`Error::CorruptManifest`], [`Error::TruncatedFile`], [`Error::MissingStripe`], [`Error::Overwritten`], or what
+    /// the file system answers.
     pub fn open(directory: &Path, options: StoreOptions) -> Result<Self, Error> {
         let is_there = match fs::metadata(directory) {
             Ok(metadata) => metadata.is_dir(),
@@ -160,10 +178,11 @@ impl Store {
         Self::open_from(io, directory, notices)
     }
 
-    /// As [`Store::create`], on a backend or a stack of wrappers of your own.
-    pub fn create_on(io: Arc<dyn Io>, specs: Vec<ExtentSpec>, piece_bytes: usize) -> Result<Self, Error> {
+    /// As [`Store::create`], on a backend or a stack of wrappers of your own. Of the options, `piece_bytes`, `in_place`
+    /// and `stripes` count; the directories must exist.
+    pub fn create_on(io: Arc<dyn Io>, specs: Vec<ExtentSpec>, options: &StoreOptions) -> Result<Self, Error> {
         let directory = io.path_of("");
-        Self::create_from(io, Layout::new(specs, piece_bytes)?, &directory, Vec::new())
+        Self::create_from(io, layout_of(specs, options)?, &directory, Vec::new())
     }
 
     /// As [`Store::open`], on a backend or a stack of wrappers of your own.
@@ -180,6 +199,11 @@ impl Store {
     ) -> Result<Self, Error> {
         if io.load_document(manifest::NAME)?.is_some() {
             return Err(Error::AlreadyCommitted { directory: directory.to_owned() });
+        }
+        for stripe in &layout.form().stripes {
+            if io.load_document(&stripe_document(stripe))?.is_some() {
+                return Err(Error::AlreadyCommitted { directory: stripe.clone() });
+            }
         }
         io.allocate_files(&layout.files())?;
         let table = Table::new(&layout);
@@ -198,7 +222,12 @@ impl Store {
     fn start(io: Arc<dyn Io>, layout: Layout, table: Table, mut notices: Vec<Notice>) -> Result<Self, Error> {
         let checkers = Workers::spawn("ferrozero-check", CHECKER_THREADS)?;
         notices.extend(io.notices());
-        let shared = Arc::new(Shared { layout, table: Mutex::new(table) });
+        if layout.form().in_place {
+            let text =
+                "state is written in place: if the process ends between two commits, all of it is lost";
+            notices.push(Notice::new("in-place", text));
+        }
+        let shared = Arc::new(Shared { layout, table: Mutex::new(table), marking: Mutex::new(()) });
         Ok(Self { io, checkers, shared, notices })
     }
 
@@ -254,6 +283,8 @@ impl Store {
 
     /// Writes the start of `lease` to a piece, to the place that the last commit does not hold.
     ///
+    /// In a store that is written in place, the first write after a commit blocks until it is durably noted.
+    ///
     /// `on_done` runs once, on a thread of the store, and may start the next transfer but must not wait for one. After an error the piece
     /// can be neither read nor committed until a write of it succeeds; the last commit is untouched.
     pub fn write(
@@ -275,6 +306,7 @@ impl Store {
         on_done: impl FnOnce(Completion) + Send + 'static,
     ) {
         let begun = self.shared.begin(verb, extent, piece, &lease);
+        let begun = begun.and_then(|begun| self.prepare(verb, begun.0).map(|()| begun));
         let begun = match begun {
             Ok(begun) => begun,
             // Also a refusal comes from a thread of the store: the caller may hold a lock that `on_done` takes.
@@ -285,17 +317,46 @@ impl Store {
         let (piece, located) = begun;
         let checkers = self.checkers.sender();
         let shared = self.shared.clone();
-        let path = self.io.path_of(layout::file_name(located.place));
+        let path = self.io.path_of(&self.shared.layout.file_name(&piece, located.place));
         let finish = move |completion: Completion| {
             let job: Job = Box::new(move || on_done(shared.finish(verb, piece, located, &path, completion)));
             // The store keeps the checkers alive until its backend has ended all transfers.
             let _ = checkers.send(job);
         };
         let length_bytes = padded_bytes(piece.bytes);
-        match Request::new(verb, located.place.file(), piece.offset_bytes, length_bytes, lease) {
+        match Request::new(verb, piece.file(located.place), piece.offset_bytes, length_bytes, lease) {
             Ok(request) => self.io.submit(request, Box::new(finish)),
             Err(refused) => finish(refused),
         }
+    }
+
+    /// Before the first write in place after a commit, notes durably that the commit is being overwritten.
+    fn prepare(&self, verb: Verb, piece: Piece) -> Result<(), Error> {
+        let Shared { layout, table, marking } = &*self.shared;
+        if verb == Verb::Read || !layout.form().in_place || !layout.is_state(piece.extent) {
+            return Ok(());
+        }
+        let _marking = locked(marking);
+        let path = self.io.path_of(manifest::NAME);
+        let document = {
+            let mut table = locked(table);
+            let Some(commit) = table.committed().filter(|_| !table.is_overwriting()) else { return Ok(()) };
+            table.set_overwriting(true);
+            // No write has got past here since the commit, so the latest pieces are those of the commit.
+            Manifest::encode(layout, &table, &commit, true, &path)
+        };
+        let marked = document.and_then(|document| self.io.save_document(manifest::NAME, &document));
+        marked.map_err(|source| {
+            let mut table = locked(table);
+            table.set_overwriting(false);
+            table.cancel_write(piece);
+            Error::Piece {
+                extent: layout.name(piece.extent).to_owned(),
+                piece: piece.number,
+                generation: table.generation(),
+                source: Box::new(source),
+            }
+        })
     }
 
     /// Makes everything written so far the state to come back to, together with `application`, and answers the
@@ -314,16 +375,21 @@ impl Store {
     }
 
     fn save(&self, commit: &Commit) -> Result<(), Error> {
-        for file in layout::state_files() {
+        let Shared { layout, table, .. } = &*self.shared;
+        for file in layout.state_files() {
             if let Err(error) = self.io.sync(file) {
-                locked(&self.shared.table).distrust();
+                locked(table).distrust();
                 return Err(error);
             }
         }
-        let document = {
-            let table = locked(&self.shared.table);
-            Manifest::encode(&self.shared.layout, &table, commit, &self.io.path_of(manifest::NAME))?
-        };
+        let path = self.io.path_of(manifest::NAME);
+        if commit.generation == 1 {
+            for (index, stripe) in layout.form().stripes.iter().enumerate() {
+                let document = serde_json::json!({ "manifest": path, "stripe": index + 1 });
+                self.io.save_document(&stripe_document(stripe), document.to_string().as_bytes())?;
+            }
+        }
+        let document = Manifest::encode(layout, &locked(table), commit, false, &path)?;
         self.io.save_document(manifest::NAME, &document)
     }
 
@@ -332,7 +398,7 @@ impl Store {
         locked(&self.shared.table).traffic()
     }
 
-    /// Bytes of all files together: twice the state, once the scratch.
+    /// Bytes of all files together: twice the state, or once in place, and once the scratch.
     pub fn disk_bytes(&self) -> u64 {
         self.shared.layout.files().iter().map(|file| file.bytes).sum()
     }
@@ -408,19 +474,67 @@ impl Shared {
     }
 }
 
+/// Directories that were made for a store; removed again, if nothing else was put there, unless they are kept.
+#[derive(Default)]
+struct MadeDirectories(Vec<PathBuf>);
+
+impl MadeDirectories {
+    /// Makes a directory if it is not there yet, and answers its one absolute name.
+    fn ensure(&mut self, path: &Path) -> Result<PathBuf, Error> {
+        let failed = |source| Error::File { operation: "make", path: path.to_owned(), source };
+        if !path.exists() {
+            fs::create_dir_all(path).map_err(failed)?;
+            self.0.push(path.to_owned());
+        }
+        path.canonicalize().map_err(failed)
+    }
+
+    fn keep(mut self) {
+        self.0.clear();
+    }
+}
+
+impl Drop for MadeDirectories {
+    fn drop(&mut self) {
+        for path in &self.0 {
+            let _ = fs::remove_file(path.join(".lock"));
+            let _ = fs::remove_dir(path);
+        }
+    }
+}
+
+/// A directory that is named more than once.
+fn duplicate<'a>(directory: &'a Path, stripes: &'a [PathBuf]) -> Option<&'a Path> {
+    let mut seen = vec![directory];
+    stripes.iter().map(PathBuf::as_path).find(|stripe| {
+        let is_known = seen.contains(stripe);
+        seen.push(stripe);
+        is_known
+    })
+}
+
+fn layout_of(specs: Vec<ExtentSpec>, options: &StoreOptions) -> Result<Layout, Error> {
+    let StoreOptions { piece_bytes, in_place, ref stripes, .. } = *options;
+    Layout::new(specs, Form { piece_bytes, in_place, stripes: stripes.clone() })
+}
+
+/// The document that says that a stripe is part of a store with a commit.
+fn stripe_document(stripe: &Path) -> String {
+    stripe.join("stripe.json").to_string_lossy().into_owned()
+}
+
 /// The backend that the options ask for, in its wrappers.
 fn connect(path: &Path, options: &StoreOptions) -> Result<(Arc<dyn Io>, Vec<Notice>), Error> {
     let no_faults = FaultPlan::default();
     let faults = options.faults.as_ref().unwrap_or(&no_faults);
-    let arena = options.arena.as_ref();
     let mut notices = Vec::new();
     let mut io: Arc<dyn Io> = match options.backend {
         BackendChoice::Memory => Arc::new(Mem::new(faults)?),
         BackendChoice::Pool => Arc::new(Pool::new(path, faults)?),
-        BackendChoice::Uring => Arc::new(Uring::new(path, arena, faults)?),
+        BackendChoice::Uring => Arc::new(Uring::new(path, faults)?),
         BackendChoice::Auto => {
             let directory = Arc::new(Directory::lock(path)?);
-            match Uring::over(directory.clone(), arena, faults) {
+            match Uring::over(directory.clone(), faults) {
                 Ok(uring) => Arc::new(uring),
                 Err(error) => {
                     let text = format!("{error}; the disk is used through a pool of threads");

@@ -156,7 +156,7 @@ fn a_manifest_damaged_or_lost_on_its_way_is_found_when_it_is_opened() {
             };
             let arena = arena(1 << 20);
             let faults = FaultPlan(vec![Fault { point: FaultPoint::SaveDocument, nth: 1, kind }]);
-            let store = Store::create_on(disk.io(&faults), state("weights", 8192), 8192).unwrap();
+            let store = Store::create_on(disk.io(&faults), state("weights", 8192), &of_pieces(8192)).unwrap();
             for round in 1..=2 {
                 write_all(&store, &arena, round);
                 store.commit(json!(null)).unwrap();

@@ -182,7 +182,7 @@ fn live(disk: &Disk, arena: &Arena, plans: [&FaultPlan; 2], committed: &mut u64)
         Ok(())
     };
     let specs = state("h.0/master", 3 * PIECE_BYTES as u64);
-    let store = Store::create_on(disk.io(plans[MAKING]), specs, PIECE_BYTES)?;
+    let store = Store::create_on(disk.io(plans[MAKING]), specs, &of_pieces(PIECE_BYTES))?;
     write_read_commit(&store, 1, committed)?;
     write_read_commit(&store, 2, committed)?;
     drop(store);

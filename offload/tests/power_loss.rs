@@ -27,11 +27,13 @@ enum Event {
 struct Journal {
     inner: Mem,
     events: Mutex<Vec<Event>>,
+    files: Mutex<Vec<FileSpec>>,
 }
 
 impl Journal {
     fn new() -> Arc<Self> {
-        Arc::new(Self { inner: Mem::new(&FaultPlan::default()).unwrap(), events: Mutex::default() })
+        let inner = Mem::new(&FaultPlan::default()).unwrap();
+        Arc::new(Self { inner, events: Mutex::default(), files: Mutex::default() })
     }
 
     fn note(&self, event: Event) {
@@ -41,6 +43,7 @@ impl Journal {
 
 impl Io for Journal {
     fn allocate_files(&self, files: &[FileSpec]) -> Result<(), Error> {
+        *self.files.lock().unwrap() = files.to_vec();
         self.inner.allocate_files(files)
     }
     fn open_files(&self, files: &[FileSpec]) -> Result<(), Error> {
@@ -114,54 +117,101 @@ fn write_page(disk: &dyn Io, file: FileId, offset_bytes: u64, bytes: &[u8], aren
     ticket.wait().result.unwrap();
 }
 
-#[test]
-fn the_last_commit_survives_a_power_loss_at_every_instant() {
-    const GENERATIONS: u64 = 5;
-    let arena = arena(1 << 20);
+const GENERATIONS: u64 = 5;
+
+/// A run that was journaled.
+struct Run {
+    events: Vec<Event>,
+    files: Vec<FileSpec>,
+    pieces: Vec<(ExtentId, usize)>,
+    /// The round of each piece in each generation.
+    rounds: Vec<Vec<u64>>,
+}
+
+/// Writes pieces as luck has it, none to three times, and commits, some generations long.
+fn run(options: &StoreOptions, arena: &Arena, luck: &mut Luck) -> Run {
     let journal = Journal::new();
-    let mut luck = Luck(7);
-    let store = Store::create_on(journal.clone(), state("weights", 5 * 8192 + 100), 8192).unwrap();
+    let store = Store::create_on(journal.clone(), state("weights", 5 * 8192 + 100), options).unwrap();
     let all = pieces(&store);
-    // The round of each piece in each generation; all pieces are there from the first commit on.
+    // All pieces are there from the first commit on.
     let mut rounds = vec![vec![0; all.len()]];
     for generation in 1..=GENERATIONS {
         let mut now = rounds[generation as usize - 1].clone();
         for (&piece, round) in all.iter().zip(&mut now) {
             for again in 0..if generation == 1 { 1 } else { luck.below(3) } {
                 *round = generation * 10 + again;
-                write(&store, &arena, piece, *round).unwrap();
+                write(&store, arena, piece, *round).unwrap();
             }
         }
         rounds.push(now);
         assert_eq!(store.commit(json!({ "generation": generation })).unwrap(), generation);
     }
     drop(store);
-
     let events = journal.events.lock().unwrap().clone();
-    let files: Vec<FileSpec> = ["state-a.bin", "state-b.bin", "scratch.bin"]
-        .map(|name| FileSpec {
-            name: name.to_owned(),
-            bytes: if name == "scratch.bin" { 0 } else { 6 * 8192 },
-        })
-        .to_vec();
-    let mut seen = 0;
-    for cut in 0..=events.len() {
+    let files = journal.files.lock().unwrap().clone();
+    Run { events, files, pieces: all, rounds }
+}
+
+/// Opens what is left after the power went at every instant; answers how often there was a commit, and how often the
+/// last one was being overwritten.
+fn lose_power_everywhere(run: &Run, arena: &Arena, luck: &mut Luck) -> (usize, usize) {
+    let (mut whole, mut overwritten) = (0, 0);
+    for cut in 0..=run.events.len() {
+        let events = &run.events[..cut];
+        let manifests: Vec<serde_json::Value> = events
+            .iter()
+            .filter_map(|event| match event {
+                Event::SaveDocument { name, bytes } if name == "manifest.json" => {
+                    Some(serde_json::from_slice(bytes).unwrap())
+                }
+                _ => None,
+            })
+            .collect();
         for _ in 0..4 {
-            let disk = disk_after(&events[..cut], &files, &arena, &mut luck);
-            let saved =
-                events[..cut].iter().filter(|event| matches!(event, Event::SaveDocument { .. })).count();
-            if saved == 0 {
-                assert!(matches!(Store::open_on(disk), Err(Error::NoCommit { .. })));
+            let opened = Store::open_on(disk_after(events, &run.files, arena, luck));
+            let Some(manifest) = manifests.last() else {
+                assert!(matches!(opened, Err(Error::NoCommit { .. })));
+                continue;
+            };
+            let saved = manifest["generation"].as_u64().unwrap();
+            if manifest["overwriting"] == true {
+                match opened {
+                    Err(Error::Overwritten { generation, .. }) => assert_eq!(generation, saved),
+                    other => panic!("{:?}", other.map(drop)),
+                }
+                overwritten += 1;
                 continue;
             }
-            let store = Store::open_on(disk).unwrap();
+            let store = opened.unwrap();
             let commit = store.committed().unwrap();
-            assert_eq!((commit.generation, &commit.application["generation"]), (saved as u64, &json!(saved)));
-            for (&piece, &round) in all.iter().zip(&rounds[saved]) {
-                expect_round(&store, &arena, piece, round);
+            assert_eq!((commit.generation, &commit.application["generation"]), (saved, &json!(saved)));
+            for (&piece, &round) in run.pieces.iter().zip(&run.rounds[saved as usize]) {
+                expect_round(&store, arena, piece, round);
             }
-            seen = saved;
+            whole += 1;
         }
     }
-    assert_eq!(seen as u64, GENERATIONS);
+    (whole, overwritten)
+}
+
+#[test]
+fn the_last_commit_survives_a_power_loss_at_every_instant() {
+    let (arena, mut luck) = (arena(1 << 20), Luck(7));
+    for stripes in [vec![], vec!["/one".into(), "/two".into()]] {
+        let run = run(&StoreOptions { stripes, ..of_pieces(8192) }, &arena, &mut luck);
+        let (whole, overwritten) = lose_power_everywhere(&run, &arena, &mut luck);
+        assert!(whole > 4 * GENERATIONS as usize);
+        assert_eq!(overwritten, 0);
+    }
+}
+
+#[test]
+fn in_place_a_power_loss_leaves_a_whole_commit_or_a_store_that_says_it_has_none() {
+    let (arena, mut luck) = (arena(1 << 20), Luck(7));
+    for stripes in [vec![], vec!["/one".into()]] {
+        let options = StoreOptions { in_place: true, stripes, ..of_pieces(8192) };
+        let run = run(&options, &arena, &mut luck);
+        let (whole, overwritten) = lose_power_everywhere(&run, &arena, &mut luck);
+        assert!(whole >= 4 * GENERATIONS as usize && overwritten > 0, "{whole} {overwritten}");
+    }
 }

@@ -1,4 +1,4 @@
-//! A locked directory of preallocated files: what the backends of real disks share.
+//! Locked directories of preallocated files: what the backends of real disks share.
 
 use std::{
     fs::{self, File, OpenOptions, TryLockError},
@@ -30,6 +30,8 @@ const DOCUMENT_BYTES_MAX: u64 = 1 << 30;
 pub(crate) struct Directory {
     path: PathBuf,
     lock: File,
+    /// Locks of the other directories that files are in.
+    stripe_locks: OnceLock<Vec<File>>,
     files: OnceLock<Vec<OpenFile>>,
     notices: Mutex<Vec<Notice>>,
     script: OnceLock<Arc<Script>>,
@@ -39,30 +41,26 @@ pub(crate) struct Directory {
 pub(crate) struct OpenFile {
     pub(crate) path: PathBuf,
     pub(crate) file: File,
+    /// Whether transfers go past the page cache.
+    pub(crate) is_direct: bool,
 }
 
 impl Drop for Directory {
     fn drop(&mut self) {
         // Closing is not enough: a child process that is just being started has the file open too.
-        let _ = self.lock.unlock();
+        for lock in self.stripe_locks.get().into_iter().flatten().chain([&self.lock]) {
+            let _ = lock.unlock();
+        }
     }
 }
 
 impl Directory {
     /// Locks an existing directory.
     pub(crate) fn lock(path: &Path) -> Result<Self, Error> {
-        let lock_path = path.join(LOCK_NAME);
-        let failed = |source| Error::File { operation: "lock", path: lock_path.clone(), source };
-        let lock =
-            OpenOptions::new().create(true).truncate(false).write(true).open(&lock_path).map_err(failed)?;
-        match lock.try_lock() {
-            Ok(()) => {}
-            Err(TryLockError::WouldBlock) => return Err(Error::Locked { directory: path.to_owned() }),
-            Err(TryLockError::Error(source)) => return Err(failed(source)),
-        }
         Ok(Self {
             path: path.to_owned(),
-            lock,
+            lock: lock(path)?,
+            stripe_locks: OnceLock::new(),
             files: OnceLock::new(),
             notices: Mutex::default(),
             script: OnceLock::new(),
@@ -90,6 +88,12 @@ impl Directory {
         })
     }
 
+    fn sync_directory(&self, path: &Path) -> Result<(), Error> {
+        let synced = self
+            .call(FaultPoint::SyncDirectory, || File::open(path).and_then(|directory| directory.sync_all()));
+        synced.map_err(|source| Error::File { operation: "sync", path: path.to_owned(), source })
+    }
+
     pub(crate) fn files(&self) -> &[OpenFile] {
         self.files.get().map_or(&[], Vec::as_slice)
     }
@@ -103,33 +107,65 @@ impl Directory {
         })
     }
 
-    pub(crate) fn path_of(&self, name: &str) -> PathBuf {
-        self.path.join(name)
+    /// Directories with files.
+    pub(crate) fn count(&self) -> usize {
+        1 + self.stripe_locks.get().map_or(0, Vec::len)
     }
 
-    pub(crate) fn note(&self, notice: Notice) {
-        locked(&self.notices).push(notice);
+    pub(crate) fn path_of(&self, name: &str) -> PathBuf {
+        self.path.join(name)
     }
 
     pub(crate) fn notices(&self) -> Vec<Notice> {
         locked(&self.notices).clone()
     }
 
+    /// The directory of a file.
+    fn directory_of(&self, spec: &FileSpec) -> PathBuf {
+        self.path_of(&spec.name).parent().map_or_else(|| self.path.clone(), Path::to_owned)
+    }
+
+    /// The directories that files are in beside this one.
+    fn stripes_of(&self, files: &[FileSpec]) -> Vec<PathBuf> {
+        let mut stripes: Vec<_> = files.iter().map(|spec| self.directory_of(spec)).collect();
+        stripes.dedup();
+        stripes.retain(|stripe| *stripe != self.path);
+        stripes
+    }
+
+    fn lock_stripes(&self, files: &[FileSpec]) -> Result<(), Error> {
+        let locks =
+            self.stripes_of(files).iter().map(|stripe| lock(stripe)).collect::<Result<Vec<_>, _>>()?;
+        // A second call keeps the first locks; a store makes only one.
+        let _ = self.stripe_locks.set(locks);
+        Ok(())
+    }
+
     /// Makes the files at their full size; on an error removes what was made.
     pub(crate) fn allocate_files(&self, files: &[FileSpec]) -> Result<(), Error> {
+        self.lock_stripes(files)?;
         let made = files.iter().map(|spec| self.allocate_file(spec)).collect::<Result<Vec<_>, Error>>();
-        let made = made.and_then(|made| self.sync_directory().map(|()| made));
+        let made = made.and_then(|made| {
+            for stripe in self.stripes_of(files) {
+                self.sync_directory(&stripe)?;
+            }
+            self.sync_directory(&self.path)?;
+            Ok(made)
+        });
         let made = made.map_err(|error| {
-            let needed_bytes = files.iter().map(|spec| spec.bytes).sum();
             for spec in files {
                 let _ = fs::remove_file(self.path_of(&spec.name));
             }
             match error {
-                Error::File { source, .. } if is_full(&source) => Error::DiskFull {
-                    path: self.path.clone(),
-                    needed_bytes,
-                    available_bytes: available_bytes(&self.path),
-                },
+                Error::File { source, path, .. } if is_full(&source) => {
+                    let directory = path.parent().map_or_else(|| self.path.clone(), Path::to_owned);
+                    let here = files.iter().filter(|spec| self.directory_of(spec) == directory);
+                    Error::DiskFull {
+                        needed_bytes: here.map(|spec| spec.bytes).sum(),
+                        available_bytes: available_bytes(&directory),
+                        path: directory,
+                    }
+                }
                 other => other,
             }
         })?;
@@ -139,6 +175,14 @@ impl Directory {
 
     /// Opens files made earlier and checks their sizes.
     pub(crate) fn open_files(&self, files: &[FileSpec]) -> Result<(), Error> {
+        // Before anything is locked: in the directory of a disk that is not mounted nothing must be made.
+        for spec in files {
+            let (directory, missing) = (self.directory_of(spec), self.path_of(&spec.name));
+            if directory != self.path && !missing.exists() {
+                return Err(Error::MissingStripe { directory, missing });
+            }
+        }
+        self.lock_stripes(files)?;
         let mut opened = Vec::with_capacity(files.len());
         for spec in files {
             let open = self.open(&spec.name, OpenOptions::new().read(true).write(true), FaultPoint::Open)?;
@@ -186,6 +230,7 @@ impl Directory {
     fn open(&self, name: &str, options: &mut OpenOptions, point: FaultPoint) -> Result<OpenFile, Error> {
         let path = self.path_of(name);
         let direct = self.call(point, || options.clone().custom_flags(libc::O_DIRECT).open(&path));
+        let is_direct = direct.is_ok();
         let file = match direct {
             Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {
                 let text = format!(
@@ -198,7 +243,7 @@ impl Directory {
             other => other,
         };
         let file = file.map_err(|source| Error::File { operation: "open", path: path.clone(), source })?;
-        Ok(OpenFile { path, file })
+        Ok(OpenFile { path, file, is_direct })
     }
 
     fn note_once(&self, notice: Notice) {
@@ -228,12 +273,9 @@ impl Directory {
             self.call(FaultPoint::Sync, || file.sync_all())
         });
         written.map_err(|source| Error::File { operation: "write", path: new_path.clone(), source })?;
-        self.call(FaultPoint::Rename, || fs::rename(&new_path, &path)).map_err(|source| Error::File {
-            operation: "replace",
-            path,
-            source,
-        })?;
-        self.sync_directory()
+        let replaced = self.call(FaultPoint::Rename, || fs::rename(&new_path, &path));
+        replaced.map_err(|source| Error::File { operation: "replace", path: path.clone(), source })?;
+        self.sync_directory(path.parent().unwrap_or(&self.path))
     }
 
     pub(crate) fn load_document(&self, name: &str) -> Result<Option<Vec<u8>>, Error> {
@@ -256,12 +298,16 @@ impl Directory {
             Err(source) => Err(Error::File { operation: "read", path, source }),
         }
     }
+}
 
-    fn sync_directory(&self) -> Result<(), Error> {
-        let synced = self.call(FaultPoint::SyncDirectory, || {
-            File::open(&self.path).and_then(|directory| directory.sync_all())
-        });
-        synced.map_err(|source| Error::File { operation: "sync", path: self.path.clone(), source })
+fn lock(directory: &Path) -> Result<File, Error> {
+    let path = directory.join(LOCK_NAME);
+    let failed = |source| Error::File { operation: "lock", path: path.clone(), source };
+    let lock = OpenOptions::new().create(true).truncate(false).write(true).open(&path).map_err(failed)?;
+    match lock.try_lock() {
+        Ok(()) => Ok(lock),
+        Err(TryLockError::WouldBlock) => Err(Error::Locked { directory: directory.to_owned() }),
+        Err(TryLockError::Error(source)) => Err(failed(source)),
     }
 }
 

@@ -37,11 +37,15 @@ impl Progress {
         self.done_bytes
     }
 
+    pub(crate) fn left_bytes(&self) -> usize {
+        self.length_bytes - self.done_bytes
+    }
+
     /// Takes the result of a call for all bytes from `done_bytes` on.
     ///
     /// A short transfer is continued at the last whole page, because direct transfers start at pages.
     pub(crate) fn record(&mut self, result: io::Result<usize>) -> Step {
-        let left_bytes = self.length_bytes - self.done_bytes;
+        let left_bytes = self.left_bytes();
         let forward_bytes = match result {
             Ok(moved_bytes) if moved_bytes >= left_bytes => return Step::Done,
             Ok(0) => return Step::Failed(self.ended()),

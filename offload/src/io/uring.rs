@@ -19,19 +19,19 @@ use super::{
     directory::Directory,
     fault::{FaultPlan, Script},
 };
-use crate::{Arena, Error, Notice, locked};
+use crate::{Error, Notice, locked};
 
 mod ring;
+mod shape;
+
+use shape::Shape;
 
 use ring::{Ring, Submission};
 
-/// Places for files in the ring; a store has three.
-const FILES_MAX: u32 = 16;
-
-/// Most bytes of one registered buffer; the kernel's own limit.
-const BUFFER_BYTES_MAX: usize = 1 << 30;
-
 /// An [`Io`] over io_uring: requests are split into parts, of which a bounded number is in flight.
+///
+/// Files are registered with the ring; buffers are not. Measured in turns, registered buffers were no faster: arenas
+/// are of huge pages, and a request maps few of those.
 #[derive(Debug)]
 pub struct Uring {
     directory: Arc<Directory>,
@@ -41,10 +41,7 @@ pub struct Uring {
     running: OnceLock<Running>,
 }
 
-struct Idle {
-    ring: IoUring,
-    buffers: Option<Arena>,
-}
+struct Idle(IoUring);
 
 #[derive(Debug)]
 struct Running {
@@ -54,55 +51,33 @@ struct Running {
 }
 
 impl Uring {
-    /// Locks `directory`, which must exist. With an `arena` its pages are registered, where the system allows it.
-    /// System calls fail as `faults` says.
+    /// Locks `directory`, which must exist. System calls fail as `faults` says.
     ///
     /// # Errors
     /// [`Error::UringUnavailable`] where the system has no io_uring or forbids it; [`Error::Locked`].
-    pub fn new(directory: &Path, arena: Option<&Arena>, faults: &FaultPlan) -> Result<Self, Error> {
-        Self::over(Arc::new(Directory::lock(directory)?), arena, faults)
+    pub fn new(directory: &Path, faults: &FaultPlan) -> Result<Self, Error> {
+        Self::over(Arc::new(Directory::lock(directory)?), faults)
     }
 
-    pub(crate) fn over(
-        directory: Arc<Directory>,
-        arena: Option<&Arena>,
-        faults: &FaultPlan,
-    ) -> Result<Self, Error> {
-        let made = IoUring::new(ring::ENTRIES).and_then(|ring| {
-            ring.submitter().register_files_sparse(FILES_MAX)?;
-            Ok(ring)
-        });
-        let ring = made.map_err(|source| Error::UringUnavailable { source })?;
-        let mut buffers = arena.cloned();
-        if let Some(arena) = arena
-            && let Err(refusal) = register_buffers(&ring, arena)
-        {
-            buffers = None;
-            let text =
-                format!("io_uring could not register the arena ({refusal}): each request maps its own pages");
-            directory.note(Notice::new("buffers-not-registered", text));
-        }
+    pub(crate) fn over(directory: Arc<Directory>, faults: &FaultPlan) -> Result<Self, Error> {
+        let ring = IoUring::new(shape::ENTRIES).map_err(|source| Error::UringUnavailable { source })?;
         let script = Arc::new(Script::below(faults));
         directory.inject(script.clone());
-        Ok(Self {
-            directory,
-            script,
-            idle: Mutex::new(Some(Idle { ring, buffers })),
-            running: OnceLock::new(),
-        })
+        Ok(Self { directory, script, idle: Mutex::new(Some(Idle(ring))), running: OnceLock::new() })
     }
 
     /// Hands the ring, with the files that are now open, to its thread.
-    fn start(&self) -> Result<(), Error> {
-        let Some(Idle { ring, buffers }) = locked(&self.idle).take() else { return Ok(()) };
+    fn start(&self, are_new: bool) -> Result<(), Error> {
+        let Some(Idle(mut ring)) = locked(&self.idle).take() else { return Ok(()) };
         let files: Vec<RawFd> = self.directory.files().iter().map(|open| open.file.as_raw_fd()).collect();
         let unavailable = |source| Error::UringUnavailable { source };
-        ring.submitter().register_files_update(0, &files).map_err(unavailable)?;
+        ring.submitter().register_files(&files).map_err(unavailable)?;
+        let shape = shape::choose(&mut ring, self.directory.files(), are_new).over(self.directory.count());
         let waker = Waker::new().map_err(unavailable)?;
         let sleeper = waker.try_clone().map_err(unavailable)?;
         let (sender, submissions) = unbounded();
         let (directory, script) = (self.directory.clone(), self.script.clone());
-        let run = move || Ring::new(ring, buffers, directory, script, submissions, sleeper).run();
+        let run = move || Ring::new(ring, shape, directory, script, submissions, sleeper).run();
         let spawned = thread::Builder::new().name("ferrozero-uring".to_owned()).spawn(run);
         let thread = Some(spawned.map_err(|source| Error::Thread { source })?);
         let _ = self.running.set(Running { submissions: Some(sender), waker, thread });
@@ -113,12 +88,12 @@ impl Uring {
 impl Io for Uring {
     fn allocate_files(&self, files: &[FileSpec]) -> Result<(), Error> {
         self.directory.allocate_files(files)?;
-        self.start()
+        self.start(true)
     }
 
     fn open_files(&self, files: &[FileSpec]) -> Result<(), Error> {
         self.directory.open_files(files)?;
-        self.start()
+        self.start(false)
     }
 
     fn submit(&self, request: Request, on_done: OnDone) {
@@ -178,19 +153,6 @@ impl std::fmt::Debug for Idle {
     fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         formatter.write_str("Idle")
     }
-}
-
-fn register_buffers(ring: &IoUring, arena: &Arena) -> io::Result<()> {
-    let base = arena.base().as_ptr();
-    let buffers: Vec<libc::iovec> = (0..arena.capacity_bytes())
-        .step_by(BUFFER_BYTES_MAX)
-        .map(|start| libc::iovec {
-            iov_base: base.wrapping_add(start).cast(),
-            iov_len: BUFFER_BYTES_MAX.min(arena.capacity_bytes() - start),
-        })
-        .collect();
-    // SAFETY: the ranges tile the arena's mapping, which the ring's owner keeps alive longer than the ring.
-    unsafe { ring.submitter().register_buffers(&buffers) }
 }
 
 /// Wakes the ring's thread: an eventfd that the ring itself reads.

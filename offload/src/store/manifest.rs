@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{
     Commit,
-    layout::{Extent, ExtentId, ExtentKind, Layout, Place},
+    layout::{Extent, ExtentId, ExtentKind, Form, Layout, Place, crc32c},
     table::{Located, Table},
 };
 use crate::Error;
@@ -27,7 +27,10 @@ const CRC_DIGITS: usize = 8;
 pub(super) struct Manifest {
     format: u64,
     generation: u64,
-    piece_bytes: usize,
+    #[serde(flatten)]
+    form: Form,
+    /// In a store that is written in place: whether writes have begun since the commit, so that it may be gone.
+    overwriting: bool,
     extents: Vec<ExtentEntry>,
     application: serde_json::Value,
 }
@@ -41,11 +44,12 @@ struct ExtentEntry {
 }
 
 impl Manifest {
-    /// The document of a commit of everything that is latest.
+    /// The document of a commit of everything that is latest, or of the commit that is now to be overwritten.
     pub(super) fn encode(
         layout: &Layout,
         table: &Table,
         commit: &Commit,
+        overwriting: bool,
         path: &Path,
     ) -> Result<Vec<u8>, Error> {
         let mut extents = Vec::with_capacity(layout.extents().len());
@@ -62,7 +66,8 @@ impl Manifest {
         let manifest = Self {
             format: FORMAT,
             generation: commit.generation,
-            piece_bytes: layout.piece_bytes(),
+            form: layout.form().clone(),
+            overwriting,
             extents,
             application: commit.application.clone(),
         };
@@ -97,17 +102,33 @@ impl Manifest {
         if manifest.generation == 0 || manifest.generation == u64::MAX {
             return Err(corrupt(path, format!("generation {} cannot be", manifest.generation)));
         }
+        if manifest.overwriting {
+            return Err(Error::Overwritten { path: path.to_owned(), generation: manifest.generation });
+        }
+        let unfit =
+            |extent: &Extent| corrupt(path, format!("extent {} does not fit its pieces", extent.spec.name));
+        // The layout has an offset of each extent in each directory: as many as the document must have.
+        let directories = 1 + manifest.form.stripes.len();
+        let mut extents = manifest.extents.iter().map(|entry| &entry.extent);
+        if let Some(extent) = extents.find(|extent| extent.offsets_bytes.len() != directories) {
+            return Err(unfit(extent));
+        }
         let specs = manifest.extents.iter().map(|entry| entry.extent.spec.clone()).collect();
-        let layout = Layout::new(specs, manifest.piece_bytes);
+        let layout = Layout::new(specs, manifest.form.clone());
         let layout = layout.map_err(|error| corrupt(path, error.to_string()))?;
         for (index, ExtentEntry { extent, pieces }) in manifest.extents.iter().enumerate() {
             let count = match extent.spec.kind {
                 ExtentKind::State => layout.piece_count(ExtentId(index))?,
                 ExtentKind::Scratch => 0,
             };
-            let elsewhere = pieces.iter().flatten().any(|(place, _)| *place == Place::Scratch);
+            let is_elsewhere = |place: Place| match place {
+                Place::A => false,
+                Place::B => manifest.form.in_place,
+                Place::Scratch => true,
+            };
+            let elsewhere = pieces.iter().flatten().any(|(place, _)| is_elsewhere(*place));
             if *extent != layout.extents()[index] || pieces.len() != count || elsewhere {
-                return Err(corrupt(path, format!("extent {} does not fit its pieces", extent.spec.name)));
+                return Err(unfit(extent));
             }
         }
         Ok((layout, manifest))
@@ -130,7 +151,7 @@ impl Manifest {
 /// Adds the checksum as the last member of a JSON object.
 fn seal(mut object: Vec<u8>) -> Vec<u8> {
     object.truncate(object.len().saturating_sub(1));
-    let crc = crc32c::crc32c(&object);
+    let crc = crc32c(&[&object]);
     object.extend_from_slice(SEAL_START);
     object.extend_from_slice(format!("{crc:08x}").as_bytes());
     object.extend_from_slice(SEAL_END);
@@ -142,7 +163,7 @@ fn is_sealed(document: &[u8]) -> bool {
         let rest = document.strip_suffix(SEAL_END)?;
         let (rest, digits) = rest.split_at_checked(rest.len().checked_sub(CRC_DIGITS)?)?;
         let body = rest.strip_suffix(SEAL_START)?;
-        Some(digits == format!("{:08x}", crc32c::crc32c(body)).as_bytes())
+        Some(digits == format!("{:08x}", crc32c(&[body])).as_bytes())
     };
     sealed().unwrap_or(false)
 }
@@ -183,26 +204,29 @@ mod tests {
             extents in prop::collection::vec((1..30_000_u64, any::<bool>()), 0..10),
             places in prop::collection::vec(located(), 80),
             generation in 1..u64::MAX,
+            (in_place, is_striped) in any::<(bool, bool)>(),
             number in any::<f64>().prop_filter("JSON has no such numbers", |number| number.is_finite()),
         ) {
             let kind = |is_state| if is_state { ExtentKind::State } else { ExtentKind::Scratch };
             let specs = extents.iter().enumerate().map(|(index, &(bytes, is_state))| {
                 ExtentSpec { name: format!("extent {index}"), bytes, kind: kind(is_state) }
             });
-            let layout = Layout::new(specs.collect(), 4096).unwrap();
+            let form = Form { piece_bytes: 4096, in_place, stripes: vec!["/other".into(); usize::from(is_striped)] };
+            let layout = Layout::new(specs.collect(), form).unwrap();
             let commit = Commit { generation, application: serde_json::json!({ "number": number }) };
             let places: Vec<_> = (0..layout.pieces_in_all())
                 .map(|index| {
                     let (extent, _) = layout.piece_at(index).unwrap();
                     let is_state = layout.extents()[extent.0].spec.kind == ExtentKind::State;
-                    places[index].filter(|_| is_state)
+                    places[index]
+                        .filter(|located| is_state && !(in_place && located.place == Place::B))
                 })
                 .collect();
             let table = Table::of_commit(&layout, commit.clone(), places.clone());
-            let document = Manifest::encode(&layout, &table, &commit, Path::new("m")).unwrap();
+            let document = Manifest::encode(&layout, &table, &commit, false, Path::new("m")).unwrap();
             let (read, manifest) = Manifest::decode(&document, Path::new("m")).unwrap();
             prop_assert_eq!(read.extents(), layout.extents());
-            prop_assert_eq!(read.piece_bytes(), layout.piece_bytes());
+            prop_assert_eq!(read.files(), layout.files());
             let table = manifest.into_table(&read).unwrap();
             prop_assert_eq!(table.committed(), Some(commit.into()));
             let latest: Vec<_> = table.latest(0..read.pieces_in_all()).collect();

@@ -58,6 +58,8 @@ pub(super) struct Table {
     kinds: Vec<ExtentKind>,
     committed: Option<Arc<Commit>>,
     state_writes_in_flight: usize,
+    /// The last commit is being overwritten in place, so that there is none to come back to until the next one.
+    is_overwriting: bool,
     trust: Trust,
     traffic: Traffic,
 }
@@ -69,6 +71,7 @@ impl Table {
             kinds: layout.extents().iter().map(|extent| extent.spec.kind).collect(),
             committed: None,
             state_writes_in_flight: 0,
+            is_overwriting: false,
             trust: Trust::Settled,
             traffic: Traffic::default(),
         }
@@ -92,6 +95,20 @@ impl Table {
         self.committed.as_ref().map_or(0, |commit| commit.generation)
     }
 
+    /// The commit to come back to after a failure; 0 when there is none.
+    fn reachable_generation(&self) -> u64 {
+        if self.is_overwriting { 0 } else { self.generation() }
+    }
+
+    pub(super) fn is_overwriting(&self) -> bool {
+        self.is_overwriting
+    }
+
+    /// Notes whether the last commit is being overwritten in place.
+    pub(super) fn set_overwriting(&mut self, is_overwriting: bool) {
+        self.is_overwriting = is_overwriting;
+    }
+
     pub(super) fn traffic(&self) -> Traffic {
         self.traffic
     }
@@ -102,7 +119,7 @@ impl Table {
     }
 
     pub(super) fn begin_read(&mut self, layout: &Layout, piece: Piece) -> Result<Located, Error> {
-        let generation = self.generation();
+        let generation = self.reachable_generation();
         let entry = &mut self.entries[piece.index];
         let extent = || layout.name(piece.extent).to_owned();
         if entry.writing {
@@ -127,11 +144,11 @@ impl Table {
         }
     }
 
-    /// Chooses the place that the last commit does not hold.
+    /// Chooses the place that the last commit does not hold, or the only one.
     pub(super) fn begin_write(&mut self, layout: &Layout, piece: Piece) -> Result<Located, Error> {
         let extent = || layout.name(piece.extent).to_owned();
         let kind = self.kind(piece.extent);
-        let generation = self.generation();
+        let generation = self.reachable_generation();
         let entry = &mut self.entries[piece.index];
         if entry.writing || entry.readers > 0 {
             return Err(Error::PieceBusy { extent: extent(), piece: piece.number });
@@ -144,13 +161,19 @@ impl Table {
             (_, Trust::Unsettled) => return Err(Error::Unsettled { generation }),
             (_, Trust::SyncFailed) => return Err(Error::SyncFailed { generation }),
             (ExtentKind::State, Trust::Settled) => match entry.committed {
-                Some(Located { place: Place::A, .. }) => Place::B,
+                Some(Located { place: Place::A, .. }) if !layout.form().in_place => Place::B,
                 _ => Place::A,
             },
         };
         entry.writing = true;
         self.state_writes_in_flight += usize::from(kind == ExtentKind::State);
         Ok(Located { place, crc: 0 })
+    }
+
+    /// Takes back a write of which nothing reached the disk.
+    pub(super) fn cancel_write(&mut self, piece: Piece) {
+        self.entries[piece.index].writing = false;
+        self.state_writes_in_flight -= usize::from(self.kind(piece.extent) == ExtentKind::State);
     }
 
     /// Notes a write: with its checksum if it succeeded.
@@ -177,7 +200,7 @@ impl Table {
         layout: &Layout,
         application: serde_json::Value,
     ) -> Result<Commit, Error> {
-        let generation = self.generation();
+        let generation = self.reachable_generation();
         match self.trust {
             Trust::SyncFailed => return Err(Error::SyncFailed { generation }),
             Trust::Committing => return Err(Error::CommitUnderWay),
@@ -194,7 +217,7 @@ impl Table {
             return Err(Error::FailedWrite { extent, piece, generation });
         }
         self.trust = Trust::Committing;
-        Ok(Commit { generation: generation + 1, application })
+        Ok(Commit { generation: self.generation() + 1, application })
     }
 
     /// Notes that data was not made durable.
@@ -210,6 +233,7 @@ impl Table {
                 for entry in &mut self.entries {
                     entry.committed = entry.latest;
                 }
+                self.is_overwriting = false;
                 self.trust = Trust::Settled;
             }
             None if self.trust == Trust::SyncFailed => {}

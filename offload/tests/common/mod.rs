@@ -38,7 +38,7 @@ fn disks_in(folder: &Path) -> Vec<Disk> {
     let uring = directory();
     let mut disks =
         vec![Disk::Pool(directory()), Disk::Mem(Arc::new(Mem::new(&FaultPlan::default()).unwrap()))];
-    match Uring::new(uring.path(), None, &FaultPlan::default()) {
+    match Uring::new(uring.path(), &FaultPlan::default()) {
         Ok(_) => disks.push(Disk::Uring(uring)),
         Err(error) => println!("skipping io_uring: {error}"),
     }
@@ -48,7 +48,7 @@ fn disks_in(folder: &Path) -> Vec<Disk> {
 impl Disk {
     pub fn io(&self, faults: &FaultPlan) -> Arc<dyn Io> {
         let io: Arc<dyn Io> = match self {
-            Disk::Uring(directory) => Arc::new(Uring::new(directory.path(), None, faults).unwrap()),
+            Disk::Uring(directory) => Arc::new(Uring::new(directory.path(), faults).unwrap()),
             Disk::Pool(directory) => Arc::new(Pool::new(directory.path(), faults).unwrap()),
             Disk::Mem(mem) => mem.clone(),
         };
@@ -56,7 +56,11 @@ impl Disk {
     }
 
     pub fn create(&self, specs: Vec<ExtentSpec>, piece_bytes: usize) -> Store {
-        Store::create_on(self.io(&FaultPlan::default()), specs, piece_bytes).unwrap()
+        self.create_with(specs, &of_pieces(piece_bytes))
+    }
+
+    pub fn create_with(&self, specs: Vec<ExtentSpec>, options: &StoreOptions) -> Store {
+        Store::create_on(self.io(&FaultPlan::default()), specs, options).unwrap()
     }
 
     pub fn open(&self) -> Store {
@@ -69,6 +73,10 @@ impl Disk {
             Disk::Mem(_) => None,
         }
     }
+}
+
+pub fn of_pieces(piece_bytes: usize) -> StoreOptions {
+    StoreOptions { piece_bytes, ..StoreOptions::default() }
 }
 
 pub fn spec(name: &str, bytes: u64, kind: ExtentKind) -> ExtentSpec {

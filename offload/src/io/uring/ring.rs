@@ -11,16 +11,7 @@ use crate::io::{
     progress::{Progress, Step},
 };
 
-/// Parts in flight at once.
-const DEPTH: usize = 32;
-
-/// Submission entries: all parts and the wake-up.
-pub(super) const ENTRIES: u32 = (2 * DEPTH) as u32;
-
-/// Most bytes of one part. A multiple of [`crate::PAGE_BYTES`].
-const PART_BYTES: usize = 1 << 20;
-
-/// Marks the wake-up among the completions; parts are marked by their place, which is less than [`DEPTH`].
+/// Marks the wake-up among the completions; parts are marked by their place.
 const WAKE: u64 = u64::MAX;
 
 /// A request on its way to the thread.
@@ -45,9 +36,9 @@ struct Part {
 }
 
 pub(super) struct Ring {
-    // Dropped in this order: no buffer outlives the ring that may write to it.
+    // Dropped first: no request, with its buffer, is dropped before the ring that may write to it.
     ring: IoUring,
-    buffers: Option<Arena>,
+    shape: Shape,
     directory: Arc<Directory>,
     script: Arc<Script>,
     submissions: Receiver<Submission>,
@@ -56,7 +47,7 @@ pub(super) struct Ring {
     is_closing: bool,
     active: Vec<Option<Active>>,
     waiting: VecDeque<Part>,
-    in_flight: [Option<Part>; DEPTH],
+    in_flight: Vec<Option<Part>>,
 }
 
 /// Requests own their buffers, and the kernel may be writing to them: if this thread were to unwind and drop them, other
@@ -75,7 +66,7 @@ impl Drop for AbortOnPanic {
 impl Ring {
     pub(super) fn new(
         ring: IoUring,
-        buffers: Option<Arena>,
+        shape: Shape,
         directory: Arc<Directory>,
         script: Arc<Script>,
         submissions: Receiver<Submission>,
@@ -83,7 +74,7 @@ impl Ring {
     ) -> Self {
         Self {
             ring,
-            buffers,
+            shape,
             directory,
             script,
             submissions,
@@ -92,7 +83,7 @@ impl Ring {
             is_closing: false,
             active: Vec::new(),
             waiting: VecDeque::new(),
-            in_flight: [const { None }; DEPTH],
+            in_flight: (0..shape.depth).map(|_| None).collect(),
         }
     }
 
@@ -112,13 +103,9 @@ impl Ring {
         }
     }
 
-    /// Lets go of the files and pages now: the kernel takes a closed ring apart at a time of its own choice.
+    /// Lets go of the files now: the kernel takes a closed ring apart at a time of its own choice.
     fn unregister(&self) {
-        let submitter = self.ring.submitter();
-        let _ = submitter.unregister_files();
-        if self.buffers.is_some() {
-            let _ = submitter.unregister_buffers();
-        }
+        let _ = self.ring.submitter().unregister_files();
     }
 
     fn take_submissions(&mut self) {
@@ -136,7 +123,8 @@ impl Ring {
 
     fn split(&mut self, submission: Submission) {
         let (verb, length_bytes) = (submission.request.verb(), submission.request.length_bytes());
-        let starts = (0..length_bytes).step_by(PART_BYTES);
+        let part_bytes = self.shape.part_bytes;
+        let starts = (0..length_bytes).step_by(part_bytes);
         let parts_left = starts.len();
         if parts_left == 0 {
             return call_back(submission.on_done, submission.request, Ok(()));
@@ -148,7 +136,7 @@ impl Ring {
         });
         self.active[request] = Some(Active { submission, parts_left, error: None });
         self.waiting.extend(starts.map(|start_bytes| {
-            let progress = Progress::new(verb, PART_BYTES.min(length_bytes - start_bytes));
+            let progress = Progress::new(verb, part_bytes.min(length_bytes - start_bytes));
             Part { request, start_bytes, progress }
         }));
     }
@@ -171,7 +159,7 @@ impl Ring {
             }
             let Some(part) = self.waiting.pop_front() else { return };
             let Some(Some(active)) = self.active.get_mut(part.request) else { continue };
-            let entry = entry(&part, &mut active.submission.request, self.buffers.as_ref());
+            let entry = entry(&part, &mut active.submission.request);
             // SAFETY: the buffer is a part of the lease that `active` owns until all of the request's parts have
             // completed, and this thread aborts rather than drop it earlier. The file is registered.
             let pushed = unsafe { self.ring.submission().push(&entry.user_data(place as u64)) };
@@ -246,30 +234,15 @@ fn call_back(on_done: OnDone, request: Request, result: Result<(), Error>) {
 }
 
 /// What the kernel is asked to do next for a part.
-fn entry(part: &Part, request: &mut Request, arena: Option<&Arena>) -> squeue::Entry {
+fn entry(part: &Part, request: &mut Request) -> squeue::Entry {
     let file = types::Fixed(request.file().0 as u32);
-    let verb = request.verb();
     let done_bytes = part.start_bytes + part.progress.done_bytes();
-    let end_bytes = part.start_bytes + PART_BYTES.min(request.length_bytes() - part.start_bytes);
     let offset_bytes = request.offset_bytes() + done_bytes as u64;
-    let buffer = &mut request.buffer_mut()[done_bytes..end_bytes];
+    let verb = request.verb();
+    let buffer = &mut request.buffer_mut()[done_bytes..][..part.progress.left_bytes()];
     let (start, length) = (buffer.as_mut_ptr(), buffer.len() as u32);
-    match (verb, arena.and_then(|arena| registered_index(arena, buffer))) {
-        (Verb::Read, None) => opcode::Read::new(file, start, length).offset(offset_bytes).build(),
-        (Verb::Write, None) => opcode::Write::new(file, start, length).offset(offset_bytes).build(),
-        (Verb::Read, Some(index)) => {
-            opcode::ReadFixed::new(file, start, length, index).offset(offset_bytes).build()
-        }
-        (Verb::Write, Some(index)) => {
-            opcode::WriteFixed::new(file, start, length, index).offset(offset_bytes).build()
-        }
+    match verb {
+        Verb::Read => opcode::Read::new(file, start, length).offset(offset_bytes).build(),
+        Verb::Write => opcode::Write::new(file, start, length).offset(offset_bytes).build(),
     }
-}
-
-/// Which registered buffer holds all of `buffer`; none for a lease of another arena.
-fn registered_index(arena: &Arena, buffer: &[u8]) -> Option<u16> {
-    let start = buffer.as_ptr().addr().checked_sub(arena.base().addr().get())?;
-    let last = start + buffer.len().checked_sub(1)?;
-    let index = start / BUFFER_BYTES_MAX;
-    (last < arena.capacity_bytes() && last / BUFFER_BYTES_MAX == index).then_some(index as u16)
 }

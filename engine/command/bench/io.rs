@@ -1,0 +1,210 @@
+//! `ferrozero bench io`: the store against `fio`, in turns on the same file system, so that both see the same machine.
+
+mod disk;
+mod fio;
+
+use super::super::{CommandResult, configuration};
+use super::{Spread, spread};
+use crate::byte_size::ByteSize;
+use disk::Disk;
+use fio::{Fio, Shape};
+use serde::Serialize;
+use serde_json::json;
+use std::io::BufRead;
+use std::path::PathBuf;
+
+/// Sizes to measure.
+#[derive(Debug, Clone, clap::Args)]
+pub struct IoArguments {
+    /// Folder on the disk to measure; what is made there is removed afterwards
+    #[arg(long, default_value = "ferrozero-bench")]
+    dir: PathBuf,
+    /// Bytes of state; may be given several times [default: 1GiB]
+    #[arg(long)]
+    bytes: Vec<ByteSize>,
+    /// Threads of the optimizer
+    #[arg(long, default_value_t = 2)]
+    threads: usize,
+    /// Measured rounds of each
+    #[arg(long, default_value_t = 9)]
+    rounds: usize,
+    /// Write the result as JSON
+    #[arg(long)]
+    json: bool,
+    /// For each line of standard input, "read", "write" or "update", move all bytes once and write the seconds
+    #[arg(long, hide = true)]
+    serve: bool,
+}
+
+/// What is done with all bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+enum Sweep {
+    Read,
+    Write,
+    /// Read three streams, update them, write them back.
+    Update,
+}
+
+impl Sweep {
+    const ALL: [Self; 3] = [Self::Read, Self::Write, Self::Update];
+
+    fn of(name: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|sweep| sweep.name() == name)
+    }
+
+    fn name(self) -> &'static str {
+        match self {
+            Self::Read => "read",
+            Self::Write => "write",
+            Self::Update => "update",
+        }
+    }
+
+    /// Bytes that cross to or from the disk, for state of `bytes`.
+    fn moved_bytes(self, bytes: u64) -> u64 {
+        match self {
+            Self::Read | Self::Write => bytes,
+            Self::Update => 2 * bytes,
+        }
+    }
+}
+
+/// One sweep over one size.
+#[derive(Debug, Serialize)]
+struct Row {
+    sweep: Sweep,
+    bytes: u64,
+    store_bytes_per_s: Spread,
+    fio: Option<Reference>,
+}
+
+/// What `fio` made of the same bytes.
+#[derive(Debug, Serialize)]
+struct Reference {
+    shape: Shape,
+    bytes_per_s: Spread,
+    /// The store's speed over that of `fio`, round by round.
+    ratio: Spread,
+}
+
+/// Runs the bench.
+pub fn run(arguments: IoArguments) -> CommandResult {
+    let is_new = !arguments.dir.exists();
+    std::fs::create_dir_all(&arguments.dir)?;
+    let result = measure(&arguments);
+    if is_new {
+        // Fails, as it should, when anything else was put there meanwhile.
+        let _ = std::fs::remove_dir(&arguments.dir);
+    }
+    result
+}
+
+fn measure(arguments: &IoArguments) -> CommandResult {
+    let sizes: Vec<u64> = match arguments.bytes.as_slice() {
+        [] => vec![1 << 30],
+        sizes => sizes.iter().map(|size| size.0).collect(),
+    };
+    if arguments.serve {
+        return serve(arguments, sizes[0]);
+    }
+    let mut rows = vec![];
+    let mut missing = None;
+    for bytes in sizes {
+        let mut disk = Disk::new(&arguments.dir, bytes, arguments.threads)?;
+        let fio = match Fio::new(&arguments.dir, disk.bytes()) {
+            Ok(fio) => Some(fio),
+            Err(reason) => {
+                missing = Some(reason);
+                None
+            }
+        };
+        for sweep in Sweep::ALL {
+            rows.push(measure_sweep(arguments, sweep, &mut disk, fio.as_ref())?);
+        }
+    }
+    report(arguments, &rows, missing.as_deref())
+}
+
+fn measure_sweep(
+    arguments: &IoArguments,
+    sweep: Sweep,
+    disk: &mut Disk,
+    fio: Option<&Fio>,
+) -> CommandResult<Row> {
+    let moved_bytes = sweep.moved_bytes(disk.bytes()) as f64;
+    let shape = fio.map(|fio| fio.best_shape(sweep)).transpose()?;
+    let (mut ours, mut theirs, mut ratios) = (vec![], vec![], vec![]);
+    // The first round warms both up.
+    for round in 0..=arguments.rounds {
+        let mut speeds = [None, None];
+        // Whoever comes first in one round comes second in the next.
+        for turn in [round % 2, 1 - round % 2] {
+            speeds[turn] = match (turn, fio, shape) {
+                (0, ..) => Some(moved_bytes / disk.sweep(sweep)?),
+                (_, Some(fio), Some(shape)) => Some(fio.bytes_per_s(sweep, shape)?),
+                _ => None,
+            };
+        }
+        if round == 0 {
+            continue;
+        }
+        ours.extend(speeds[0]);
+        theirs.extend(speeds[1]);
+        if let [Some(ours), Some(theirs)] = speeds {
+            ratios.push(ours / theirs);
+        }
+    }
+    let reference =
+        shape.map(|shape| Reference { shape, bytes_per_s: spread(theirs), ratio: spread(ratios) });
+    Ok(Row { sweep, bytes: disk.bytes(), store_bytes_per_s: spread(ours), fio: reference })
+}
+
+fn report(arguments: &IoArguments, rows: &[Row], missing: Option<&str>) -> CommandResult {
+    if arguments.json {
+        let result = json!({
+            "threads": arguments.threads,
+            "rounds": arguments.rounds,
+            "fio_missing": missing,
+            "rows": rows,
+        });
+        println!("{result}");
+        return Ok(());
+    }
+    println!("GB/s, median (least to most) of {} rounds in turns\n", arguments.rounds);
+    println!("| bytes | sweep | store | fio | fio's requests | store : fio |\n|---|---|---|---|---|---|");
+    let speed = |speed: Spread| {
+        format!("{:.2} ({:.2} to {:.2})", speed.median / 1e9, speed.least / 1e9, speed.most / 1e9)
+    };
+    for row in rows {
+        let (theirs, shape, ratio) = match &row.fio {
+            Some(Reference { shape, bytes_per_s, ratio }) => (
+                speed(*bytes_per_s),
+                format!("{}, {} in flight", ByteSize(shape.block_bytes), shape.depth),
+                format!("{:.3} ({:.3} to {:.3})", ratio.median, ratio.least, ratio.most),
+            ),
+            None => ("".into(), "".into(), "".into()),
+        };
+        println!(
+            "| {} | {} | {} | {theirs} | {shape} | {ratio} |",
+            ByteSize(row.bytes),
+            row.sweep.name(),
+            speed(row.store_bytes_per_s)
+        );
+    }
+    if let Some(reason) = missing {
+        println!("\nNothing to compare with: {reason}.");
+    }
+    Ok(())
+}
+
+fn serve(arguments: &IoArguments, bytes: u64) -> CommandResult {
+    let mut disk = Disk::new(&arguments.dir, bytes, arguments.threads)?;
+    for line in std::io::stdin().lock().lines() {
+        let line = line?;
+        let sweep = Sweep::of(line.trim());
+        let sweep = sweep.ok_or_else(|| configuration(format!("{line:?} is not read, write or update")))?;
+        println!("{}", json!({ "seconds": disk.sweep(sweep)? }));
+    }
+    Ok(())
+}
