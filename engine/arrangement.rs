@@ -71,6 +71,10 @@ pub struct Depths {
     pub gradient_sets: usize,
 }
 
+/// Every buffer is longer by this than what it holds. Buffers lie one after another and most hold a power of two: without it the
+/// runs that the optimizer reads together would start at the same place of the memory's banks, and wait for each other.
+pub const STAGGER_BYTES: usize = 4096;
+
 /// One buffer of a plan.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct BufferSpec {
@@ -200,7 +204,7 @@ impl Arrangement {
     }
 
     fn add_buffer(&mut self, tier: Tier, elements: usize, use_: BufferUse) -> Buffer {
-        self.buffers.push(BufferSpec { tier, bytes: 4 * elements, use_ });
+        self.buffers.push(BufferSpec { tier, bytes: 4 * elements + STAGGER_BYTES, use_ });
         Buffer(self.buffers.len() - 1)
     }
 

@@ -519,7 +519,11 @@ mod tests {
             std::fs::write(&path, &text).unwrap();
             let mut documents: Vec<Vec<u8>> = vec![];
             let corpus = Corpus::from_path(&path).unwrap();
-            corpus.documents(|document| Ok(documents.push(document.to_vec()))).unwrap();
+            let keep = |document: &[u8]| {
+                documents.push(document.to_vec());
+                Ok(())
+            };
+            corpus.documents(keep).unwrap();
             assert_eq!(documents.concat(), text);
             assert!(documents.len() > 1 || text.len() <= DOCUMENT_BYTES);
             if text.ends_with(b"\n") {

@@ -21,7 +21,7 @@ const MEMORY_BYTES: u64 = 4 << 20;
 fn stored_and_changed_manifests_are_opened_or_refused_within_bounded_memory() {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../fuzz/corpus/manifest");
     let corpus = mutation::corpus(&folder);
-    let good: Vec<_> = ["empty_store", "good", "striped"].map(str::to_owned).into();
+    let good: Vec<_> = ["empty_store", "good", "in_place", "striped"].map(str::to_owned).into();
     let mut mutations = mutation::Mutations(1);
     let mut opened_changes = 0;
     memory::reset_peak();

@@ -2,6 +2,7 @@
 
 use super::super::CommandResult;
 use super::spread;
+use crate::arrangement::STAGGER_BYTES;
 use ferrozero_kernels::Pool;
 use ferrozero_kernels::adamw::{AdamWState, AdamWStep, adamw};
 use ferrozero_offload::{Arena, Budget, Lease, Tier};
@@ -48,11 +49,14 @@ pub struct AdamWArguments {
 }
 
 /// Master parameters, moments and gradient, in pinned memory as the engine has them.
-struct Runs([Lease; 4]);
+struct Runs {
+    leases: [Lease; 4],
+    elements: usize,
+}
 
 impl Runs {
     fn new(elements: usize) -> CommandResult<Self> {
-        let bytes = 4 * elements;
+        let bytes = 4 * elements + STAGGER_BYTES;
         let budget = Budget::new(Tier::Host, 4 * bytes.next_multiple_of(4096) as u64);
         let arena = Arena::new(&budget, budget.limit_bytes() as usize)?;
         let lease = |value: f32| -> CommandResult<Lease> {
@@ -60,15 +64,16 @@ impl Runs {
             lease.as_f32_mut().fill(value);
             Ok(lease)
         };
-        Ok(Self([lease(0.5)?, lease(0.0)?, lease(0.0)?, lease(0.01)?]))
+        let leases = [lease(0.5)?, lease(0.0)?, lease(0.0)?, lease(0.01)?];
+        Ok(Self { leases, elements })
     }
 
     fn update(&mut self, pool: &Pool, step: u64) -> CommandResult<f64> {
-        let [master, first_moment, second_moment, gradient] = &mut self.0;
+        let [master, first_moment, second_moment, gradient] = &mut self.leases;
         let state = AdamWState {
-            master: master.as_f32_mut(),
-            first_moment: first_moment.as_f32_mut(),
-            second_moment: second_moment.as_f32_mut(),
+            master: &mut master.as_f32_mut()[..self.elements],
+            first_moment: &mut first_moment.as_f32_mut()[..self.elements],
+            second_moment: &mut second_moment.as_f32_mut()[..self.elements],
         };
         let numbers = AdamWStep {
             learning_rate: 1e-3,
@@ -80,20 +85,19 @@ impl Runs {
             gradient_scale: 1.0,
         };
         let started = Instant::now();
-        adamw(pool, &numbers, state, gradient.as_f32(), None)?;
+        adamw(pool, &numbers, state, &gradient.as_f32()[..self.elements], None)?;
         Ok(started.elapsed().as_secs_f64())
     }
 
     /// Reads and writes what an update does, with one addition each.
     fn move_bytes(&mut self, threads: usize) -> f64 {
-        let [master, first_moment, second_moment, gradient] = &mut self.0;
-        let part = (master.as_f32().len().div_ceil(threads)).max(1);
-        let parts = master
-            .as_f32_mut()
+        let [master, first_moment, second_moment, gradient] = &mut self.leases;
+        let part = self.elements.div_ceil(threads).max(1);
+        let parts = master.as_f32_mut()[..self.elements]
             .chunks_mut(part)
-            .zip(first_moment.as_f32_mut().chunks_mut(part))
-            .zip(second_moment.as_f32_mut().chunks_mut(part))
-            .zip(gradient.as_f32().chunks(part));
+            .zip(first_moment.as_f32_mut()[..self.elements].chunks_mut(part))
+            .zip(second_moment.as_f32_mut()[..self.elements].chunks_mut(part))
+            .zip(gradient.as_f32()[..self.elements].chunks(part));
         let started = Instant::now();
         std::thread::scope(|scope| {
             for (((master, first_moment), second_moment), gradient) in parts {

@@ -88,6 +88,12 @@ impl Directory {
         })
     }
 
+    fn sync_directory(&self, path: &Path) -> Result<(), Error> {
+        let synced = self
+            .call(FaultPoint::SyncDirectory, || File::open(path).and_then(|directory| directory.sync_all()));
+        synced.map_err(|source| Error::File { operation: "sync", path: path.to_owned(), source })
+    }
+
     pub(crate) fn files(&self) -> &[OpenFile] {
         self.files.get().map_or(&[], Vec::as_slice)
     }
@@ -140,8 +146,11 @@ impl Directory {
         self.lock_stripes(files)?;
         let made = files.iter().map(|spec| self.allocate_file(spec)).collect::<Result<Vec<_>, Error>>();
         let made = made.and_then(|made| {
-            self.stripes_of(files).iter().try_for_each(|stripe| self.sync_directory(stripe))?;
-            self.sync_directory(&self.path).map(|()| made)
+            for stripe in self.stripes_of(files) {
+                self.sync_directory(&stripe)?;
+            }
+            self.sync_directory(&self.path)?;
+            Ok(made)
         });
         let made = made.map_err(|error| {
             for spec in files {
@@ -267,12 +276,6 @@ impl Directory {
         let replaced = self.call(FaultPoint::Rename, || fs::rename(&new_path, &path));
         replaced.map_err(|source| Error::File { operation: "replace", path: path.clone(), source })?;
         self.sync_directory(path.parent().unwrap_or(&self.path))
-    }
-
-    fn sync_directory(&self, path: &Path) -> Result<(), Error> {
-        let synced = self
-            .call(FaultPoint::SyncDirectory, || File::open(path).and_then(|directory| directory.sync_all()));
-        synced.map_err(|source| Error::File { operation: "sync", path: path.to_owned(), source })
     }
 
     pub(crate) fn load_document(&self, name: &str) -> Result<Option<Vec<u8>>, Error> {

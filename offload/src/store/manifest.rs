@@ -98,12 +98,20 @@ impl Manifest {
         }
         let manifest = serde_json::from_slice::<Self>(document);
         let manifest = manifest.map_err(|error| corrupt(path, error.to_string()))?;
-        if manifest.overwriting {
-            return Err(Error::Overwritten { path: path.to_owned(), generation: manifest.generation });
-        }
         // A generation after it must be possible, and the first is 1.
         if manifest.generation == 0 || manifest.generation == u64::MAX {
             return Err(corrupt(path, format!("generation {} cannot be", manifest.generation)));
+        }
+        if manifest.overwriting {
+            return Err(Error::Overwritten { path: path.to_owned(), generation: manifest.generation });
+        }
+        let unfit =
+            |extent: &Extent| corrupt(path, format!("extent {} does not fit its pieces", extent.spec.name));
+        // The layout has an offset of each extent in each directory: as many as the document must have.
+        let directories = 1 + manifest.form.stripes.len();
+        let mut extents = manifest.extents.iter().map(|entry| &entry.extent);
+        if let Some(extent) = extents.find(|extent| extent.offsets_bytes.len() != directories) {
+            return Err(unfit(extent));
         }
         let specs = manifest.extents.iter().map(|entry| entry.extent.spec.clone()).collect();
         let layout = Layout::new(specs, manifest.form.clone());
@@ -113,9 +121,14 @@ impl Manifest {
                 ExtentKind::State => layout.piece_count(ExtentId(index))?,
                 ExtentKind::Scratch => 0,
             };
-            let elsewhere = pieces.iter().flatten().any(|(place, _)| *place == Place::Scratch);
+            let is_elsewhere = |place: Place| match place {
+                Place::A => false,
+                Place::B => manifest.form.in_place,
+                Place::Scratch => true,
+            };
+            let elsewhere = pieces.iter().flatten().any(|(place, _)| is_elsewhere(*place));
             if *extent != layout.extents()[index] || pieces.len() != count || elsewhere {
-                return Err(corrupt(path, format!("extent {} does not fit its pieces", extent.spec.name)));
+                return Err(unfit(extent));
             }
         }
         Ok((layout, manifest))
@@ -191,30 +204,29 @@ mod tests {
             extents in prop::collection::vec((1..30_000_u64, any::<bool>()), 0..10),
             places in prop::collection::vec(located(), 80),
             generation in 1..u64::MAX,
-            stripes in 0..3_usize,
-            in_place in any::<bool>(),
+            (in_place, is_striped) in any::<(bool, bool)>(),
             number in any::<f64>().prop_filter("JSON has no such numbers", |number| number.is_finite()),
         ) {
             let kind = |is_state| if is_state { ExtentKind::State } else { ExtentKind::Scratch };
             let specs = extents.iter().enumerate().map(|(index, &(bytes, is_state))| {
                 ExtentSpec { name: format!("extent {index}"), bytes, kind: kind(is_state) }
             });
-            let stripes = (0..stripes).map(|stripe| format!("/stripe-{stripe}").into()).collect();
-            let form = Form { piece_bytes: 4096, in_place, stripes };
+            let form = Form { piece_bytes: 4096, in_place, stripes: vec!["/other".into(); usize::from(is_striped)] };
             let layout = Layout::new(specs.collect(), form).unwrap();
             let commit = Commit { generation, application: serde_json::json!({ "number": number }) };
             let places: Vec<_> = (0..layout.pieces_in_all())
                 .map(|index| {
                     let (extent, _) = layout.piece_at(index).unwrap();
                     let is_state = layout.extents()[extent.0].spec.kind == ExtentKind::State;
-                    places[index].filter(|_| is_state)
+                    places[index]
+                        .filter(|located| is_state && !(in_place && located.place == Place::B))
                 })
                 .collect();
             let table = Table::of_commit(&layout, commit.clone(), places.clone());
             let document = Manifest::encode(&layout, &table, &commit, false, Path::new("m")).unwrap();
             let (read, manifest) = Manifest::decode(&document, Path::new("m")).unwrap();
             prop_assert_eq!(read.extents(), layout.extents());
-            prop_assert_eq!(read.form(), layout.form());
+            prop_assert_eq!(read.files(), layout.files());
             let table = manifest.into_table(&read).unwrap();
             prop_assert_eq!(table.committed(), Some(commit.into()));
             let latest: Vec<_> = table.latest(0..read.pieces_in_all()).collect();
