@@ -2,6 +2,7 @@
 
 use super::super::super::{CommandResult, configuration};
 use super::Sweep;
+use crate::arrangement::STAGGER_BYTES;
 use ferrozero_kernels::Pool;
 use ferrozero_kernels::adamw::{AdamWState, AdamWStep, adamw};
 use ferrozero_offload::io::{Completion, Verb};
@@ -64,7 +65,9 @@ impl Disk {
             return Err(configuration("bytes must be at least 12, one number of each stream".into()).into());
         }
         let options = StoreOptions::default();
-        let lease_bytes = options.piece_bytes.min(usize::try_from(stream_bytes)?);
+        let piece_bytes = options.piece_bytes.min(usize::try_from(stream_bytes)?);
+        // As long as the engine's buffers, so that the three streams of a place do not meet in the memory's banks.
+        let lease_bytes = piece_bytes + STAGGER_BYTES;
         let gradient_bytes = usize::try_from(stream_bytes.min(GRADIENT_BYTES_MAX))?.max(lease_bytes);
         let page = |bytes: usize| bytes.next_multiple_of(4096);
         let arena_bytes = STREAMS * PLACES * page(lease_bytes) + page(gradient_bytes);
