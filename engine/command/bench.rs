@@ -6,6 +6,7 @@ mod step;
 
 use super::CommandResult;
 use clap::Subcommand;
+use ferrozero_kernels::adamw::AdamWStep;
 use serde::Serialize;
 
 /// What can be measured.
@@ -26,6 +27,19 @@ pub fn run(bench: Bench) -> CommandResult {
         Bench::AdamW(arguments) => adamw::run(arguments),
         Bench::Io(arguments) => io::run(arguments),
         Bench::Step(arguments) => step::run(arguments),
+    }
+}
+
+/// The optimizer's numbers in step `step` of a measurement.
+fn adamw_step(step: u64) -> AdamWStep {
+    AdamWStep {
+        learning_rate: 1e-3,
+        beta1: 0.9,
+        beta2: 0.999,
+        epsilon: 1e-8,
+        weight_decay: 0.01,
+        step,
+        gradient_scale: 1.0,
     }
 }
 

@@ -1,10 +1,10 @@
 //! `ferrozero bench adamw`: the optimizer's loop against a loop that only moves the same bytes.
 
 use super::super::CommandResult;
-use super::spread;
+use super::{adamw_step, spread};
 use crate::arrangement::STAGGER_BYTES;
 use ferrozero_kernels::Pool;
-use ferrozero_kernels::adamw::{AdamWState, AdamWStep, adamw};
+use ferrozero_kernels::adamw::{AdamWState, adamw};
 use ferrozero_offload::{Arena, Budget, Lease, Tier};
 use serde_json::json;
 use std::io::BufRead;
@@ -75,17 +75,8 @@ impl Runs {
             first_moment: &mut first_moment.as_f32_mut()[..self.elements],
             second_moment: &mut second_moment.as_f32_mut()[..self.elements],
         };
-        let numbers = AdamWStep {
-            learning_rate: 1e-3,
-            beta1: 0.9,
-            beta2: 0.999,
-            epsilon: 1e-8,
-            weight_decay: 0.01,
-            step,
-            gradient_scale: 1.0,
-        };
         let started = Instant::now();
-        adamw(pool, &numbers, state, &gradient.as_f32()[..self.elements], None)?;
+        adamw(pool, &adamw_step(step), state, &gradient.as_f32()[..self.elements], None)?;
         Ok(started.elapsed().as_secs_f64())
     }
 

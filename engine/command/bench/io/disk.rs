@@ -1,10 +1,11 @@
 //! Three streams of state in a store, swept as the optimizer does it.
 
 use super::super::super::{CommandResult, configuration};
+use super::super::adamw_step;
 use super::Sweep;
 use crate::arrangement::STAGGER_BYTES;
 use ferrozero_kernels::Pool;
-use ferrozero_kernels::adamw::{AdamWState, AdamWStep, adamw};
+use ferrozero_kernels::adamw::{AdamWState, adamw};
 use ferrozero_offload::io::{Completion, Verb};
 use ferrozero_offload::{Arena, Budget, ExtentId, ExtentKind, ExtentSpec, Lease, Store, StoreOptions, Tier};
 use std::path::{Path, PathBuf};
@@ -226,15 +227,6 @@ impl Disk {
             first_moment: &mut first_moment.as_f32_mut()[..elements],
             second_moment: &mut second_moment.as_f32_mut()[..elements],
         };
-        let numbers = AdamWStep {
-            learning_rate: 1e-3,
-            beta1: 0.9,
-            beta2: 0.999,
-            epsilon: 1e-8,
-            weight_decay: 0.01,
-            step: self.step,
-            gradient_scale: 1.0,
-        };
-        Ok(adamw(&self.pool, &numbers, state, gradient, None)?)
+        Ok(adamw(&self.pool, &adamw_step(self.step), state, gradient, None)?)
     }
 }
