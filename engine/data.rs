@@ -20,6 +20,9 @@ const TOKEN_BYTES: u64 = 4;
 const DEFAULT_CORPUS_BYTES: usize = 32 << 20;
 /// Of how many tokens one is kept for validation.
 const VALIDATION_SHARE: usize = 50;
+/// The data is cut into this many parts, or fewer if it is short, and the end of each is kept for validation: what is validated
+/// is then of all kinds that there are.
+const PARTS: usize = 64;
 
 /// What is wrong with the data.
 #[derive(Debug, thiserror::Error)]
@@ -360,27 +363,32 @@ impl TokenWriter {
 /// else to go on.
 pub struct Dataset {
     tokens: TokenFile,
-    /// Where the validation part begins.
-    validation_start: usize,
+    parts: usize,
+    /// Tokens of each part, those for validation included.
+    part_tokens: usize,
+    /// Tokens at the end of each part that are kept for validation.
+    validation_tokens: usize,
     windows: Stream,
     batch: usize,
     sequence: usize,
 }
 
 impl Dataset {
-    /// Splits tokens into a training and a validation part.
+    /// Splits tokens into those for training and those for validation.
     ///
     /// # Errors
     /// [`DataError::TooSmall`].
     pub fn new(tokens: TokenFile, seed: u64, batch: usize, sequence: usize) -> Result<Self, DataError> {
         let window = sequence + 1;
-        let validation = (tokens.tokens / VALIDATION_SHARE).max(window);
         let needed = 2 * window;
         if tokens.tokens < needed {
             return Err(DataError::TooSmall { tokens: tokens.tokens, needed });
         }
-        let validation_start = tokens.tokens - validation.min(tokens.tokens - window);
-        Ok(Self { validation_start, windows: Stream::new(seed, "training windows"), tokens, batch, sequence })
+        let parts = (tokens.tokens / (VALIDATION_SHARE * window)).clamp(1, PARTS);
+        let part_tokens = tokens.tokens / parts;
+        let validation_tokens = (part_tokens / VALIDATION_SHARE).max(window).min(part_tokens - window);
+        let windows = Stream::new(seed, "training windows");
+        Ok(Self { tokens, parts, part_tokens, validation_tokens, windows, batch, sequence })
     }
 
     /// SHA-256 of all tokens.
@@ -398,7 +406,7 @@ impl Dataset {
         self.tokens.tokens == 0
     }
 
-    /// Random windows of the training part.
+    /// Random windows of the tokens for training.
     ///
     /// # Errors
     /// What candle says.
@@ -408,22 +416,25 @@ impl Dataset {
         micro_batch: usize,
         micro_batches: usize,
     ) -> candle_core::Result<Batch> {
-        let starts = (self.validation_start - self.sequence) as u64;
+        let starts = self.part_tokens - self.validation_tokens - self.sequence;
         let first = (step * micro_batches as u64 + micro_batch as u64) * self.batch as u64;
-        self.batch_at(
-            (first..first + self.batch as u64).map(|row| (self.windows.integer(row) % starts) as usize),
-        )
+        self.batch_at((first..first + self.batch as u64).map(|row| {
+            let number = (self.windows.integer(row) % (self.parts * starts) as u64) as usize;
+            number / starts * self.part_tokens + number % starts
+        }))
     }
 
-    /// Evenly spread windows of the validation part: the same in every evaluation.
+    /// Evenly spread windows of the tokens for validation: the same in every evaluation.
     ///
     /// # Errors
     /// What candle says.
     pub fn validation_batch(&self, number: usize, numbers: usize) -> candle_core::Result<Batch> {
-        let starts = self.tokens.tokens - self.sequence - self.validation_start;
-        let rows = numbers * self.batch;
+        let starts = self.validation_tokens - self.sequence;
+        let rows = (numbers * self.batch).div_ceil(self.parts);
         self.batch_at((0..self.batch).map(|row| {
-            self.validation_start + (number * self.batch + row) * starts.saturating_sub(1) / rows.max(1)
+            let row = number * self.batch + row;
+            let end = (row % self.parts + 1) * self.part_tokens;
+            end - self.validation_tokens + row / self.parts * starts / rows
         }))
     }
 
@@ -467,23 +478,33 @@ mod tests {
     }
 
     #[test]
-    fn batches_are_a_function_of_step_and_never_touch_the_validation_part() {
-        let data = dataset(1000, 3, 4, 16).unwrap();
-        for step in 0..200 {
-            let batch = data.train_batch(step, 0, 1).unwrap();
-            for (inputs, targets) in rows(&batch.inputs).iter().zip(rows(&batch.targets)) {
-                assert!(inputs.iter().zip(&targets).all(|(input, target)| target - input == 1));
-                assert!((targets[15] as usize) < data.validation_start);
+    fn batches_are_a_function_of_step_and_training_never_sees_what_is_validated() {
+        for tokens in [1000, 10_000] {
+            let data = dataset(tokens, 3, 4, 16).unwrap();
+            let is_validation = |token: u32| {
+                let place = token as usize;
+                place % data.part_tokens >= data.part_tokens - data.validation_tokens
+            };
+            for step in 0..200 {
+                let batch = data.train_batch(step, 0, 1).unwrap();
+                for (inputs, targets) in rows(&batch.inputs).iter().zip(rows(&batch.targets)) {
+                    assert!(inputs.iter().zip(&targets).all(|(input, target)| target - input == 1));
+                    assert!(!is_validation(inputs[0]) && !is_validation(targets[15]));
+                }
+                assert_eq!(rows(&data.train_batch(step, 0, 1).unwrap().inputs), rows(&batch.inputs));
             }
-            assert_eq!(rows(&data.train_batch(step, 0, 1).unwrap().inputs), rows(&batch.inputs));
-        }
-        let micro_batches: Vec<_> =
-            (0..2).map(|m| rows(&data.train_batch(5, m, 2).unwrap().inputs)).collect();
-        assert_ne!(micro_batches[0], micro_batches[1]);
-        for number in 0..3 {
-            for row in rows(&data.validation_batch(number, 3).unwrap().inputs) {
-                assert!(row[0] as usize >= data.validation_start);
+            let micro_batches: Vec<_> =
+                (0..2).map(|m| rows(&data.train_batch(5, m, 2).unwrap().inputs)).collect();
+            assert_ne!(micro_batches[0], micro_batches[1]);
+            let mut parts = std::collections::BTreeSet::new();
+            for number in 0..3 {
+                let batch = data.validation_batch(number, 3).unwrap();
+                for (inputs, targets) in rows(&batch.inputs).iter().zip(rows(&batch.targets)) {
+                    assert!(is_validation(inputs[0]) && is_validation(targets[15]));
+                    parts.insert(inputs[0] as usize / data.part_tokens);
+                }
             }
+            assert_eq!(parts.len(), data.parts.min(12), "of all parts");
         }
     }
 
