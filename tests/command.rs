@@ -173,6 +173,39 @@ fn a_vocabulary_that_differs_on_resume_is_refused_and_the_checkpoint_stays() {
 }
 
 #[test]
+fn a_runs_folder_is_inspected_verified_copied_exported_and_imported() {
+    let folder = folder();
+    let trained = objects(&train(
+        folder.path(),
+        &["--steps", "2", "--warmup", "1", "--dir", "run", "--stripe", "disk-2", "--stripe", "disk-3"],
+    ));
+    let run = |arguments: &[&str]| {
+        let binary = env!("CARGO_BIN_EXE_ferrozero");
+        let output = Command::new(binary).current_dir(folder.path()).args(arguments).output().unwrap();
+        (output.status.success(), String::from_utf8(output.stdout).unwrap())
+    };
+    assert!(folder.path().join("disk-3").join("state-a.bin").exists(), "both stripes are used");
+    let (success, text) = run(&["inspect", "run", "--json"]);
+    let summary: Value = serde_json::from_str(&text).unwrap();
+    assert!(success && summary["step"] == 2, "{text}");
+    assert!(run(&["verify", "run"]).1.contains("are as the commit says"));
+    assert!(run(&["copy", "run", "copy"]).1.contains("after step 2"));
+    assert!(run(&["export", "copy", "copy.safetensors"]).0);
+    assert!(run(&["import", "copy.safetensors", "imported"]).1.contains("--resume --dir imported"));
+    let resumed = |dir: &str| objects(&train(folder.path(), &["--resume", "--dir", dir, "--steps", "2"]));
+    for dir in ["run", "copy"] {
+        assert_eq!(resumed(dir)[0]["weights_digest"], trained[2]["weights_digest"], "{dir}");
+    }
+    for place in ["state-a.bin", "state-b.bin"] {
+        let path = folder.path().join("copy").join(place);
+        let damaged: Vec<u8> = std::fs::read(&path).unwrap().iter().map(|byte| byte ^ 1).collect();
+        std::fs::write(path, damaged).unwrap();
+    }
+    let (success, text) = run(&["verify", "copy"]);
+    assert!(!success && text.contains("damaged: ") && text.contains("h.0."), "{text}");
+}
+
+#[test]
 fn a_full_disk_is_told_before_the_first_step() {
     let folder = folder();
     let mount = folder.path().join("small");
