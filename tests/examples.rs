@@ -11,7 +11,7 @@ fn last_line(name: &str) -> String {
     let example: PathBuf = profile.join("examples").join(name);
     assert!(
         example.exists(),
-        "{} is not built: `cargo test` builds it, and with --test so does --examples beside it",
+        "{} is not built: `cargo test` builds it, and so does `cargo build --examples`",
         example.display()
     );
     let output = Command::new(&example).output().unwrap();
