@@ -96,6 +96,7 @@ fn a_signal_commits_and_stops_and_the_rest_gives_the_bits_of_an_unbroken_run() {
             "2",
         ])
         .args(["--warmup", "2", "--sample", "8", "--memory", "96MiB", "--data", "data.txt", "--steps", "40"])
+        .args(["--trace", "trace.json"])
         .stdout(std::process::Stdio::piped())
         .spawn()
         .unwrap();
@@ -107,6 +108,9 @@ fn a_signal_commits_and_stops_and_the_rest_gives_the_bits_of_an_unbroken_run() {
     assert!(child.wait().unwrap().success());
     let summary: Value = serde_json::from_str(&last).unwrap();
     assert_eq!(summary["summary"], true);
+    let trace = std::fs::read_to_string(folder.path().join("trace.json")).unwrap();
+    let events: Vec<Value> = serde_json::from_str(&trace).unwrap();
+    assert!(events.iter().any(|event| event["name"] == "commit"), "the last operation is there");
     let resumed = objects(&train(folder.path(), &["--resume"]));
     assert_eq!(resumed.last().unwrap()["weights_digest"], expected.last().unwrap()["weights_digest"]);
 }

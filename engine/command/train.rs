@@ -7,6 +7,7 @@ use crate::generate::{Sampling, generate};
 use crate::learning_rate::LearningRate;
 use crate::models::gpt::{Block, Gpt};
 use crate::plan::Bytes;
+use crate::trace::ChromeTrace;
 use crate::{AdamW, Config, Engine, Segment, StepReport, Trainer};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::{Value, json};
@@ -88,6 +89,7 @@ struct Run {
     model: Gpt<Segment<Block>>,
     trainer: Trainer,
     output: Output,
+    timeline: Option<ChromeTrace>,
     fingerprint: String,
     /// Bytes written and steps made when the first step of this process began, and that moment.
     began: (u64, u64, Instant),
@@ -119,9 +121,11 @@ pub fn run(arguments: TrainArguments) -> CommandResult {
     }
     let stop = stop_flag()?;
     let (model, trainer) = prepare(&settings, &arguments, &tokenizer, &data, &output)?;
+    let timeline =
+        arguments.trace.as_deref().map(|path| ChromeTrace::create(path, trainer.plan())).transpose()?;
     output.start(trainer.steps(), settings.steps)?;
     let began = (trainer.usage().written_bytes, trainer.steps(), Instant::now());
-    let mut run = Run { settings, tokenizer, data, model, trainer, output, fingerprint, began };
+    let mut run = Run { settings, tokenizer, data, model, trainer, output, timeline, fingerprint, began };
     run.train(&stop)
 }
 
@@ -194,6 +198,9 @@ impl Run {
                 model.loss(&batch.inputs, &batch.targets)
             })?;
             self.output.step(&report, tokens, steps);
+            if let Some(timeline) = &mut self.timeline {
+                timeline.append(&report.trace)?;
+            }
             let is_due = |every: u64| every > 0 && report.step.is_multiple_of(every) && report.step < steps;
             let mut object = json!({
                 "step": report.step,
@@ -218,6 +225,9 @@ impl Run {
         }
         let document = self.document()?;
         self.trainer.commit(document)?;
+        if let Some(timeline) = &mut self.timeline {
+            timeline.append(&self.trainer.take_trace()?)?;
+        }
         self.output.bar.finish_and_clear();
         let wear = self.wear();
         self.summarize(last, wear)
