@@ -132,6 +132,11 @@ impl<T> Order<T> {
         self.entries.values().any(|entry| entry.operation == operation)
     }
 
+    /// Whether a queue has nothing more to do.
+    pub fn is_idle(&self, queue: Queue) -> bool {
+        self.queues[queue as usize].is_empty() && self.in_flight(queue) == 0
+    }
+
     /// Operations of a queue that have started and are not done.
     pub fn in_flight(&self, queue: Queue) -> usize {
         self.in_flight[queue as usize]

@@ -191,11 +191,15 @@ impl Simulator<'_> {
     /// The steady state of steps that run `schedule` one after another: the second of two.
     pub fn forecast(&self, schedule: &[Operation]) -> Forecast {
         let trace = self.run(&[schedule, schedule]);
-        let norm_s = |step: u64| {
-            let norm = |event: &&TraceEvent| event.step == step && event.operation == Operation::Norm;
-            trace.events.iter().find(norm).map_or(0.0, |event| event.end_s)
+        // A step returns when its norm is known and the training thread has gone through it.
+        let end_s = |step: u64| {
+            let of_step = |event: &&TraceEvent| {
+                let queue = event.operation.queue();
+                event.step == step && matches!(queue, Queue::Control | Queue::Compute)
+            };
+            trace.events.iter().filter(of_step).map(|event| event.end_s).fold(0.0, f64::max)
         };
-        let (from_s, until_s) = (norm_s(1), norm_s(2));
+        let (from_s, until_s) = (end_s(1), end_s(2));
         let step_s = until_s - from_s;
         let compute_s: f64 = schedule
             .iter()
@@ -229,7 +233,7 @@ impl Simulator<'_> {
         }
     }
 
-    /// When each operation runs. A schedule is submitted when the norm that ends the one before is known.
+    /// When each operation runs. A schedule is submitted when the norm of the one before is known and its computing is done.
     pub fn run(&self, schedules: &[&[Operation]]) -> Trace {
         let mut clockwork = Clockwork {
             simulator: *self,
@@ -237,6 +241,7 @@ impl Simulator<'_> {
             now_s: 0.0,
             running: vec![],
             training_thread_s: 0.0,
+            norm_is_known: false,
             trace: Trace::default(),
         };
         let mut schedules = schedules.iter().zip(1..);
@@ -306,6 +311,7 @@ struct Clockwork<'a> {
     running: Vec<Running>,
     /// When the training thread ended its last compute operation.
     training_thread_s: f64,
+    norm_is_known: bool,
     trace: Trace,
 }
 
@@ -364,7 +370,7 @@ impl Clockwork<'_> {
         ends.chain(asked_s).min_by(f64::total_cmp)
     }
 
-    /// Goes on to a moment and ends what ends there. Answers whether a norm is known now.
+    /// Goes on to a moment and ends what ends there. Answers whether a step has returned.
     fn go_to(&mut self, next_s: f64) -> bool {
         let rates = self.rates();
         let elapsed_s = next_s - self.now_s;
@@ -387,15 +393,151 @@ impl Clockwork<'_> {
             }
             !ends
         });
-        let mut norm = false;
         for (operation, note) in ended.into_iter().filter_map(|id| self.order.finish(id)) {
             if operation.queue() == Queue::Compute {
                 self.training_thread_s = next_s;
             }
-            norm |= operation == Operation::Norm;
+            self.norm_is_known |= operation == Operation::Norm;
             let Note { step, started_s: start_s, waited_s } = note;
             self.trace.events.push(TraceEvent { operation, step, start_s, end_s: next_s, waited_s });
         }
-        norm
+        let returned = self.norm_is_known && self.order.is_idle(Queue::Compute);
+        self.norm_is_known &= !returned;
+        returned
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::layout::{ALIGNMENT_ELEMENTS, Group};
+    use crate::schedule::{Buffer, Extent, GradientSet, Slot, Stream};
+
+    /// One group of `pieces` pieces, and the resident one.
+    fn layout(pieces: usize) -> Layout {
+        let group = |name: &str, elements| {
+            let table = vec![(0, name.to_owned(), vec![elements], true, true)];
+            Group::new(name.into(), name == "resident", table)
+        };
+        let groups = vec![group("h.0", pieces * ALIGNMENT_ELEMENTS), group("resident", 1)];
+        Layout { groups, piece_elements: ALIGNMENT_ELEMENTS }
+    }
+
+    /// A piece takes 1 s to read, 2 s to write, 0.5 s to upload, 4 s to download, and 7 s to update.
+    fn machine() -> Machine {
+        let piece_bytes = F32_BYTES * ALIGNMENT_ELEMENTS as f64;
+        Machine {
+            disk_read_bytes_per_s: piece_bytes,
+            disk_write_bytes_per_s: piece_bytes / 2.0,
+            disk_mixed_bytes_per_s: None,
+            upload_bytes_per_s: 2.0 * piece_bytes,
+            download_bytes_per_s: piece_bytes / 4.0,
+            optimizer_bytes_per_s: piece_bytes,
+            compute_flop_per_s: None,
+        }
+    }
+
+    fn calls() -> Vec<Call> {
+        vec![Call { group: 0, boundary_elements: 1, boundary_moves: false }]
+    }
+
+    /// The forward takes 3 s, and 1 s of the user's code comes before it.
+    fn compute() -> Compute {
+        Compute { forward: vec![ComputeTime { before_s: 1.0, within_s: 3.0 }], ..Compute::none(1) }
+    }
+
+    const SLOT: Slot = Slot(0);
+    const EXTENT: Extent = Extent::State(0, Stream::Master);
+
+    fn read(piece: usize, buffer: usize) -> Operation {
+        Operation::Read { extent: EXTENT, piece, buffer: Buffer(buffer), fetch: true }
+    }
+
+    fn write(piece: usize, buffer: usize) -> Operation {
+        Operation::Write { extent: EXTENT, piece, buffer: Buffer(buffer) }
+    }
+
+    fn upload(piece: usize, buffer: usize) -> Operation {
+        Operation::Upload { group: 0, piece, buffer: Buffer(buffer), slot: SLOT }
+    }
+
+    const FORWARD: Operation = Operation::Forward { call: 0, slot: SLOT, passage: None };
+
+    /// Begin and end of each operation of the schedules, in seconds.
+    fn times(machine: &Machine, schedules: &[&[Operation]]) -> Vec<Vec<(f64, f64)>> {
+        let (layout, calls, compute) = (layout(9), calls(), compute());
+        let simulator = Simulator { layout: &layout, calls: &calls, machine, compute: &compute };
+        let trace = simulator.run(schedules);
+        let of = |step: u64, operation: &Operation| {
+            let event = trace.events.iter().find(|event| event.step == step && event.operation == *operation);
+            let event = event.unwrap();
+            // Transfers that end within a nanosecond end together.
+            let rounded = |seconds: f64| (seconds * 1e6).round() / 1e6;
+            (rounded(event.start_s), rounded(event.end_s))
+        };
+        let schedules = schedules.iter().zip(1..);
+        schedules.map(|(schedule, step)| schedule.iter().map(|op| of(step, op)).collect()).collect()
+    }
+
+    fn times_of(schedule: &[Operation]) -> Vec<(f64, f64)> {
+        times(&machine(), &[schedule]).remove(0)
+    }
+
+    #[test]
+    fn what_shares_a_buffer_or_a_slot_comes_one_after_another() {
+        let schedule = [read(0, 0), upload(0, 0), read(1, 0), upload(1, 0), FORWARD];
+        let expected = [(0.0, 1.0), (1.0, 1.5), (1.5, 2.5), (2.5, 3.0), (3.0, 6.0)];
+        assert_eq!(times_of(&schedule), expected);
+    }
+
+    #[test]
+    fn transfers_under_way_share_the_disk() {
+        // Two reads at half the speed each; the forward waits for the user's code only.
+        assert_eq!(times_of(&[read(0, 0), read(1, 1), FORWARD]), [(0.0, 2.0), (0.0, 2.0), (1.0, 4.0)]);
+        // Eight at a time; the ninth has the disk for itself.
+        let nine: Vec<_> = (0..9).map(|piece| read(piece, piece)).collect();
+        let times = times_of(&nine);
+        assert_eq!(times[..8], [(0.0, 8.0); 8]);
+        assert_eq!(times[8], (8.0, 9.0));
+    }
+
+    #[test]
+    fn reads_and_writes_take_from_each_other_where_the_machine_says_so() {
+        let schedule = [read(0, 0), write(1, 1)];
+        assert_eq!(times_of(&schedule), [(0.0, 1.0), (0.0, 2.0)]);
+        // Half of both together: the read takes 2 s, in which half of the write is made; the rest takes 1 s.
+        let alone = machine().disk_read_bytes_per_s + machine().disk_write_bytes_per_s;
+        let mixed = Machine { disk_mixed_bytes_per_s: Some(alone / 2.0), ..machine() };
+        assert_eq!(times(&mixed, &[&schedule]), [[(0.0, 2.0), (0.0, 3.0)]]);
+    }
+
+    #[test]
+    fn a_commit_waits_for_writes_and_later_writes_for_it_and_reads_for_neither() {
+        let schedule = [write(0, 0), Operation::Commit, write(1, 1), read(2, 2)];
+        assert_eq!(times_of(&schedule), [(0.0, 2.0), (2.0, 2.0), (2.0, 4.0), (0.0, 1.0)]);
+    }
+
+    #[test]
+    fn the_next_schedule_begins_when_the_norm_is_known_and_finds_the_queues_as_they_are() {
+        let gradients = GradientSet(0);
+        let accumulate = |measure| Operation::Accumulate {
+            group: 0,
+            piece: 0,
+            gradients,
+            buffer: Buffer(0),
+            add: false,
+            measure,
+        };
+        let schedule = [FORWARD, accumulate(true), Operation::Norm, write(0, 0)];
+        let [first, second] = <[_; 2]>::try_from(times(&machine(), &[&schedule, &schedule])).unwrap();
+        // The gradient does not wait for the forward here: no resource is common to both.
+        assert_eq!(first, [(1.0, 4.0), (0.0, 4.0), (4.0, 4.0), (4.0, 6.0)]);
+        // The buffer is free when it has been written.
+        assert_eq!(second, [(5.0, 8.0), (6.0, 10.0), (10.0, 10.0), (10.0, 12.0)]);
+        let (layout, calls, machine, compute) = (layout(9), calls(), machine(), compute());
+        let simulator = Simulator { layout: &layout, calls: &calls, machine: &machine, compute: &compute };
+        let forecast = simulator.forecast(&schedule);
+        assert_eq!((forecast.step_s, forecast.exposed_stall), (6.0, 0.0));
+        assert_eq!((forecast.read_bytes, forecast.written_bytes), (0, 4096));
     }
 }

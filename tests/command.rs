@@ -59,6 +59,9 @@ fn a_step_is_an_object_and_the_last_one_is_the_summary() {
     {
         assert!(summary[key].as_u64().unwrap() > 0, "{key}");
     }
+    for key in ["predicted_step_s", "measured_step_s"] {
+        assert!(summary[key].as_f64().unwrap() > 0.0, "{key}");
+    }
     assert_eq!(summary["weights_digest"].as_str().unwrap().len(), 64);
     assert!(summary["sample"].as_str().unwrap().starts_with("fn main()"));
     assert!(objects[5]["loss"].as_f64() < objects[0]["loss"].as_f64());
