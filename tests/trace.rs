@@ -1,5 +1,6 @@
 //! The timeline of a run: valid JSON after every step, a named track a queue, every operation of the schedule once.
 
+#[expect(dead_code, reason = "the other tests use the rest")]
 mod support;
 
 use ferrozero::schedule::Queue;

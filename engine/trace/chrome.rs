@@ -1,13 +1,16 @@
 //! A trace as a file that chrome://tracing and Perfetto show: one track a queue, one event an operation.
 
 use super::Trace;
+use crate::arrangement::Call;
 use crate::error::{Error, Result};
+use crate::layout::Layout;
 use crate::plan::Plan;
-use crate::schedule::{GroupIndex, Operation, Queue};
+use crate::schedule::Queue;
 use serde_json::{Value, json};
 use std::fs::File;
 use std::io::{BufWriter, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 /// What closes the array. It is written behind every step and overwritten by the next one, so the file is valid JSON
 /// after every step, however the run ends.
@@ -22,8 +25,8 @@ pub struct ChromeTrace {
     file: BufWriter<File>,
     /// Bytes before [`END`].
     length_bytes: u64,
-    group_names: Vec<String>,
-    group_of: Box<dyn Fn(&Operation) -> Option<GroupIndex> + Send>,
+    layout: Arc<Layout>,
+    calls: Vec<Call>,
     /// When the last operation of each track ended, by queue. Operations of a disk queue overlap, those of a track do not.
     tracks: [Vec<f64>; Queue::ALL.len()],
 }
@@ -35,13 +38,12 @@ impl ChromeTrace {
     /// [`Error::File`].
     pub fn create(path: &Path, plan: &Plan) -> Result<Self> {
         let failed = |source| Error::File { path: path.to_owned(), source };
-        let (layout, calls) = (plan.layout.clone(), plan.calls.clone());
         let mut this = Self {
             path: path.to_owned(),
             file: BufWriter::new(File::create(path).map_err(failed)?),
             length_bytes: 0,
-            group_names: layout.groups.iter().map(|group| group.name.clone()).collect(),
-            group_of: Box::new(move |operation| operation.group(&layout, &calls)),
+            layout: plan.layout.clone(),
+            calls: plan.calls.clone(),
             tracks: Queue::ALL.map(|_| vec![]),
         };
         this.begin().map_err(failed)?;
@@ -71,7 +73,8 @@ impl ChromeTrace {
         self.file.seek(SeekFrom::Start(self.length_bytes))?;
         for event in &trace.events {
             let track = self.track(event.operation.queue(), event.start_s, event.end_s)?;
-            let group = (self.group_of)(&event.operation).map(|group| &self.group_names[group]);
+            let group = event.operation.group(&self.layout, &self.calls);
+            let group = group.map(|group| self.layout.groups[group].name.clone());
             self.put_object(&json!({
                 "name": event.operation.name(),
                 "cat": event.operation.queue().name(),
