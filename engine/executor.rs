@@ -3,6 +3,7 @@
 
 use crate::arrangement::Arrangement;
 use crate::error::{Error, Result};
+use crate::order::Order;
 use crate::schedule::{Extent, Operation, Queue, Resource};
 use crate::trace::{Trace, TraceEvent};
 use crate::vacancy::DeviceRun;
@@ -11,13 +12,10 @@ use crossbeam::channel::{Receiver, Sender, bounded, unbounded};
 use ferrozero_kernels::gradient::GradientStatistics;
 use ferrozero_offload::io::Verb;
 use ferrozero_offload::{Completion, ExtentId, Lease, Store};
-use std::collections::{HashMap, VecDeque};
+use std::collections::HashMap;
 use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::Instant;
-
-/// Transfers that one disk queue keeps in flight.
-const DISK_DEPTH: usize = 8;
 
 /// What the training thread is about to do.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -48,6 +46,7 @@ enum Event {
     Compute { request: ComputeRequest, reply: Reply<Grant> },
     Finished { id: u64, held: Held, result: Result<()> },
     AwaitNorm { reply: Reply<(Norm, Trace)> },
+    TakeTrace { reply: Reply<Trace> },
     Drain { reply: Reply<()> },
     Stop { reason: String },
     Shutdown,
@@ -92,12 +91,9 @@ impl Executor {
             workers,
             events: events.clone(),
             received,
-            entries: HashMap::new(),
-            last_user: HashMap::new(),
-            next_id: 0,
-            queues: Queue::ALL.map(|_| VecDeque::new()),
-            in_flight: Queue::ALL.map(|_| 0),
+            order: Order::new(),
             compute: None,
+            asked_s: 0.0,
             norm: None,
             drain: None,
             latest_context: None,
@@ -147,6 +143,11 @@ impl Executor {
     /// Waits for the gradient norm of the latest step, and takes the trace since the last time.
     pub fn await_norm(&self) -> Result<(Norm, Trace)> {
         self.ask(|reply| Event::AwaitNorm { reply })
+    }
+
+    /// Takes the trace since the last time.
+    pub fn take_trace(&self) -> Result<Trace> {
+        self.ask(|reply| Event::TakeTrace { reply })
     }
 
     /// Waits until everything that was submitted is done.
@@ -206,15 +207,11 @@ impl Drop for Worker {
     }
 }
 
-/// An operation that is not done yet.
-struct Entry {
-    operation: Operation,
+/// What is kept of an operation until it is done.
+struct Note {
     context: Arc<StepContext>,
-    /// Earlier operations that must be done first.
-    waiting_for: usize,
-    /// Later operations that wait for this one.
-    dependents: Vec<u64>,
     started_s: f64,
+    waited_s: f64,
 }
 
 struct Dispatcher {
@@ -230,14 +227,12 @@ struct Dispatcher {
     gradients: Vec<Option<Vec<DeviceRun>>>,
     passages: Vec<Option<DeviceRun>>,
     statistics: Option<Vec<GradientStatistics>>,
-    // Operations under way.
-    entries: HashMap<u64, Entry>,
-    last_user: HashMap<Resource, u64>,
-    next_id: u64,
-    queues: [VecDeque<u64>; Queue::ALL.len()],
-    in_flight: [usize; Queue::ALL.len()],
+    /// Operations that are not done.
+    order: Order<Note>,
     // What the training thread waits for.
     compute: Option<(ComputeRequest, Reply<Grant>)>,
+    /// When it began to wait for it, in seconds since the start.
+    asked_s: f64,
     norm: Option<Reply<(Norm, Trace)>>,
     drain: Option<Reply<()>>,
     latest_context: Option<Arc<StepContext>>,
@@ -260,9 +255,7 @@ impl Dispatcher {
             self.answer();
         }
         // A commit that was asked for is made. All that it waits for was asked for before it, and needs no compute.
-        while self.stopped.is_none()
-            && self.entries.values().any(|entry| entry.operation == Operation::Commit)
-        {
+        while self.stopped.is_none() && self.order.contains(Operation::Commit) {
             self.advance();
             self.take_finished();
         }
@@ -281,15 +274,22 @@ impl Dispatcher {
 
     /// Operations that other threads than the training thread are working on.
     fn in_flight_outside(&self) -> usize {
-        let compute = Queue::Compute as usize;
-        self.in_flight.iter().enumerate().filter(|(queue, _)| *queue != compute).map(|(_, count)| count).sum()
+        let outside = Queue::ALL.into_iter().filter(|&queue| queue != Queue::Compute);
+        outside.map(|queue| self.order.in_flight(queue)).sum()
     }
 
     fn handle(&mut self, event: Event) {
         match event {
             Event::Run { operations, context } => self.admit(operations, context),
-            Event::Compute { request, reply } => self.compute = Some((request, reply)),
+            Event::Compute { request, reply } => {
+                self.asked_s = self.started.elapsed().as_secs_f64();
+                self.compute = Some((request, reply));
+            }
             Event::Finished { id, held, result } => self.finished(id, held, result),
+            Event::TakeTrace { reply } => {
+                // Nobody is there to take it only when the training thread is gone.
+                let _ = reply.send(Ok(std::mem::take(&mut self.trace)));
+            }
             Event::AwaitNorm { reply } => self.norm = Some(reply),
             Event::Drain { reply } => self.drain = Some(reply),
             Event::Stop { reason } => self.fail(Error::Stopped(reason)),
@@ -303,49 +303,20 @@ impl Dispatcher {
             return;
         }
         for operation in operations {
-            let id = self.next_id;
-            self.next_id += 1;
-            let mut waiting_for = 0;
-            for earlier in self.awaited(&operation, id) {
-                if let Some(earlier) = self.entries.get_mut(&earlier) {
-                    earlier.dependents.push(id);
-                    waiting_for += 1;
-                }
-            }
-            self.queues[operation.queue() as usize].push_back(id);
-            let context = context.clone();
-            let entry = Entry { operation, context, waiting_for, dependents: vec![], started_s: 0.0 };
-            self.entries.insert(id, entry);
+            self.order.admit(operation, Note { context: context.clone(), started_s: 0.0, waited_s: 0.0 });
         }
-    }
-
-    /// The earlier operations, perhaps done, that a new one waits for.
-    fn awaited(&mut self, operation: &Operation, id: u64) -> Vec<u64> {
-        let mut awaited = vec![];
-        for resource in operation.resources() {
-            awaited.extend(self.last_user.insert(resource, id));
-            if resource == Resource::StatesOnDisk {
-                // Rare, so those who share it are looked for and not kept count of.
-                let sharers =
-                    self.entries.iter().filter(|(_, e)| e.operation.shared_resource() == Some(resource));
-                awaited.extend(sharers.map(|(&sharer, _)| sharer));
-            }
-        }
-        awaited.extend(operation.shared_resource().and_then(|shared| self.last_user.get(&shared)));
-        awaited
     }
 
     fn finished(&mut self, id: u64, held: Held, result: Result<()>) {
-        let Some(entry) = self.entries.remove(&id) else { return };
-        self.in_flight[entry.operation.queue() as usize] -= 1;
-        self.put_back(&entry.operation, held);
-        for dependent in entry.dependents {
-            if let Some(dependent) = self.entries.get_mut(&dependent) {
-                dependent.waiting_for -= 1;
-            }
-        }
-        let end_s = self.started.elapsed().as_secs_f64();
-        self.trace.events.push(TraceEvent { operation: entry.operation, start_s: entry.started_s, end_s });
+        let Some((operation, note)) = self.order.finish(id) else { return };
+        self.put_back(&operation, held);
+        self.trace.events.push(TraceEvent {
+            operation,
+            step: note.context.adamw.step,
+            start_s: note.started_s,
+            end_s: self.started.elapsed().as_secs_f64(),
+            waited_s: note.waited_s,
+        });
         if let Err(error) = result {
             self.fail(error);
         }
@@ -356,11 +327,7 @@ impl Dispatcher {
         if self.stopped.is_none() {
             self.stopped = Some(error.to_string());
             self.failure = Some(error);
-            for queue in &mut self.queues {
-                for id in queue.drain(..) {
-                    self.entries.remove(&id);
-                }
-            }
+            self.order.cancel_waiting();
         }
     }
 
@@ -373,16 +340,10 @@ impl Dispatcher {
     /// Starts all operations that may start.
     fn advance(&mut self) {
         for queue in Queue::ALL {
-            while let Some(&id) = self.queues[queue as usize].front() {
-                let Some(entry) = self.entries.get(&id) else { break };
-                if entry.waiting_for > 0 || self.in_flight[queue as usize] >= depth(queue) {
-                    break;
-                }
-                let operation = entry.operation;
+            while let Some((id, operation)) = self.order.startable(queue) {
                 if queue == Queue::Compute && !self.expects(&operation) {
                     break;
                 }
-                self.queues[queue as usize].pop_front();
                 self.start(id, operation);
                 if self.stopped.is_some() {
                     return;
@@ -442,10 +403,13 @@ impl Dispatcher {
             None => return self.fail(internal("memory of an operation is in use elsewhere")),
         };
         let queue = operation.queue();
-        self.in_flight[queue as usize] += 1;
-        let Some(entry) = self.entries.get_mut(&id) else { return };
-        entry.started_s = self.started.elapsed().as_secs_f64();
-        let context = entry.context.clone();
+        let now_s = self.started.elapsed().as_secs_f64();
+        let Some(note) = self.order.start(id) else { return };
+        note.started_s = now_s;
+        if queue == Queue::Compute {
+            note.waited_s = now_s - self.asked_s;
+        }
+        let context = note.context.clone();
         match operation {
             Operation::Read { extent, piece, .. } => {
                 self.transfer(id, extent, piece, held, Verb::Read, context.adamw.step);
@@ -470,7 +434,7 @@ impl Dispatcher {
                 let job = Job { id, operation, held, context };
                 let worker = self.workers.get(&queue).and_then(|worker| worker.jobs.as_ref());
                 if worker.is_none_or(|jobs| jobs.send(job).is_err()) {
-                    self.in_flight[queue as usize] -= 1;
+                    self.order.finish(id);
                     self.fail(internal("the thread of a queue ended"));
                 }
             }
@@ -552,13 +516,13 @@ impl Dispatcher {
         {
             let _ = reply.send(Ok((*norm, std::mem::take(&mut self.trace))));
         }
-        if self.entries.is_empty()
+        if self.order.is_empty()
             && let Some(reply) = self.drain.take()
         {
             let _ = reply.send(Ok(()));
         }
         // A request that no schedule answers would wait for ever.
-        if self.entries.is_empty()
+        if self.order.is_empty()
             && let Some((request, reply)) = self.compute.take()
         {
             let error = Error::OrderChanged {
@@ -568,13 +532,5 @@ impl Dispatcher {
             self.stopped = Some(error.to_string());
             let _ = reply.send(Err(error));
         }
-    }
-}
-
-/// Operations that a queue may have under way at once.
-fn depth(queue: Queue) -> usize {
-    match queue {
-        Queue::FetchRead | Queue::StateRead | Queue::DiskWrite => DISK_DEPTH,
-        _ => 1,
     }
 }

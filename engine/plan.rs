@@ -8,6 +8,7 @@ use crate::error::{Error, Result};
 use crate::layout::Layout;
 use crate::pass::Observed;
 use crate::schedule::{Operation, Stream};
+use crate::simulator::{Compute, Forecast, Machine, Simulator};
 use ferrozero_offload::Tier;
 use std::fmt;
 use std::sync::Arc;
@@ -242,9 +243,20 @@ impl Plan {
         self.builder().train(self.clip.is_some())
     }
 
+    /// What a step by this plan will take on a machine.
+    pub fn forecast(&self, machine: &Machine, compute: &Compute) -> Forecast {
+        let simulator = Simulator { layout: &self.layout, calls: &self.calls, machine, compute };
+        simulator.forecast(&self.train_schedule())
+    }
+
     /// Groups of the model.
     pub fn layout(&self) -> &Layout {
         &self.layout
+    }
+
+    /// Segments in the order in which they run in a step.
+    pub fn calls(&self) -> &[Call] {
+        &self.calls
     }
 
     /// Home of each group's streams.

@@ -5,10 +5,12 @@
 //! these is done. One resource, the states on disk as a whole, is shared by writes and a commit has it for itself. The list is in an order in which it could run one by one, and each queue takes its own operations in
 //! that order, so the earliest unfinished operation can always start: a schedule cannot deadlock.
 //!
-//! [`Builder`](crate::builder::Builder) makes schedules; the planner counts their bytes, the executor runs them and the
-//! trace is recorded against them.
+//! [`Builder`](crate::builder::Builder) makes schedules; the planner counts their bytes, the executor runs them, the
+//! [`simulator`](crate::simulator) costs them and the trace is recorded against them.
 
+use crate::arrangement::Call;
 use crate::layout::Layout;
+use serde::Serialize;
 
 /// Index of a group in the [`Layout`].
 pub type GroupIndex = usize;
@@ -77,6 +79,30 @@ pub enum Extent {
     Boundary(usize),
 }
 
+impl Extent {
+    /// Name in timelines.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::State(_, stream) => stream.name(),
+            Self::Boundary(_) => "boundary activation",
+        }
+    }
+
+    fn group(self, calls: &[Call]) -> GroupIndex {
+        match self {
+            Self::State(group, _) => group,
+            Self::Boundary(call) => calls[call].group,
+        }
+    }
+
+    fn elements(self, layout: &Layout, calls: &[Call]) -> usize {
+        match self {
+            Self::State(group, stream) => stream.elements(layout, group),
+            Self::Boundary(call) => calls[call].boundary_elements,
+        }
+    }
+}
+
 /// Where the optimizer finds the master parameters of a piece.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum MasterPlace {
@@ -143,7 +169,7 @@ pub enum Operation {
 }
 
 /// What runs one operation after another and beside the others.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize)]
 pub enum Queue {
     /// Disk reads that the device waits for: parameters and boundaries.
     FetchRead,
@@ -281,6 +307,84 @@ impl Operation {
             Self::Write { extent: Extent::State(_, stream), .. } if *stream != Stream::Gradient
         );
         writes_state.then_some(Resource::StatesOnDisk)
+    }
+
+    /// Name in timelines.
+    pub fn name(&self) -> String {
+        let name = match self {
+            Self::Initialize { stream, .. } => return format!("initialize {}", stream.name()),
+            Self::Read { extent, .. } => return format!("read {}", extent.name()),
+            Self::Write { extent, .. } => return format!("write {}", extent.name()),
+            Self::Upload { .. } => "upload",
+            Self::Download { .. } => "download",
+            Self::Attach { .. } => "attach",
+            Self::Forward { .. } => "forward",
+            Self::Backward { .. } => "backward",
+            Self::Detach { .. } => "detach",
+            Self::SaveBoundary { .. } => "save boundary",
+            Self::LoadBoundary { .. } => "load boundary",
+            Self::Accumulate { .. } => "accumulate",
+            Self::Norm => "norm",
+            Self::Update { .. } => "update",
+            Self::Collect { .. } => "collect",
+            Self::Commit => "commit",
+        };
+        name.to_owned()
+    }
+
+    /// The group that it works on, if it is one.
+    pub fn group(&self, layout: &Layout, calls: &[Call]) -> Option<GroupIndex> {
+        match *self {
+            Self::Read { extent, .. } | Self::Write { extent, .. } => Some(extent.group(calls)),
+            Self::Initialize { group, .. }
+            | Self::Upload { group, .. }
+            | Self::Download { group, .. }
+            | Self::Accumulate { group, .. }
+            | Self::Update { group, .. }
+            | Self::Collect { group, .. } => Some(group),
+            Self::Forward { call, .. }
+            | Self::Backward { call, .. }
+            | Self::SaveBoundary { call, .. }
+            | Self::LoadBoundary { call, .. } => Some(calls[call].group),
+            Self::Attach { .. } | Self::Detach { .. } => Some(layout.resident()),
+            Self::Norm | Self::Commit => None,
+        }
+    }
+
+    /// The piece that it works on, if it is one.
+    pub fn piece(&self) -> Option<usize> {
+        match *self {
+            Self::Initialize { piece, .. }
+            | Self::Read { piece, .. }
+            | Self::Write { piece, .. }
+            | Self::Upload { piece, .. }
+            | Self::Download { piece, .. }
+            | Self::SaveBoundary { piece, .. }
+            | Self::LoadBoundary { piece, .. }
+            | Self::Accumulate { piece, .. }
+            | Self::Update { piece, .. }
+            | Self::Collect { piece, .. } => Some(piece),
+            _ => None,
+        }
+    }
+
+    /// Elements of the piece that it works on; none for those that work on no piece.
+    pub fn elements(&self, layout: &Layout, calls: &[Call]) -> usize {
+        let (extent, piece) = match *self {
+            Self::Read { extent, piece, .. } | Self::Write { extent, piece, .. } => (extent, piece),
+            Self::Initialize { group, stream, piece, .. } => (Extent::State(group, stream), piece),
+            Self::Upload { group, piece, .. }
+            | Self::Download { group, piece, .. }
+            | Self::Collect { group, piece, .. } => (Extent::State(group, Stream::Master), piece),
+            Self::SaveBoundary { call, piece, .. } | Self::LoadBoundary { call, piece, .. } => {
+                (Extent::Boundary(call), piece)
+            }
+            Self::Accumulate { group, piece, .. } | Self::Update { group, piece, .. } => {
+                (Extent::State(group, Stream::Gradient), piece)
+            }
+            _ => return 0,
+        };
+        layout.piece_range(extent.elements(layout, calls), piece).len()
     }
 
     /// The queue that runs it.

@@ -215,6 +215,14 @@ impl Trainer {
         &self.notices
     }
 
+    /// Operations that finished since the last step's report. After a commit, everything that was begun is among them.
+    ///
+    /// # Errors
+    /// [`Error::Stopped`] after an error of the executor's.
+    pub fn take_trace(&self) -> Result<Trace> {
+        self.executor.take_trace()
+    }
+
     /// Optimizer steps made so far, those before a resume included.
     pub fn steps(&self) -> u64 {
         self.step

@@ -59,6 +59,9 @@ fn a_step_is_an_object_and_the_last_one_is_the_summary() {
     {
         assert!(summary[key].as_u64().unwrap() > 0, "{key}");
     }
+    for key in ["predicted_step_s", "measured_step_s"] {
+        assert!(summary[key].as_f64().unwrap() > 0.0, "{key}");
+    }
     assert_eq!(summary["weights_digest"].as_str().unwrap().len(), 64);
     assert!(summary["sample"].as_str().unwrap().starts_with("fn main()"));
     assert!(objects[5]["loss"].as_f64() < objects[0]["loss"].as_f64());
@@ -96,6 +99,7 @@ fn a_signal_commits_and_stops_and_the_rest_gives_the_bits_of_an_unbroken_run() {
             "2",
         ])
         .args(["--warmup", "2", "--sample", "8", "--memory", "96MiB", "--data", "data.txt", "--steps", "40"])
+        .args(["--trace", "trace.json"])
         .stdout(std::process::Stdio::piped())
         .spawn()
         .unwrap();
@@ -107,6 +111,9 @@ fn a_signal_commits_and_stops_and_the_rest_gives_the_bits_of_an_unbroken_run() {
     assert!(child.wait().unwrap().success());
     let summary: Value = serde_json::from_str(&last).unwrap();
     assert_eq!(summary["summary"], true);
+    let trace = std::fs::read_to_string(folder.path().join("trace.json")).unwrap();
+    let events: Vec<Value> = serde_json::from_str(&trace).unwrap();
+    assert!(events.iter().any(|event| event["name"] == "commit"), "the last operation is there");
     let resumed = objects(&train(folder.path(), &["--resume"]));
     assert_eq!(resumed.last().unwrap()["weights_digest"], expected.last().unwrap()["weights_digest"]);
 }

@@ -111,6 +111,10 @@ pub struct TrainArguments {
     #[arg(long)]
     #[serde(skip)]
     pub json: bool,
+    /// Write a timeline of all operations, for chrome://tracing or Perfetto
+    #[arg(long, value_name = "FILE.json")]
+    #[serde(skip)]
+    pub trace: Option<PathBuf>,
     /// Tokens of the text that is generated at the end, 0 for none [default: 80]
     #[arg(long)]
     #[serde(skip_serializing_if = "Option::is_none")]

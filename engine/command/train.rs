@@ -7,12 +7,15 @@ use crate::generate::{Sampling, generate};
 use crate::learning_rate::LearningRate;
 use crate::models::gpt::{Block, Gpt};
 use crate::plan::Bytes;
-use crate::{AdamW, Config, Engine, Segment, StepReport, Trainer};
+use crate::simulator::{Forecast, measure};
+use crate::trace::ChromeTrace;
+use crate::{AdamW, Config, Engine, Plan, Segment, StepReport, Trainer};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::{Value, json};
+use std::cmp::Ordering;
 use std::io::{IsTerminal, Write};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{self, AtomicBool};
 use std::time::{Duration, Instant};
 
 const VALIDATION_BATCHES: usize = 8;
@@ -25,6 +28,37 @@ const SECONDS_PER_DAY: f64 = 86_400.0;
 struct Wear {
     bytes_per_step: f64,
     bytes_per_day: f64,
+}
+
+/// The step of a process whose trace is measured for the prediction: the first one makes what later ones reuse.
+const MEASURED_STEP: u64 = 2;
+
+/// The time of steps, predicted from one of them and measured over those after it.
+#[derive(Default)]
+struct Pace {
+    steps: u64,
+    forecast: Option<Forecast>,
+    step_s: Vec<f64>,
+}
+
+impl Pace {
+    fn note(&mut self, report: &StepReport, plan: &Plan) {
+        self.steps += 1;
+        match self.steps.cmp(&MEASURED_STEP) {
+            Ordering::Less => {}
+            Ordering::Equal => {
+                self.forecast =
+                    measure(&report.trace, plan).map(|(machine, compute)| plan.forecast(&machine, &compute));
+            }
+            Ordering::Greater => self.step_s.push(report.step_s),
+        }
+    }
+
+    /// Median seconds of the steps after the one that the prediction is made of.
+    fn median_step_s(&mut self) -> Option<f64> {
+        self.step_s.sort_by(f64::total_cmp);
+        self.step_s.get(self.step_s.len() / 2).copied()
+    }
 }
 
 /// Where people read: standard output, or standard error if programs read standard output.
@@ -88,6 +122,8 @@ struct Run {
     model: Gpt<Segment<Block>>,
     trainer: Trainer,
     output: Output,
+    timeline: Option<ChromeTrace>,
+    pace: Pace,
     fingerprint: String,
     /// Bytes written and steps made when the first step of this process began, and that moment.
     began: (u64, u64, Instant),
@@ -119,9 +155,22 @@ pub fn run(arguments: TrainArguments) -> CommandResult {
     }
     let stop = stop_flag()?;
     let (model, trainer) = prepare(&settings, &arguments, &tokenizer, &data, &output)?;
+    let timeline =
+        arguments.trace.as_deref().map(|path| ChromeTrace::create(path, trainer.plan())).transpose()?;
     output.start(trainer.steps(), settings.steps)?;
     let began = (trainer.usage().written_bytes, trainer.steps(), Instant::now());
-    let mut run = Run { settings, tokenizer, data, model, trainer, output, fingerprint, began };
+    let mut run = Run {
+        settings,
+        tokenizer,
+        data,
+        model,
+        trainer,
+        output,
+        timeline,
+        pace: Pace::default(),
+        fingerprint,
+        began,
+    };
     run.train(&stop)
 }
 
@@ -130,7 +179,7 @@ fn stop_flag() -> CommandResult<Arc<AtomicBool>> {
     let stop = Arc::new(AtomicBool::new(false));
     let flag = stop.clone();
     ctrlc::set_handler(move || {
-        if flag.swap(true, Ordering::SeqCst) {
+        if flag.swap(true, atomic::Ordering::SeqCst) {
             std::process::exit(130);
         }
     })?;
@@ -185,7 +234,7 @@ impl Run {
         };
         let tokens = settings.accumulate * settings.batch * settings.seq;
         let mut last = None;
-        while self.trainer.steps() < steps && !stop.load(Ordering::SeqCst) {
+        while self.trainer.steps() < steps && !stop.load(atomic::Ordering::SeqCst) {
             let step = self.trainer.steps();
             self.trainer.set_learning_rate(rate.at(step));
             let Self { data, model, settings, .. } = self;
@@ -194,6 +243,10 @@ impl Run {
                 model.loss(&batch.inputs, &batch.targets)
             })?;
             self.output.step(&report, tokens, steps);
+            self.pace.note(&report, self.trainer.plan());
+            if let Some(timeline) = &mut self.timeline {
+                timeline.append(&report.trace)?;
+            }
             let is_due = |every: u64| every > 0 && report.step.is_multiple_of(every) && report.step < steps;
             let mut object = json!({
                 "step": report.step,
@@ -218,6 +271,9 @@ impl Run {
         }
         let document = self.document()?;
         self.trainer.commit(document)?;
+        if let Some(timeline) = &mut self.timeline {
+            timeline.append(&self.trainer.take_trace()?)?;
+        }
         self.output.bar.finish_and_clear();
         let wear = self.wear();
         self.summarize(last, wear)
@@ -267,6 +323,8 @@ impl Run {
         let digest = self.trainer.weights_digest()?;
         let usage = self.trainer.usage();
         let steps = self.trainer.steps();
+        let measured_step_s = self.pace.median_step_s();
+        let predicted_step_s = self.pace.forecast.as_ref().map(|forecast| forecast.step_s);
         let say = |text: std::fmt::Arguments| self.output.say(text);
         match steps < self.settings.steps {
             true => say(format_args!(
@@ -291,6 +349,12 @@ impl Run {
             ));
         }
         say(format_args!("  files                         {}", Bytes(usage.disk_bytes)));
+        if let (Some(predicted), Some(measured)) = (predicted_step_s, measured_step_s) {
+            let off = 100.0 * (predicted / measured - 1.0);
+            say(format_args!(
+                "  step time predicted {predicted:.3} s, measured {measured:.3} s ({off:+.1} % off)"
+            ));
+        }
         if wear.bytes_per_step > 0.0 {
             say(format_args!(
                 "  written to disk               {} a step; {:.2} TB a day at this pace",
@@ -313,6 +377,8 @@ impl Run {
             "peak_device_bytes": usage.peak_device_bytes,
             "planned_device_bytes": usage.planned_device_bytes,
             "disk_bytes": usage.disk_bytes,
+            "predicted_step_s": predicted_step_s,
+            "measured_step_s": measured_step_s,
             "written_bytes_per_step": wear.bytes_per_step,
             "written_bytes_per_day": wear.bytes_per_day,
             "weights_digest": digest,

@@ -2,6 +2,7 @@
 //! whatever order the queues come to run it, each operation is given what it should have, and each trainable piece is
 //! updated once a step.
 
+mod forecast;
 mod machine;
 
 use ferrozero::Tier;
