@@ -3,6 +3,7 @@
 
 use crate::layout::{Group, Layout};
 use crate::schedule::{Buffer, GroupIndex, Slot, Stream};
+use candle_core::DType;
 use ferrozero_offload::Tier;
 use serde::{Deserialize, Serialize};
 use std::collections::HashMap;
@@ -52,10 +53,33 @@ impl GroupPlacement {
 pub struct Call {
     /// The group of the segment.
     pub group: GroupIndex,
-    /// Elements of the first input, which is the boundary activation.
+    /// Size of the first input, which is the boundary activation, in elements of f32: half as many as it has where it
+    /// is of a type of two bytes.
     pub boundary_elements: usize,
-    /// Whether the boundary can leave the device: plain f32 storage that only this call reads.
+    /// Whether the boundary can leave the device: plain storage that only this call reads.
     pub boundary_moves: bool,
+}
+
+/// What the device that computes is like.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct DeviceKind {
+    /// The type that it computes with.
+    pub dtype: DType,
+    /// Whether its memory is not the host's.
+    pub apart: bool,
+}
+
+impl DeviceKind {
+    /// Whether the parameters that it computes with can be the masters that the optimizer updates. If not, the masters
+    /// are a stream of their own, in another tier, and slots hold what they are rounded to.
+    pub fn holds_masters(self) -> bool {
+        !self.apart && self.dtype == DType::F32
+    }
+
+    /// Bytes of an element of parameters, gradients and boundaries.
+    pub fn element_bytes(self) -> u64 {
+        self.dtype.size_in_bytes() as u64
+    }
 }
 
 /// How much of everything that is shared.
@@ -101,6 +125,8 @@ pub enum BufferUse {
     GradientPieces,
     /// Boundary activations between device and disk.
     BoundaryPieces,
+    /// Parameters and gradients in the device's type, between device and host.
+    Staging,
 }
 
 /// One slot of a plan.
@@ -135,6 +161,10 @@ pub struct Arrangement {
     pub gradient_pool: Vec<Buffer>,
     /// Pieces between device and boundaries on disk.
     pub boundary_pool: Vec<Buffer>,
+    /// Where parameters are rounded to the device's type on their way up.
+    pub upload_staging: Option<Buffer>,
+    /// Where gradients in the device's type arrive on their way down.
+    pub gradient_staging: Option<Buffer>,
     /// Number of gradient sets.
     pub gradient_sets: usize,
     /// Number of passages.
@@ -150,6 +180,8 @@ pub struct Needs<'a> {
     pub calls: &'a [Call],
     /// Whether a group's gradient is consumed within its own backward.
     pub gradient_passes_through: bool,
+    /// What computes.
+    pub device: DeviceKind,
 }
 
 impl Arrangement {
@@ -167,6 +199,8 @@ impl Arrangement {
             state_pool: vec![],
             gradient_pool: vec![],
             boundary_pool: vec![],
+            upload_staging: None,
+            gradient_staging: None,
             gradient_sets: depths.gradient_sets,
             passages: 0,
         };
@@ -174,6 +208,7 @@ impl Arrangement {
         this.add_homes(needs);
         this.add_pools(needs, depths);
         this.add_boundaries(needs);
+        this.add_staging(needs);
         this
     }
 
@@ -182,7 +217,8 @@ impl Arrangement {
         let mut classes: HashMap<Vec<usize>, Vec<Slot>> = HashMap::new();
         for (group, placement) in layout.groups.iter().zip(&self.placements) {
             let tensor_elements = elements(group);
-            if placement.master == Tier::Device {
+            // The resident group is in its slot throughout a pass, so it shares it with nobody.
+            if placement.master == Tier::Device || group.resident {
                 self.slots_of.push(vec![Slot(self.slots.len())]);
                 self.slots.push(SlotSpec { tensor_elements });
                 continue;
@@ -191,7 +227,9 @@ impl Arrangement {
                 .groups
                 .iter()
                 .zip(&self.placements)
-                .filter(|(other, place)| place.master != Tier::Device && elements(other) == tensor_elements)
+                .filter(|(other, place)| {
+                    place.master != Tier::Device && !other.resident && elements(other) == tensor_elements
+                })
                 .count();
             let class = classes.entry(tensor_elements.clone()).or_insert_with(|| {
                 let first = self.slots.len();
@@ -297,14 +335,25 @@ impl Arrangement {
         }
     }
 
+    fn add_staging(&mut self, needs: &Needs) {
+        if !needs.device.apart {
+            return;
+        }
+        let elements = Self::largest_piece(needs.layout);
+        self.gradient_staging = Some(self.add_buffer(Tier::Host, elements, BufferUse::Staging));
+        if needs.device.dtype != DType::F32 {
+            self.upload_staging = Some(self.add_buffer(Tier::Host, elements, BufferUse::Staging));
+        }
+    }
+
     /// Bytes of all buffers of a tier, each rounded up to a page as the arena does.
     pub fn buffer_bytes(&self, tier: Tier) -> u64 {
         let of_tier = self.buffers.iter().filter(|buffer| buffer.tier == tier);
         of_tier.map(|buffer| buffer.bytes.next_multiple_of(4096) as u64).sum()
     }
 
-    /// Bytes of all slots.
-    pub fn slot_bytes(&self) -> u64 {
-        self.slots.iter().flat_map(|slot| &slot.tensor_elements).map(|&elements| 4 * elements as u64).sum()
+    /// Elements of all slots.
+    pub fn slot_elements(&self) -> u64 {
+        self.slots.iter().flat_map(|slot| &slot.tensor_elements).map(|&elements| elements as u64).sum()
     }
 }

@@ -147,7 +147,8 @@ impl<'a> Builder<'a> {
                     make(&mut draft, group, stream, piece, buffer, home == Tier::Disk);
                     if stream == Stream::Master && home == Tier::Device {
                         let slot = draft.own_slot(group);
-                        draft.operations.push(Operation::Upload { group, piece, buffer, slot });
+                        let staging = None;
+                        draft.operations.push(Operation::Upload { group, piece, buffer, slot, staging });
                     }
                 }
             }
@@ -265,12 +266,13 @@ impl Draft<'_> {
         self.slot_contents[slot.0] = (Some(group), now);
         let layout = self.builder.layout;
         let updated = if pending { layout.piece_count(layout.groups[group].trainable_elements) } else { 0 };
+        let staging = arrangement.upload_staging;
         for piece in 0..layout.piece_count(layout.groups[group].elements) {
             let buffer = self.fetched_master(group, piece);
             if piece < updated {
                 self.update_piece(group, piece, MasterPlace::Buffer(buffer));
             }
-            self.operations.push(Operation::Upload { group, piece, buffer, slot });
+            self.operations.push(Operation::Upload { group, piece, buffer, slot, staging });
             if piece < updated {
                 self.write_home(group, Stream::Master, piece, buffer);
             }
@@ -358,7 +360,15 @@ impl Draft<'_> {
             if on_disk && add {
                 self.operations.push(Operation::Read { extent, piece, buffer, fetch: false });
             }
-            self.operations.push(Operation::Accumulate { group, piece, gradients, buffer, add, measure });
+            self.operations.push(Operation::Accumulate {
+                group,
+                piece,
+                gradients,
+                buffer,
+                staging: arrangement.gradient_staging,
+                add,
+                measure,
+            });
             if on_disk {
                 self.operations.push(Operation::Write { extent, piece, buffer });
             }

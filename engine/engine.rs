@@ -1,5 +1,7 @@
 //! The engine as a user meets it: configuration, the `VarBuilder`, segments, the plan.
 
+use crate::arrangement::DeviceKind;
+use crate::device::{ComputeDevice, CudaFault};
 use crate::error::{Error, Result};
 use crate::layout::{ALIGNMENT_ELEMENTS, Layout};
 use crate::pass::{Mode, Observed, Passes, lock};
@@ -20,9 +22,14 @@ use std::sync::{Arc, Mutex};
 /// Settings of an engine. Everything has a default; what is none is found out or not limited.
 #[derive(Debug, Clone)]
 pub struct Config {
-    /// Bytes of memory for everything that the engine and the model's tensors use.
+    /// The device that computes: the CPU device, or one that [`open_device`](crate::open_device) made.
+    pub device: Device,
+    /// The type of parameters, gradients and boundary activations on the device: f32, bf16 or f16. Masters, moments and
+    /// accumulated gradients are f32 always.
+    pub dtype: DType,
+    /// Bytes of host memory for everything that the engine uses, and on the CPU device for the model's tensors too.
     pub memory_bytes: Option<u64>,
-    /// Bytes of it that may be device memory.
+    /// Bytes that may be device memory.
     pub device_memory_bytes: Option<u64>,
     /// Folder of the state on disk, which is the checkpoint. Without one there is no disk tier and no commit.
     pub directory: Option<PathBuf>,
@@ -57,11 +64,15 @@ pub struct Config {
     pub faults: Option<FaultPlan>,
     /// Bandwidths of a slower disk, for tests and measurements.
     pub throttle: Option<Throttle>,
+    /// A call of the CUDA driver's that fails, for tests.
+    pub cuda_fault: Option<CudaFault>,
 }
 
 impl Default for Config {
     fn default() -> Self {
         Self {
+            device: Device::Cpu,
+            dtype: DType::F32,
             memory_bytes: None,
             device_memory_bytes: None,
             directory: None,
@@ -80,6 +91,7 @@ impl Default for Config {
             look_ahead: None,
             faults: None,
             throttle: None,
+            cuda_fault: None,
         }
     }
 }
@@ -130,6 +142,7 @@ pub struct Engine {
     /// What the checkpoint says that is resumed: the engine's part and the user's.
     resumed: Option<(Progress, serde_json::Value)>,
     piece_bytes: usize,
+    device: Arc<ComputeDevice>,
 }
 
 const DEFAULT_PIECE_BYTES: usize = 4 << 20;
@@ -153,6 +166,7 @@ impl Engine {
         if config.piece_bytes.is_some_and(|bytes| bytes == 0 || bytes % (4 * ALIGNMENT_ELEMENTS) != 0) {
             return invalid("piece_bytes must be a multiple of 4096");
         }
+        let device = Arc::new(ComputeDevice::new(&config.device, config.dtype, config.cuda_fault)?);
         let opened = stores::open(&config)?;
         let piece_bytes = match &opened {
             Some(store) => store.piece_bytes(),
@@ -169,6 +183,7 @@ impl Engine {
             opened: Mutex::new(opened),
             resumed,
             piece_bytes,
+            device,
         })
     }
 
@@ -188,7 +203,11 @@ impl Engine {
 
     /// A builder whose parameters are the engine's. They are vacant: they have no values until a step.
     pub fn var_builder(&self) -> VarBuilder<'static> {
-        VarBuilder::from_backend(Box::new(self.registry.clone()), DType::F32, Device::Cpu)
+        VarBuilder::from_backend(
+            Box::new(self.registry.clone()),
+            self.config.dtype,
+            self.config.device.clone(),
+        )
     }
 
     /// Parameters for which `rule` holds (by name and shape) and that are asked for from now on are frozen: they have
@@ -250,7 +269,7 @@ impl Engine {
         loss: &dyn Fn() -> candle_core::Result<Tensor>,
     ) -> Result<Observed> {
         let moves = boundary_home != Tier::Device;
-        Rehearsal::run(layout.clone(), tensors.clone(), moves, |rehearsal, finish| {
+        Rehearsal::run(layout.clone(), tensors.clone(), self.device.clone(), moves, |rehearsal, finish| {
             let pass = || {
                 let loss = loss()?;
                 self.passes.report(finish(&rehearsal, &loss))
@@ -268,17 +287,22 @@ impl Engine {
     ) -> Result<Plan> {
         let config = &self.config;
         let on_disk_possible = config.directory.is_some() || config.backend == BackendChoice::Memory;
+        let device = DeviceKind { dtype: config.dtype, apart: self.device.is_apart() };
         let limits = Limits {
             memory_bytes: config.memory_bytes,
             device_bytes: config.device_memory_bytes,
             // Without a folder there is no disk to leave anything on.
             placement: match &config.placement {
-                Placement::Auto if !on_disk_possible => Placement::All(Tier::Device),
+                Placement::Auto if !on_disk_possible => Placement::All(match device.holds_masters() {
+                    true => Tier::Device,
+                    false => Tier::Host,
+                }),
                 placement => placement.clone(),
             },
             boundaries: config.boundaries,
             slots: config.slots,
             look_ahead: config.look_ahead,
+            device,
         };
         let plan = Plan::make(
             layout,
@@ -304,6 +328,6 @@ impl Engine {
         let opened = lock(&self.opened).take();
         let stores = Stores::make(&self.config, &plan, opened, self.piece_bytes)?;
         let parameters = self.registry.parameters();
-        Trainer::start(self.config, plan, parameters, self.passes, stores)
+        Trainer::start(self.config, plan, parameters, self.passes, stores, self.device)
     }
 }

@@ -2,12 +2,13 @@
 //! hands them to the queues as dependencies allow and takes them back. Queues never share memory, they pass it on.
 
 use crate::arrangement::Arrangement;
+use crate::device::Done;
 use crate::error::{Error, Result};
 use crate::order::Order;
-use crate::schedule::{Extent, Operation, Queue, Resource};
+use crate::schedule::{Extent, Operation, Queue, Resource, Slot};
 use crate::trace::{Trace, TraceEvent};
 use crate::vacancy::DeviceRun;
-use crate::work::{Held, Norm, Shared, StepContext, internal};
+use crate::work::{Held, Norm, Passing, Shared, StepContext, internal};
 use crossbeam::channel::{Receiver, Sender, bounded, unbounded};
 use ferrozero_kernels::gradient::GradientStatistics;
 use ferrozero_offload::io::Verb;
@@ -35,7 +36,7 @@ pub struct Grant {
     /// The operation as scheduled.
     pub operation: Operation,
     /// Its memory, to be handed back with [`Executor::finish`].
-    pub held: Held,
+    pub held: Box<Held>,
     id: u64,
 }
 
@@ -44,7 +45,7 @@ type Reply<T> = Sender<Result<T>>;
 enum Event {
     Run { operations: Vec<Operation>, context: Arc<StepContext> },
     Compute { request: ComputeRequest, reply: Reply<Grant> },
-    Finished { id: u64, held: Held, result: Result<()> },
+    Finished { id: u64, held: Box<Held>, result: Result<()> },
     AwaitNorm { reply: Reply<(Norm, Trace)> },
     TakeTrace { reply: Reply<Trace> },
     Drain { reply: Reply<()> },
@@ -70,11 +71,19 @@ impl Executor {
     /// Starts the dispatcher and the threads of the queues.
     pub fn start(shared: Arc<Shared>, arrangement: &Arrangement, memory: Memory) -> Result<Self> {
         let (events, received) = unbounded();
+        let (device, dtype) = (shared.device.device(), shared.device.dtype());
         let slots = arrangement.slots.iter().map(|slot| {
-            Some(
-                slot.tensor_elements.iter().map(|&elements| vec![0f32; elements]).collect::<Vec<DeviceRun>>(),
-            )
+            let tensors = slot.tensor_elements.iter();
+            Ok(Some(
+                tensors
+                    .map(|&elements| DeviceRun::zeros(elements, dtype, device))
+                    .collect::<Result<_, _>>()?,
+            ))
         });
+        let slots: Vec<Option<Vec<DeviceRun>>> = slots.collect::<Result<_>>()?;
+        // The slots are made on the compute queue, and the first to use them is another one.
+        let made = shared.device.record(Queue::Compute)?;
+        let made = (0..slots.len()).flat_map(|slot| Some((Resource::Slot(Slot(slot)), made.clone()?)));
         let mut workers = HashMap::new();
         for queue in [Queue::Upload, Queue::Download, Queue::Optimizer, Queue::Commit] {
             workers.insert(queue, Worker::start(queue, shared.clone(), events.clone())?);
@@ -82,9 +91,10 @@ impl Executor {
         let dispatcher = Dispatcher {
             started: Instant::now(),
             buffers: memory.buffers.into_iter().map(Some).collect(),
-            slots: slots.collect(),
-            gradients: vec![Some(vec![]); arrangement.gradient_sets],
-            passages: vec![Some(vec![]); arrangement.passages],
+            dones: made.collect(),
+            slots,
+            gradients: (0..arrangement.gradient_sets).map(|_| Some(vec![])).collect(),
+            passages: (0..arrangement.passages).map(|_| Some(Passing::default())).collect(),
             statistics: Some(vec![GradientStatistics::default(); shared.layout.groups.len()]),
             extents: memory.extents,
             shared,
@@ -168,7 +178,7 @@ impl Drop for Executor {
 struct Job {
     id: u64,
     operation: Operation,
-    held: Held,
+    held: Box<Held>,
     context: Arc<StepContext>,
 }
 
@@ -185,7 +195,7 @@ impl Worker {
             .name(format!("ferrozero {}", queue.name()))
             .spawn(move || {
                 for Job { id, operation, mut held, context } in received {
-                    let result = shared.perform(&operation, &mut held, &context);
+                    let result = shared.perform_on(queue, &operation, &mut held, &context);
                     if events.send(Event::Finished { id, held, result }).is_err() {
                         return;
                     }
@@ -225,7 +235,9 @@ struct Dispatcher {
     buffers: Vec<Option<Lease>>,
     slots: Vec<Option<Vec<DeviceRun>>>,
     gradients: Vec<Option<Vec<DeviceRun>>>,
-    passages: Vec<Option<DeviceRun>>,
+    passages: Vec<Option<Passing>>,
+    /// What was last enqueued on the device with a slot, a gradient set or a passage.
+    dones: HashMap<Resource, Done>,
     statistics: Option<Vec<GradientStatistics>>,
     /// Operations that are not done.
     order: Order<Note>,
@@ -259,16 +271,18 @@ impl Dispatcher {
             self.advance();
             self.take_finished();
         }
-        // Transfers in flight own their buffers; they end before the memory goes.
+        // Transfers in flight own their buffers; they end before the memory goes. So does what the device is doing, and if
+        // that failed, an earlier operation has said so.
         while self.in_flight_outside() > 0 {
             self.take_finished();
         }
+        let _ = self.shared.device.synchronize();
     }
 
     fn take_finished(&mut self) {
         // The dispatcher holds a sender itself, so this waits until an operation ends.
         if let Ok(Event::Finished { id, held, result }) = self.received.recv() {
-            self.finished(id, held, result);
+            self.finished(id, *held, result);
         }
     }
 
@@ -285,7 +299,7 @@ impl Dispatcher {
                 self.asked_s = self.started.elapsed().as_secs_f64();
                 self.compute = Some((request, reply));
             }
-            Event::Finished { id, held, result } => self.finished(id, held, result),
+            Event::Finished { id, held, result } => self.finished(id, *held, result),
             Event::TakeTrace { reply } => {
                 // Nobody is there to take it only when the training thread is gone.
                 let _ = reply.send(Ok(std::mem::take(&mut self.trace)));
@@ -412,21 +426,21 @@ impl Dispatcher {
         let context = note.context.clone();
         match operation {
             Operation::Read { extent, piece, .. } => {
-                self.transfer(id, extent, piece, held, Verb::Read, context.adamw.step);
+                self.transfer(id, extent, piece, *held, Verb::Read, context.adamw.step);
             }
             Operation::Write { extent, piece, .. } => {
-                self.transfer(id, extent, piece, held, Verb::Write, context.adamw.step);
+                self.transfer(id, extent, piece, *held, Verb::Write, context.adamw.step);
             }
             _ if queue == Queue::Compute => {
                 let Some((_, reply)) = self.compute.take() else { return };
                 if let Err(unsent) = reply.send(Ok(Grant { operation, held, id }))
                     && let Ok(grant) = unsent.into_inner()
                 {
-                    self.finished(id, grant.held, Err(internal("the training thread went away")));
+                    self.finished(id, *grant.held, Err(internal("the training thread went away")));
                 }
             }
             _ if queue == Queue::Control => {
-                let mut held = held;
+                let mut held = *held;
                 let result = self.shared.perform(&operation, &mut held, &context);
                 self.finished(id, held, result);
             }
@@ -447,7 +461,7 @@ impl Dispatcher {
         };
         let events = self.events.clone();
         let done = move |completion: Completion| {
-            let held = Held { buffers: vec![completion.lease], ..Held::default() };
+            let held = Box::new(Held { buffers: vec![completion.lease], ..Held::default() });
             let result = completion.result.map_err(|source| Error::Disk { step, source });
             // Nobody listens any more only when the dispatcher itself is gone, and the lease with it.
             let _ = events.send(Event::Finished { id, held, result });
@@ -458,8 +472,8 @@ impl Dispatcher {
         }
     }
 
-    fn take(&mut self, operation: &Operation) -> Option<Held> {
-        let mut held = Held::default();
+    fn take(&mut self, operation: &Operation) -> Option<Box<Held>> {
+        let mut held = Box::new(Held::default());
         for resource in operation.resources() {
             match resource {
                 Resource::Buffer(buffer) => held.buffers.push(self.buffers[buffer.0].take()?),
@@ -469,6 +483,7 @@ impl Dispatcher {
                 Resource::Statistics => held.statistics = Some(self.statistics.take()?),
                 Resource::Piece(..) | Resource::StatesOnDisk => {}
             }
+            held.earlier.extend(self.dones.get(&resource).cloned());
         }
         Some(held)
     }
@@ -477,6 +492,11 @@ impl Dispatcher {
         let mut buffers = held.buffers.into_iter();
         let (mut slot, mut gradients, mut passage) = (held.slot, held.gradients, held.passage);
         for resource in operation.resources() {
+            let on_device =
+                matches!(resource, Resource::Slot(_) | Resource::Gradients(_) | Resource::Passage(_));
+            if let Some(done) = held.done.as_ref().filter(|_| on_device) {
+                self.dones.insert(resource, done.clone());
+            }
             match resource {
                 Resource::Buffer(buffer) => self.buffers[buffer.0] = buffers.next(),
                 Resource::Slot(index) => self.slots[index.0] = slot.take(),

@@ -82,14 +82,14 @@ impl Group {
         Self { name, table, elements: offset_elements, trainable_elements, resident }
     }
 
-    /// Bytes of the parameters as the device holds them, without alignment.
-    pub fn device_bytes(&self) -> u64 {
-        self.table.iter().map(|entry| 4 * entry.elements as u64).sum()
+    /// Elements of the parameters as the device holds them, without alignment.
+    pub fn device_elements(&self) -> u64 {
+        self.table.iter().map(|entry| entry.elements as u64).sum()
     }
 
-    /// Bytes of the trainable parameters' gradients as autograd makes them.
-    pub fn gradient_bytes(&self) -> u64 {
-        self.table.iter().filter(|entry| entry.trainable).map(|entry| 4 * entry.elements as u64).sum()
+    /// Elements of the trainable parameters' gradients as autograd makes them.
+    pub fn gradient_elements(&self) -> u64 {
+        self.table.iter().filter(|entry| entry.trainable).map(|entry| entry.elements as u64).sum()
     }
 
     /// The parts of parameters that lie in elements `piece` of the run, in order.

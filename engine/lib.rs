@@ -68,6 +68,7 @@ pub mod byte_size;
 mod checkpoint;
 pub mod command;
 pub mod data;
+mod device;
 mod engine;
 mod error;
 mod executor;
@@ -91,6 +92,9 @@ mod vacancy;
 mod work;
 
 pub use checkpoint::{Checkpoint, Damage, GroupSummary, Summary};
+#[cfg(feature = "cuda")]
+pub use device::CudaCall;
+pub use device::{CudaFault, open as open_device};
 pub use engine::{AdamW, Config, Engine};
 pub use error::{Error, Result};
 pub use export::import_safetensors;

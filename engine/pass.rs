@@ -2,12 +2,13 @@
 //! what the schedule says in a training step or an evaluation.
 
 use crate::arrangement::Call;
+use crate::device::ComputeDevice;
 use crate::error::{Error, Result};
 use crate::executor::{ComputeRequest, Executor, Grant};
 use crate::layout::Layout;
 use crate::registry::GroupTensors;
 use crate::rehearsal::{Rehearsal, Trial};
-use crate::schedule::Operation;
+use crate::schedule::{Operation, Queue};
 use crate::vacancy::{self, DeviceRun};
 use candle_core::backprop::GradStore;
 use candle_core::{Shape, Tensor};
@@ -30,6 +31,8 @@ pub enum Mode {
 pub struct ScheduledPass {
     /// Runs the schedule.
     pub executor: Arc<Executor>,
+    /// What computes.
+    pub device: Arc<ComputeDevice>,
     /// Groups.
     pub layout: Arc<Layout>,
     /// The tensors of the model.
@@ -108,7 +111,7 @@ impl Passes {
                 Ok(Forward::Trial(trial))
             }
             Mode::Scheduled(pass) => {
-                let granted = Granted::begin(&pass.executor, &pass.stall_s, ComputeRequest::Forward(group))?;
+                let granted = Granted::begin(&pass, ComputeRequest::Forward(group))?;
                 Ok(Forward::Scheduled { pass, group, granted })
             }
         }
@@ -120,7 +123,7 @@ impl Passes {
             Mode::Idle => Err(self.outside(group)),
             Mode::Rehearsal(rehearsal) => Ok(Backward::Trial(rehearsal.begin_backward(call, inputs)?)),
             Mode::Scheduled(pass) => {
-                let granted = Granted::begin(&pass.executor, &pass.stall_s, ComputeRequest::Backward(call))?;
+                let granted = Granted::begin(&pass, ComputeRequest::Backward(call))?;
                 Ok(Backward::Scheduled { pass, group, granted })
             }
         }
@@ -130,16 +133,22 @@ impl Passes {
 /// A compute operation in the training thread's hands. Dropped unfinished, it stops the run.
 pub struct Granted {
     executor: Arc<Executor>,
+    device: Arc<ComputeDevice>,
     grant: Option<Grant>,
 }
 
 impl Granted {
     /// Waits for a compute operation, and counts the wait.
-    pub fn begin(executor: &Arc<Executor>, stall_s: &Mutex<f64>, request: ComputeRequest) -> Result<Self> {
+    pub fn begin(pass: &ScheduledPass, request: ComputeRequest) -> Result<Self> {
+        let ScheduledPass { executor, device, stall_s, .. } = pass;
         let asked = Instant::now();
         let grant = executor.begin(request)?;
         *lock(stall_s) += asked.elapsed().as_secs_f64();
-        Ok(Self { executor: executor.clone(), grant: Some(grant) })
+        let granted = Self { executor: executor.clone(), device: device.clone(), grant: Some(grant) };
+        if let Some(grant) = &granted.grant {
+            device.wait(Queue::Compute, &grant.held.earlier)?;
+        }
+        Ok(granted)
     }
 
     /// The grant, to take from and put back into.
@@ -149,8 +158,12 @@ impl Granted {
 
     /// Hands the memory back.
     pub fn finish(mut self) -> Result<()> {
+        let done = self.device.record(Queue::Compute)?;
         match self.grant.take() {
-            Some(grant) => self.executor.finish(grant),
+            Some(mut grant) => {
+                grant.held.done = done;
+                self.executor.finish(grant)
+            }
             None => Ok(()),
         }
     }
@@ -219,7 +232,7 @@ impl Forward {
             Self::Trial(trial) => trial.finish(),
             Self::Scheduled { mut granted, .. } => {
                 if let Some(boundary) = boundary {
-                    granted.grant()?.held.passage = Some(boundary);
+                    granted.grant()?.held.passage.get_or_insert_default().boundary = boundary;
                 }
                 granted.finish()
             }
@@ -286,7 +299,7 @@ impl<'a> GradientSink<'a> {
             self.layout.groups[self.group].table.iter().zip(self.tensors.of(self.group)).enumerate()
         {
             if !entry.trainable {
-                runs.push(DeviceRun::new());
+                runs.push(DeviceRun::none());
                 continue;
             }
             let gradient = if self.group == resident {
@@ -298,7 +311,7 @@ impl<'a> GradientSink<'a> {
                 Some(gradient) => runs.push(vacancy::into_run(&gradient)?),
                 None => {
                     self.missing.push(entry.name.clone());
-                    runs.push(DeviceRun::new());
+                    runs.push(DeviceRun::none());
                 }
             }
         }
@@ -321,13 +334,25 @@ impl Backward {
     }
 
     /// The boundary, if it had left the device.
-    pub fn take_boundary(&mut self) -> Option<DeviceRun> {
+    pub fn take_boundary(&mut self) -> Result<Option<DeviceRun>> {
         match self {
             Self::Trial(trial) => trial.boundary(),
             Self::Scheduled { granted, .. } => {
-                granted.grant().ok()?.held.passage.as_mut().map(std::mem::take)
+                let passage = granted.grant()?.held.passage.as_mut();
+                Ok(passage.map(|passage| std::mem::take(&mut passage.boundary)))
             }
         }
+    }
+
+    /// The boundary is used up. A device with memory of its own keeps the storage for the next one.
+    pub fn return_boundary(&mut self, leaf: &Tensor) -> Result<()> {
+        let Self::Scheduled { pass, granted, .. } = self else { return Ok(()) };
+        if let Some(passage) = granted.grant()?.held.passage.as_mut()
+            && pass.device.is_apart()
+        {
+            passage.spare = vacancy::take(leaf)?;
+        }
+        Ok(())
     }
 
     /// Runs the module and its backward with the parameters in place.

@@ -1,7 +1,7 @@
 //! The plan: placements, slots, buffers, schedule and predicted bytes, made and printed before anything large is
 //! allocated. What cannot fit is refused here, with the culprit and the least budget that works.
 
-use crate::arrangement::{Arrangement, BufferUse, Call, Depths, GroupPlacement, Needs};
+use crate::arrangement::{Arrangement, BufferUse, Call, Depths, DeviceKind, GroupPlacement, Needs};
 use crate::builder::{Builder, gradient_passes_through};
 use crate::engine::AdamW;
 use crate::error::{Error, Result};
@@ -30,7 +30,7 @@ pub enum Placement {
 /// What the user grants and fixes. Everything that is none is the planner's choice.
 #[derive(Debug, Clone)]
 pub struct Limits {
-    /// Bytes of memory that the engine may use in all: on the CPU device, host and device share it.
+    /// Bytes of host memory that the engine may use: on the CPU device, host and device share it.
     pub memory_bytes: Option<u64>,
     /// Bytes of device memory that it may use.
     pub device_bytes: Option<u64>,
@@ -42,6 +42,8 @@ pub struct Limits {
     pub slots: Option<usize>,
     /// Pieces read ahead.
     pub look_ahead: Option<usize>,
+    /// What computes.
+    pub device: DeviceKind,
 }
 
 /// A plan.
@@ -62,7 +64,7 @@ impl Plan {
     /// Finds the placements that move least within the limits.
     ///
     /// # Errors
-    /// [`Error::BudgetTooSmall`] if nothing fits.
+    /// [`Error::BudgetTooSmall`] if nothing fits, and [`Error::Configuration`] for homes that cannot be.
     pub(crate) fn make(
         layout: Arc<Layout>,
         observed: Observed,
@@ -73,7 +75,12 @@ impl Plan {
     ) -> Result<Self> {
         let passes = gradient_passes_through(&observed.calls, accumulate, clip.is_some());
         let make = |placements: Vec<GroupPlacement>, depths: Depths| {
-            let needs = Needs { layout: &layout, calls: &observed.calls, gradient_passes_through: passes };
+            let needs = Needs {
+                layout: &layout,
+                calls: &observed.calls,
+                gradient_passes_through: passes,
+                device: limits.device,
+            };
             Self {
                 arrangement: Arc::new(Arrangement::new(&needs, placements, boundary_home, depths)),
                 layout: layout.clone(),
@@ -88,8 +95,10 @@ impl Plan {
         };
         let all = |placement: GroupPlacement| {
             let mut placements = vec![placement; layout.groups.len()];
-            // The resident group is always on the device.
-            placements[layout.resident()].master = Tier::Device;
+            // The resident group is always on the device, and its masters too if that can be.
+            if limits.device.holds_masters() {
+                placements[layout.resident()].master = Tier::Device;
+            }
             placements
         };
         let start = match &limits.placement {
@@ -97,6 +106,15 @@ impl Plan {
             Placement::All(tier) => GroupPlacement::all(*tier),
             Placement::Each(placement) => *placement,
         };
+        if !limits.device.holds_masters()
+            && Stream::ALL.iter().any(|&stream| start.home(stream) == Tier::Device)
+        {
+            return Err(Error::Configuration(
+                "a state stream has its home on the device, which holds no states of a run on CUDA or in another type \
+                 than f32: choose host or disk"
+                    .into(),
+            ));
+        }
         let comfortable = Depths {
             slots: limits.slots.unwrap_or(2),
             look_ahead: limits.look_ahead.unwrap_or(4),
@@ -132,7 +150,8 @@ impl Plan {
                 continue;
             }
             // On the CPU device, memory is memory: parameters that stay on the device need no slot to pass through.
-            let tier = if stream == Stream::Master { Tier::Device } else { Tier::Host };
+            let in_slots = stream == Stream::Master && best.limits.device.holds_masters();
+            let tier = if in_slots { Tier::Device } else { Tier::Host };
             let resident = best.layout.resident();
             for group in std::iter::once(resident).chain(0..resident) {
                 let mut placements = best.arrangement.placements.clone();
@@ -151,21 +170,21 @@ impl Plan {
 
     fn fits(&self) -> bool {
         let fits = |bytes: u64, limit: Option<u64>| limit.is_none_or(|limit| bytes <= limit);
-        fits(self.host_bytes() + self.device_bytes(), self.limits.memory_bytes)
+        fits(self.memory_bytes(), self.limits.memory_bytes)
             && fits(self.device_bytes(), self.limits.device_bytes)
     }
 
     fn too_small(&self) -> Error {
         let (tier, needed_bytes, budget) = match self.limits.device_bytes {
             Some(limit) if self.device_bytes() > limit => (Tier::Device, self.device_bytes(), limit),
-            _ => (Tier::Host, self.host_bytes() + self.device_bytes(), self.limits.memory_bytes.unwrap_or(0)),
+            _ => (Tier::Host, self.memory_bytes(), self.limits.memory_bytes.unwrap_or(0)),
         };
         let largest = self.layout.groups.iter().rev().max_by_key(|group| group.elements);
         let culprit = largest.map_or(String::new(), |group| {
             format!(
                 "The largest group is {} with {} of parameters, and the model's own tensors take {}",
                 group.name,
-                Bytes(group.device_bytes()),
+                Bytes(group.device_elements() * self.limits.device.element_bytes()),
                 self.working_bytes.map_or("an unknown amount".into(), |bytes| Bytes(bytes).to_string()),
             )
         });
@@ -176,6 +195,11 @@ impl Plan {
             least_bytes: needed_bytes.next_multiple_of(1 << 20),
             culprit,
         }
+    }
+
+    /// Peak bytes of the host's memory. The CPU device's memory is the host's.
+    fn memory_bytes(&self) -> u64 {
+        self.host_bytes() + if self.limits.device.apart { 0 } else { self.device_bytes() }
     }
 
     /// Bytes of host memory that the engine leases.
@@ -193,19 +217,26 @@ impl Plan {
         self.arrangement.buffer_bytes(Tier::Device)
     }
 
-    /// Peak bytes that the CPU device takes from the heap.
+    /// Bytes of all slots.
+    fn slot_bytes(&self) -> u64 {
+        self.arrangement.slot_elements() * self.limits.device.element_bytes()
+    }
+
+    /// Peak bytes of device memory that is not leased: on the CPU device that is the heap.
     pub(crate) fn heap_bytes(&self) -> u64 {
         let boundary = self.calls.iter().map(|call| 4 * call.boundary_elements as u64).max().unwrap_or(0);
-        self.arrangement.slot_bytes()
+        // A device with memory of its own keeps the storage of a boundary that was saved for one that is loaded.
+        let boundaries = self.arrangement.passages as u64 * if self.limits.device.apart { 2 } else { 1 };
+        self.slot_bytes()
             + self.gradient_bytes()
-            + self.arrangement.passages as u64 * boundary
+            + boundaries * boundary
             + self.working_bytes.unwrap_or(0)
-            + BOOKKEEPING_BYTES
+            + if self.limits.device.apart { 0 } else { BOOKKEEPING_BYTES }
     }
 
     fn gradient_bytes(&self) -> u64 {
-        let largest = self.layout.groups.iter().map(|group| group.gradient_bytes()).max().unwrap_or(0);
-        self.arrangement.gradient_sets as u64 * largest
+        let largest = self.layout.groups.iter().map(|group| group.gradient_elements()).max().unwrap_or(0);
+        self.arrangement.gradient_sets as u64 * largest * self.limits.device.element_bytes()
     }
 
     /// Bytes of state that live on disk, once; a store with commits takes twice that.
@@ -303,7 +334,7 @@ impl fmt::Display for Plan {
             }
             row(f, stream.name(), in_slots, home(Tier::Host), home(Tier::Disk))?;
         }
-        row(f, &format!("slots ({})", self.arrangement.slots.len()), self.arrangement.slot_bytes(), 0, 0)?;
+        row(f, &format!("slots ({})", self.arrangement.slots.len()), self.slot_bytes(), 0, 0)?;
         let of_use = |uses: &[BufferUse]| -> u64 {
             let of_use = self.arrangement.buffers.iter().filter(|buffer| uses.contains(&buffer.use_));
             of_use.map(|buffer| buffer.bytes as u64).sum()
@@ -318,13 +349,30 @@ impl fmt::Display for Plan {
         }
         row(f, "pieces on their way: parameters", 0, of_use(&[BufferUse::FetchPieces]), 0)?;
         row(f, "pieces on their way: states", 0, of_use(&[BufferUse::StatePieces]), 0)?;
+        let staging = of_use(&[BufferUse::Staging]);
+        if staging > 0 {
+            row(f, "pieces in the device's type", 0, staging, 0)?;
+        }
         row(f, "gradients on their way", self.gradient_bytes(), of_use(&[BufferUse::GradientPieces]), 0)?;
         match self.working_bytes {
             Some(bytes) => row(f, "activations and other tensors", bytes, 0, 0)?,
             None => writeln!(f, "  {:<34}{:>12}", "activations and other tensors", "not counted")?,
         }
         row(f, "in all", self.device_bytes(), self.host_bytes(), self.disk_home_bytes())?;
-        let total = Bytes(self.device_bytes() + self.host_bytes());
+        let limit = |limit: Option<u64>| match limit {
+            Some(limit) => format!("of {} granted", Bytes(limit)),
+            None => "no limit granted".into(),
+        };
+        if self.limits.device.apart {
+            let (host, device) = (limit(self.limits.memory_bytes), limit(self.limits.device_bytes));
+            return write!(
+                f,
+                "  host memory {}, {host}; device memory {}, {device}",
+                Bytes(self.host_bytes()),
+                Bytes(self.device_bytes())
+            );
+        }
+        let total = Bytes(self.memory_bytes());
         match self.limits.memory_bytes {
             Some(limit) => write!(f, "  memory in all {total} of {} granted", Bytes(limit)),
             None => write!(f, "  memory in all {total}, no limit granted"),

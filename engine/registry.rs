@@ -37,6 +37,8 @@ struct State {
     segments: Vec<String>,
     building: Option<usize>,
     frozen: Option<ParameterRule>,
+    /// Type and device of all parameters.
+    device: Option<(DType, Device)>,
     sealed: bool,
 }
 
@@ -141,14 +143,18 @@ impl Registry {
                 "parameter {name} was asked for after the plan was made"
             )));
         }
-        if dtype != DType::F32 || !device.is_cpu() {
+        let of_engine = state.device.get_or_insert_with(|| (dtype, device.clone()));
+        if of_engine.0 != dtype || !of_engine.1.same_device(device) {
             return Err(Error::Unsupported(format!(
-                "parameter {name}: {dtype:?} on {:?} is not supported yet, only F32 on the CPU device",
-                device.location()
+                "parameter {name} was asked for as {dtype:?} on {:?}, and others as {:?} on {:?}: all parameters are \
+                 of the type and on the device of the engine's configuration",
+                device.location(),
+                of_engine.0,
+                of_engine.1.location()
             )));
         }
         let trainable = !state.frozen.as_ref().is_some_and(|rule| rule(name, shape.dims()));
-        let tensor = vacancy::vacant_tensor(&shape, trainable)?;
+        let tensor = vacancy::vacant_tensor(&shape, dtype, device, trainable)?;
         let segment = state.building;
         let index = state.parameters.len();
         state.by_name.insert(name.to_owned(), index);

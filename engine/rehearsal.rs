@@ -3,6 +3,7 @@
 //! that no gradient reaches, and the working memory of the model's own tensors.
 
 use crate::arrangement::Call;
+use crate::device::ComputeDevice;
 use crate::error::{Error, Result};
 use crate::layout::Layout;
 use crate::pass::{GradientSink, Observed, lock};
@@ -40,6 +41,7 @@ struct Findings {
 pub struct Rehearsal {
     layout: Arc<Layout>,
     tensors: Arc<GroupTensors>,
+    device: Arc<ComputeDevice>,
     /// Whether boundaries leave the device, so that the rehearsal does not hold them either.
     moves_boundaries: bool,
     base_bytes: u64,
@@ -63,18 +65,17 @@ impl Rehearsal {
     pub fn run(
         layout: Arc<Layout>,
         tensors: Arc<GroupTensors>,
+        device: Arc<ComputeDevice>,
         moves_boundaries: bool,
         within: impl FnOnce(Arc<Self>, &dyn Fn(&Self, &Tensor) -> Result<()>) -> Result<()>,
     ) -> Result<Observed> {
         let resident = layout.resident();
-        let zeros = |group: usize| -> Vec<DeviceRun> {
-            layout.groups[group].table.iter().map(|entry| vec![0.0; entry.elements]).collect()
-        };
-        tensors.fill(resident, zeros(resident))?;
+        tensors.fill(resident, device.zeros(&layout.groups[resident])?)?;
         memory::reset_peak();
         let this = Arc::new(Self {
             layout: layout.clone(),
             tensors: tensors.clone(),
+            device: device.clone(),
             moves_boundaries,
             base_bytes: memory::current_bytes(),
             findings: Mutex::default(),
@@ -89,7 +90,8 @@ impl Rehearsal {
         }
         Ok(Observed {
             calls: findings.calls.iter().map(|(call, _)| call.clone()).collect(),
-            working_bytes: (findings.peak_bytes > 0).then_some(findings.peak_bytes),
+            // The memory of another device is not counted.
+            working_bytes: (findings.peak_bytes > 0 && !device.is_apart()).then_some(findings.peak_bytes),
         })
     }
 
@@ -140,8 +142,12 @@ impl Rehearsal {
     ) -> Result<Trial> {
         self.note_peak();
         let first = inputs[0];
-        let boundary_elements = if first.dtype() == DType::F32 { first.elem_count() } else { 0 };
-        let moves = first.track_op() && vacancy::owns_plain_storage(first);
+        let bytes = first.elem_count() * first.dtype().size_in_bytes();
+        let moves = first.track_op()
+            && first.dtype() == self.device.dtype()
+            && bytes.is_multiple_of(4)
+            && vacancy::owns_plain_storage(first);
+        let boundary_elements = if moves { bytes / 4 } else { 0 };
         let kind = self.kind(group, code, inputs);
         let call = Call { group, boundary_elements, boundary_moves: moves };
         let mut findings = lock(&self.findings);
@@ -150,17 +156,19 @@ impl Rehearsal {
         let call = findings.calls.len() - 1;
         drop(findings);
         let moves = moves && self.moves_boundaries;
-        Ok(Trial { rehearsal: self.clone(), call, kind, group, boundary_elements, moves, known })
+        let elements = first.elem_count();
+        Ok(Trial { rehearsal: self.clone(), call, kind, group, boundary_elements: elements, moves, known })
     }
 
     /// A segment's backward begins.
     pub fn begin_backward(self: &Arc<Self>, call: usize, inputs: &[Tensor]) -> Result<Trial> {
         self.note_peak();
         let findings = lock(&self.findings);
-        let (Call { group, boundary_elements, boundary_moves }, kind) = findings.calls[call].clone();
+        let (Call { group, boundary_moves, .. }, kind) = findings.calls[call].clone();
         let known = findings.known.get(&kind).is_some_and(|known| known.backward_bytes.is_some());
         drop(findings);
         let moves = boundary_moves && self.moves_boundaries && vacancy::is_vacant(&inputs[0]);
+        let boundary_elements = inputs[0].elem_count();
         Ok(Trial { rehearsal: self.clone(), call, kind, group, boundary_elements, moves, known })
     }
 
@@ -191,8 +199,10 @@ impl Trial {
     }
 
     /// A boundary in place of the one that left.
-    pub fn boundary(&self) -> Option<DeviceRun> {
-        self.moves.then(|| vec![0.0; self.boundary_elements])
+    pub fn boundary(&self) -> Result<Option<DeviceRun>> {
+        let device = &self.rehearsal.device;
+        let zeros = || DeviceRun::zeros(self.boundary_elements, device.dtype(), device.device());
+        Ok(self.moves.then(zeros).transpose()?)
     }
 
     /// Runs the first of its kind; for the others the output's shape is known.
@@ -205,7 +215,8 @@ impl Trial {
                 lock(&self.rehearsal.findings).known.get(&self.kind).and_then(|known| known.output.clone());
             let shape = shape.ok_or_else(|| crate::work::internal("a known segment without an output"))?;
             self.count(|known| known.forward_bytes);
-            return Ok((vec![0.0; shape.elem_count()], shape));
+            let device = &self.rehearsal.device;
+            return Ok((DeviceRun::zeros(shape.elem_count(), device.dtype(), device.device())?, shape));
         }
         let (output, bytes) = self.measured(run)?;
         let known = Known { output: Some(output.1.clone()), forward_bytes: bytes, backward_bytes: None };
@@ -236,10 +247,9 @@ impl Trial {
 
     /// Runs something with parameters of zero in place, and measures what it needs beyond them.
     fn measured<T>(&self, run: impl FnOnce() -> candle_core::Result<T>) -> Result<(T, u64)> {
-        let Rehearsal { layout, tensors, base_bytes, .. } = &*self.rehearsal;
+        let Rehearsal { layout, tensors, device, base_bytes, .. } = &*self.rehearsal;
         let before_bytes = memory::current_bytes();
-        let zeros = layout.groups[self.group].table.iter().map(|entry| vec![0.0; entry.elements]).collect();
-        tensors.fill(self.group, zeros)?;
+        tensors.fill(self.group, device.zeros(&layout.groups[self.group])?)?;
         let with_parameters_bytes = memory::current_bytes();
         memory::reset_peak();
         let result = run();

@@ -125,8 +125,8 @@ pub enum Operation {
     Read { extent: Extent, piece: usize, buffer: Buffer, fetch: bool },
     /// Buffer to disk.
     Write { extent: Extent, piece: usize, buffer: Buffer },
-    /// Buffer to slot.
-    Upload { group: GroupIndex, piece: usize, buffer: Buffer, slot: Slot },
+    /// Buffer to slot, by way of `staging` where the device computes in another type.
+    Upload { group: GroupIndex, piece: usize, buffer: Buffer, slot: Slot, staging: Option<Buffer> },
     /// Slot to buffer.
     Download { group: GroupIndex, piece: usize, slot: Slot, buffer: Buffer },
     /// The resident parameters enter their tensors.
@@ -141,12 +141,14 @@ pub enum Operation {
     SaveBoundary { call: usize, piece: usize, passage: Passage, buffer: Buffer },
     /// A piece of a boundary returns to the device.
     LoadBoundary { call: usize, piece: usize, passage: Passage, buffer: Buffer },
-    /// Gradients of a piece are scaled and put into, or added to, a buffer; the last time they are measured.
+    /// Gradients of a piece are scaled and put into, or added to, a buffer; the last time they are measured. Those of a
+    /// device with memory of its own come by way of `staging`.
     Accumulate {
         group: GroupIndex,
         piece: usize,
         gradients: GradientSet,
         buffer: Buffer,
+        staging: Option<Buffer>,
         add: bool,
         measure: bool,
     },
@@ -258,9 +260,12 @@ impl Operation {
             Self::Read { extent, piece, buffer, .. } | Self::Write { extent, piece, buffer } => {
                 vec![R::Piece(extent, piece), R::Buffer(buffer)]
             }
-            Self::Upload { buffer, slot, .. } | Self::Download { buffer, slot, .. } => {
-                vec![R::Buffer(buffer), R::Slot(slot)]
+            Self::Upload { buffer, slot, staging, .. } => {
+                let mut used = vec![R::Buffer(buffer), R::Slot(slot)];
+                used.extend(staging.map(R::Buffer));
+                used
             }
+            Self::Download { buffer, slot, .. } => vec![R::Buffer(buffer), R::Slot(slot)],
             Self::Attach { slot } => vec![R::Slot(slot)],
             Self::Forward { slot, passage, .. } => {
                 let mut used = vec![R::Slot(slot)];
@@ -280,8 +285,9 @@ impl Operation {
             Self::SaveBoundary { passage, buffer, .. } | Self::LoadBoundary { passage, buffer, .. } => {
                 vec![R::Passage(passage), R::Buffer(buffer)]
             }
-            Self::Accumulate { gradients, buffer, measure, .. } => {
+            Self::Accumulate { gradients, buffer, staging, measure, .. } => {
                 let mut used = vec![R::Gradients(gradients), R::Buffer(buffer)];
+                used.extend(staging.map(R::Buffer));
                 if measure {
                     used.push(R::Statistics);
                 }

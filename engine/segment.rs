@@ -9,8 +9,7 @@ use crate::error::{Error, Result};
 use crate::pass::Passes;
 use crate::vacancy::{self, DeviceRun};
 use candle_core::{
-    CpuStorage, CudaStorage, CustomOp1, CustomOp2, CustomOp3, DType, Layout, Module, Shape, Storage, Tensor,
-    bail,
+    CpuStorage, CudaStorage, CustomOp1, CustomOp2, CustomOp3, DType, Layout, Module, Shape, Tensor, bail,
 };
 use std::sync::{Arc, Mutex};
 
@@ -90,12 +89,11 @@ fn call(
         let output = run(&inputs)?;
         let shape = output.shape().clone();
         // An output that is a view of an input must not take the input's storage with it.
-        let shared = inputs.iter().any(|input| vacancy::address(input) == vacancy::address(&output));
-        if output.dtype() != DType::F32 {
-            bail!("a segment's output must be F32, not {:?}", output.dtype())
+        let shared = inputs.iter().any(|input| vacancy::share_storage(input, &output));
+        if !matches!(output.dtype(), DType::F32 | DType::BF16 | DType::F16) {
+            bail!("a segment's output must be F32, BF16 or F16, not {:?}", output.dtype())
         }
-        let values =
-            if shared { output.flatten_all()?.to_vec1::<f32>()? } else { vacancy::into_run(&output)? };
+        let values = if shared { vacancy::copy(&output)? } else { vacancy::into_run(&output)? };
         Ok((values, shape))
     });
     let (values, shape) = match output {
@@ -107,12 +105,7 @@ fn call(
     };
     let Some(call) = forward.graph_call() else {
         forward.finish(None)?;
-        return Ok(Tensor::from_storage(
-            Storage::Cpu(CpuStorage::F32(values)),
-            shape,
-            candle_core::op::BackpropOp::none(),
-            false,
-        ));
+        return Ok(values.into_tensor(&shape, false));
     };
     let output = Mutex::new(Some((values, shape)));
     let inputs: Vec<Tensor> = inputs.iter().map(|&input| input.clone()).collect();
@@ -121,7 +114,10 @@ fn call(
     let operation = SegmentOperation { passes: passes.clone(), group, call, run, inputs, output };
     let node = match tracked.as_slice() {
         // The parameters are not in the graph, so without a tracked input candle would not come back to this segment.
-        [] => vacancy::leaf(vec![0.0], &Shape::from(())).apply_op1(operation),
+        [] => {
+            let leaf = DeviceRun::zeros(1, DType::F32, first.device())?;
+            leaf.into_tensor(&Shape::from(()), true).apply_op1(operation)
+        }
         [first] => first.apply_op1(operation),
         [first, second] => first.apply_op2(second, operation),
         [first, second, third] => first.apply_op3(second, third, operation),
@@ -144,11 +140,21 @@ struct SegmentOperation {
 }
 
 impl SegmentOperation {
-    fn output(&self) -> candle_core::Result<(CpuStorage, Shape)> {
+    fn output(&self) -> candle_core::Result<(DeviceRun, Shape)> {
         match self.output.lock().ok().and_then(|mut output| output.take()) {
-            Some((values, shape)) => Ok((CpuStorage::F32(values), shape)),
+            Some(output) => Ok(output),
             None => bail!("a segment's operation ran twice"),
         }
+    }
+
+    fn cpu_output(&self) -> candle_core::Result<(CpuStorage, Shape)> {
+        let (values, shape) = self.output()?;
+        Ok((values.into_cpu()?, shape))
+    }
+
+    fn cuda_output(&self) -> candle_core::Result<(CudaStorage, Shape)> {
+        let (values, shape) = self.output()?;
+        Ok((values.into_cuda()?, shape))
     }
 
     /// Gradients of the tracked inputs, in order.
@@ -163,12 +169,13 @@ impl SegmentOperation {
             backward.finish(None)?;
             return Ok(tracked().map(|input| input.zeros_like()).collect::<candle_core::Result<_>>()?);
         }
-        let boundary = backward.take_boundary();
+        let boundary = backward.take_boundary()?;
+        let moved = boundary.is_some();
         let first = &self.inputs[0];
         let restores = boundary.is_none() && first.track_op() && vacancy::owns_plain_storage(first);
         let mut leaves = vec![match boundary {
-            Some(values) => vacancy::leaf(values, first.shape()),
-            None if restores => vacancy::leaf(vacancy::take(first)?, first.shape()),
+            Some(values) => values.into_tensor(first.shape(), true),
+            None if restores => vacancy::take(first)?.into_tensor(first.shape(), true),
             None => leaf_of(first)?,
         }];
         for input in &self.inputs[1..] {
@@ -189,6 +196,9 @@ impl SegmentOperation {
         if restores {
             vacancy::fill(first, vacancy::take(&leaves[0])?)?;
         }
+        if moved {
+            backward.return_boundary(&leaves[0])?;
+        }
         let (of_inputs, of_parameters) = match gradients {
             Ok(gradients) => gradients,
             Err(error) => {
@@ -207,8 +217,8 @@ impl SegmentOperation {
 
 /// An input as a leaf of the segment's own graph: a copy that gets a gradient, if candle tracks it outside.
 fn leaf_of(input: &Tensor) -> Result<Tensor> {
-    if input.track_op() && input.dtype() == DType::F32 {
-        Ok(vacancy::leaf(input.flatten_all()?.to_vec1::<f32>()?, input.shape()))
+    if input.track_op() && input.dtype().is_float() {
+        Ok(vacancy::copy(input)?.into_tensor(input.shape(), true))
     } else {
         Ok(input.detach())
     }
@@ -221,7 +231,10 @@ impl CustomOp1 for SegmentOperation {
         NAME
     }
     fn cpu_fwd(&self, _: &CpuStorage, _: &Layout) -> candle_core::Result<(CpuStorage, Shape)> {
-        self.output()
+        self.cpu_output()
+    }
+    fn cuda_fwd(&self, _: &CudaStorage, _: &Layout) -> candle_core::Result<(CudaStorage, Shape)> {
+        self.cuda_output()
     }
     fn bwd(&self, _: &Tensor, _: &Tensor, upstream: &Tensor) -> candle_core::Result<Option<Tensor>> {
         Ok(self.backward(upstream)?.next())
@@ -239,7 +252,16 @@ impl CustomOp2 for SegmentOperation {
         _: &CpuStorage,
         _: &Layout,
     ) -> candle_core::Result<(CpuStorage, Shape)> {
-        self.output()
+        self.cpu_output()
+    }
+    fn cuda_fwd(
+        &self,
+        _: &CudaStorage,
+        _: &Layout,
+        _: &CudaStorage,
+        _: &Layout,
+    ) -> candle_core::Result<(CudaStorage, Shape)> {
+        self.cuda_output()
     }
     fn bwd(
         &self,
@@ -266,7 +288,18 @@ impl CustomOp3 for SegmentOperation {
         _: &CpuStorage,
         _: &Layout,
     ) -> candle_core::Result<(CpuStorage, Shape)> {
-        self.output()
+        self.cpu_output()
+    }
+    fn cuda_fwd(
+        &self,
+        _: &CudaStorage,
+        _: &Layout,
+        _: &CudaStorage,
+        _: &Layout,
+        _: &CudaStorage,
+        _: &Layout,
+    ) -> candle_core::Result<(CudaStorage, Shape)> {
+        self.cuda_output()
     }
     fn bwd(
         &self,
@@ -284,15 +317,22 @@ impl CustomOp3 for SegmentOperation {
 /// Starts a backward pass from a given upstream gradient: no arithmetic of its own.
 struct Inject(Tensor);
 
+impl Inject {
+    /// A number that nobody looks at.
+    fn result(&self) -> candle_core::Result<DeviceRun> {
+        DeviceRun::zeros(1, self.0.dtype(), self.0.device())
+    }
+}
+
 impl CustomOp1 for Inject {
     fn name(&self) -> &'static str {
         "upstream gradient"
     }
     fn cpu_fwd(&self, _: &CpuStorage, _: &Layout) -> candle_core::Result<(CpuStorage, Shape)> {
-        Ok((CpuStorage::F32(vec![0.0]), Shape::from(())))
+        Ok((self.result()?.into_cpu()?, Shape::from(())))
     }
     fn cuda_fwd(&self, _: &CudaStorage, _: &Layout) -> candle_core::Result<(CudaStorage, Shape)> {
-        bail!("segments on CUDA devices are not built yet: use Device::Cpu")
+        Ok((self.result()?.into_cuda()?, Shape::from(())))
     }
     fn bwd(&self, _: &Tensor, _: &Tensor, _: &Tensor) -> candle_core::Result<Option<Tensor>> {
         Ok(Some(self.0.clone()))

@@ -458,7 +458,7 @@ mod tests {
     }
 
     fn upload(piece: usize, buffer: usize) -> Operation {
-        Operation::Upload { group: 0, piece, buffer: Buffer(buffer), slot: SLOT }
+        Operation::Upload { group: 0, piece, buffer: Buffer(buffer), slot: SLOT, staging: None }
     }
 
     const FORWARD: Operation = Operation::Forward { call: 0, slot: SLOT, passage: None };
@@ -525,6 +525,7 @@ mod tests {
             piece: 0,
             gradients,
             buffer: Buffer(0),
+            staging: None,
             add: false,
             measure,
         };

@@ -1,5 +1,6 @@
 //! The trainer: steps, evaluations, commits and exports, each by running a schedule.
 
+use crate::device::ComputeDevice;
 use crate::engine::Config;
 use crate::error::{Error, Result};
 use crate::executor::{ComputeRequest, Executor, Memory};
@@ -11,11 +12,11 @@ use crate::schedule::Operation;
 use crate::stores::{Progress, Stores};
 use crate::trace::Trace;
 use crate::work::{Shared, StateCommit, StepContext};
-use candle_core::Tensor;
+use candle_core::{DType, Tensor};
 use crossbeam::channel::unbounded;
 use ferrozero_kernels::Pool;
 use ferrozero_kernels::adamw::AdamWStep;
-use ferrozero_offload::{Arena, Budget, Notice, Store, Tier, memory};
+use ferrozero_offload::{Budget, Notice, Store, Tier, memory};
 use sha2::{Digest, Sha256};
 use std::collections::HashMap;
 use std::path::Path;
@@ -68,6 +69,7 @@ pub struct Trainer {
     passes: Passes,
     tensors: Arc<GroupTensors>,
     executor: Arc<Executor>,
+    compute: Arc<ComputeDevice>,
     stores: Stores,
     host: Budget,
     device: Budget,
@@ -92,11 +94,14 @@ impl Trainer {
         parameters: Vec<Parameter>,
         passes: Passes,
         stores: Stores,
+        compute: Arc<ComputeDevice>,
     ) -> Result<Self> {
         memory::reset_peak();
         let base_heap_bytes = memory::current_bytes();
         // Freed tensors are kept for the next step, within what the plan grants.
-        memory::set_cache_limit_bytes(base_heap_bytes + plan.heap_bytes());
+        if !compute.is_apart() {
+            memory::set_cache_limit_bytes(base_heap_bytes + plan.heap_bytes());
+        }
         let threads =
             config.threads.or_else(|| std::thread::available_parallelism().ok().map(Into::into)).unwrap_or(1);
         let pool = Pool::new(threads).map_err(|error| Error::Kernel(error.to_string()))?;
@@ -105,7 +110,7 @@ impl Trainer {
         let device = Budget::new(Tier::Device, plan.device_buffer_bytes());
         let arenas = [(Tier::Host, &host), (Tier::Device, &device)].map(|(tier, budget)| {
             let bytes = budget.limit_bytes() as usize;
-            (bytes > 0).then(|| Arena::new(budget, bytes).map(|arena| (tier, arena))).transpose()
+            (bytes > 0).then(|| compute.host_arena(budget, bytes).map(|arena| (tier, arena))).transpose()
         });
         let mut by_tier = HashMap::new();
         let mut notices = vec![];
@@ -132,6 +137,7 @@ impl Trainer {
             parameters,
             seed: config.seed,
             pool,
+            device: compute.clone(),
         };
         let memory = Memory { buffers, extents: stores.extents.clone() };
         let executor = Arc::new(Executor::start(Arc::new(shared), &plan.arrangement, memory)?);
@@ -150,6 +156,7 @@ impl Trainer {
             passes,
             tensors,
             executor,
+            compute,
             stores,
             host,
             device,
@@ -280,6 +287,7 @@ impl Trainer {
     fn pass(&self, train: bool) -> Arc<ScheduledPass> {
         Arc::new(ScheduledPass {
             executor: self.executor.clone(),
+            device: self.compute.clone(),
             layout: self.plan.layout.clone(),
             tensors: self.tensors.clone(),
             train,
@@ -297,7 +305,7 @@ impl Trainer {
         let step = self.step + 1;
         let (loss, mut store) = self.passes.within(Mode::Scheduled(pass.clone()), || {
             let loss = loss()?;
-            let value = loss.to_scalar::<f32>()?;
+            let value = loss.to_dtype(DType::F32)?.to_scalar::<f32>()?;
             if !value.is_finite() {
                 return self.passes.report(Err(Error::NonFiniteLoss { step, loss: value }));
             }
@@ -316,14 +324,14 @@ impl Trainer {
     }
 
     fn attach(&self, pass: &ScheduledPass) -> Result<()> {
-        let mut granted = Granted::begin(&self.executor, &pass.stall_s, ComputeRequest::Attach)?;
+        let mut granted = Granted::begin(pass, ComputeRequest::Attach)?;
         let slot = granted.grant()?.held.slot.replace(vec![]);
         self.tensors.fill(self.plan.layout.resident(), slot.unwrap_or_default())?;
         granted.finish()
     }
 
     fn detach(&self, pass: &ScheduledPass, gradients: Option<Vec<crate::vacancy::DeviceRun>>) -> Result<()> {
-        let mut granted = Granted::begin(&self.executor, &pass.stall_s, ComputeRequest::Detach)?;
+        let mut granted = Granted::begin(pass, ComputeRequest::Detach)?;
         let held = &mut granted.grant()?.held;
         held.slot = Some(self.tensors.take(self.plan.layout.resident())?);
         if gradients.is_some() {
@@ -436,7 +444,16 @@ impl Trainer {
         export_safetensors(path, &self.parameters(), &|name| self.parameter(name))
     }
 
+    /// Copies between host and CUDA device so far for which the device could not go on, because the host's memory was not
+    /// pinned. The engine makes none.
+    pub fn pageable_copies(&self) -> u64 {
+        self.compute.pageable_copies()
+    }
+
     fn note_heap(&mut self) {
+        if self.compute.is_apart() {
+            return;
+        }
         self.peak_heap_bytes =
             self.peak_heap_bytes.max(memory::peak_bytes().saturating_sub(self.base_heap_bytes));
     }

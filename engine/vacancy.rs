@@ -1,18 +1,125 @@
 //! Moving storage in and out of tensors that candle's graph already knows.
 //!
-//! A vacant tensor keeps its identity, shape and type while its storage lies in a tier. Its place is held by an
-//! empty storage of a type that no operation accepts, so using it is an error and never a wrong number.
+//! A vacant tensor keeps its identity, shape and type while its storage lies in a tier. Its place is held by a
+//! storage of a type that no operation accepts, so using it is an error and never a wrong number.
 
 use candle_core::backend::BackendStorage;
 use candle_core::op::BackpropOp;
-use candle_core::{CpuStorage, CudaStorage, DType, InplaceOp1, Layout, Result, Shape, Storage, Tensor, bail};
+use candle_core::{
+    CpuStorage, CudaStorage, DType, Device, InplaceOp1, Layout, Result, Shape, Storage, Tensor, bail,
+};
 use std::sync::Mutex;
 
-/// Storage of one f32 tensor on the device: the CPU device's is a vector.
-pub type DeviceRun = Vec<f32>;
+/// The type of the storage that holds the place of a vacant tensor's.
+const VACANT: DType = DType::F6E2M3;
+
+/// Storage of one tensor, on the device that computes.
+#[derive(Debug)]
+pub struct DeviceRun(Storage);
+
+impl Default for DeviceRun {
+    fn default() -> Self {
+        Self::none()
+    }
+}
+
+impl DeviceRun {
+    /// No storage: in place of one that is elsewhere, or that a frozen parameter does not have.
+    pub fn none() -> Self {
+        Self(Storage::Cpu(CpuStorage::F32(vec![])))
+    }
+
+    /// `elements` zeros on a device.
+    pub fn zeros(elements: usize, dtype: DType, device: &Device) -> Result<Self> {
+        take(&Tensor::zeros(elements, dtype, device)?)
+    }
+
+    /// Whether there is no storage.
+    pub fn is_none(&self) -> bool {
+        self.elements() == 0
+    }
+
+    /// Elements of a floating-point storage; of every other, 0.
+    pub fn elements(&self) -> usize {
+        elements(&self.0)
+    }
+
+    /// The storage, on the CPU device.
+    pub fn as_cpu(&self) -> Option<&CpuStorage> {
+        match &self.0 {
+            Storage::Cpu(storage) => Some(storage),
+            _ => None,
+        }
+    }
+
+    /// The storage, on the CPU device.
+    pub fn as_cpu_mut(&mut self) -> Option<&mut CpuStorage> {
+        match &mut self.0 {
+            Storage::Cpu(storage) => Some(storage),
+            _ => None,
+        }
+    }
+
+    /// The numbers, in f32 on the CPU device.
+    pub fn as_f32(&self) -> Result<&[f32]> {
+        match self.as_cpu() {
+            Some(CpuStorage::F32(values)) => Ok(values),
+            _ => bail!("storage that is not f32 on the CPU device"),
+        }
+    }
+
+    /// The numbers, in f32 on the CPU device.
+    pub fn as_f32_mut(&mut self) -> Result<&mut [f32]> {
+        match self.as_cpu_mut() {
+            Some(CpuStorage::F32(values)) => Ok(values),
+            _ => bail!("storage that is not f32 on the CPU device"),
+        }
+    }
+
+    /// The storage, on a CUDA device.
+    #[cfg(feature = "cuda")]
+    pub fn as_cuda_mut(&mut self) -> Option<&mut CudaStorage> {
+        match &mut self.0 {
+            Storage::Cuda(storage) => Some(storage),
+            _ => None,
+        }
+    }
+
+    /// A tensor around the storage; `trainable` ones are leaves that get a gradient.
+    pub fn into_tensor(self, shape: &Shape, trainable: bool) -> Tensor {
+        Tensor::from_storage(self.0, shape.clone(), BackpropOp::none(), trainable)
+    }
+
+    /// The storage as what a custom operation of the CPU device returns.
+    pub fn into_cpu(self) -> Result<CpuStorage> {
+        match self.0 {
+            Storage::Cpu(storage) => Ok(storage),
+            _ => bail!("storage of another device than the CPU"),
+        }
+    }
+
+    /// The storage as what a custom operation of a CUDA device returns.
+    pub fn into_cuda(self) -> Result<CudaStorage> {
+        match self.0 {
+            Storage::Cuda(storage) => Ok(storage),
+            _ => bail!("storage of another device than a CUDA device"),
+        }
+    }
+}
+
+fn elements(storage: &Storage) -> usize {
+    match storage {
+        Storage::Cpu(CpuStorage::F32(values)) => values.len(),
+        Storage::Cpu(CpuStorage::BF16(values)) => values.len(),
+        Storage::Cpu(CpuStorage::F16(values)) => values.len(),
+        #[cfg(feature = "cuda")]
+        Storage::Cuda(storage) => cuda::elements(storage),
+        _ => 0,
+    }
+}
 
 /// Exchanges the storage of a tensor with the one it carries.
-struct Exchange(Mutex<CpuStorage>);
+struct Exchange(Mutex<Storage>);
 
 impl InplaceOp1 for Exchange {
     fn name(&self) -> &'static str {
@@ -20,126 +127,183 @@ impl InplaceOp1 for Exchange {
     }
 
     fn cpu_fwd(&self, storage: &mut CpuStorage, _: &Layout) -> Result<()> {
-        match self.0.lock() {
-            Ok(mut carried) => std::mem::swap(&mut *carried, storage),
+        match self.0.lock().as_deref_mut() {
+            Ok(Storage::Cpu(carried)) => std::mem::swap(carried, storage),
+            Ok(_) => bail!("exchange storage: the tensor is on the CPU device and its storage is not"),
             Err(_) => bail!("exchange storage: a thread panicked while it moved this storage"),
         }
         Ok(())
     }
 
-    fn cuda_fwd(&self, _: &mut CudaStorage, _: &Layout) -> Result<()> {
-        bail!("segments on CUDA devices are not built yet: use Device::Cpu")
+    fn cuda_fwd(&self, storage: &mut CudaStorage, _: &Layout) -> Result<()> {
+        match self.0.lock().as_deref_mut() {
+            Ok(Storage::Cuda(carried)) => std::mem::swap(carried, storage),
+            Ok(_) => bail!("exchange storage: the tensor is on a CUDA device and its storage is not"),
+            Err(_) => bail!("exchange storage: a thread panicked while it moved this storage"),
+        }
+        Ok(())
     }
 }
 
-fn vacant_storage() -> CpuStorage {
-    CpuStorage::F6E2M3(Vec::new())
+fn vacant_storage(device: &Device) -> Result<Storage> {
+    match device {
+        #[cfg(feature = "cuda")]
+        Device::Cuda(device) => Ok(Storage::Cuda(cuda::vacant_storage(device)?)),
+        Device::Cpu => Ok(Storage::Cpu(CpuStorage::F6E2M3(vec![]))),
+        device => bail!("no parameters can be held on {:?}", device.location()),
+    }
 }
 
-fn exchange(tensor: &Tensor, storage: CpuStorage) -> Result<CpuStorage> {
+fn exchange(tensor: &Tensor, storage: Storage) -> Result<Storage> {
     let exchange = Exchange(Mutex::new(storage));
     tensor.inplace_op1(&exchange)?;
     exchange.0.into_inner().map_err(|_| candle_core::Error::Msg("exchange storage: poisoned".into()))
 }
 
-/// A tensor of `shape` without storage, of type f32. `trainable` ones get gradients.
-pub fn vacant_tensor(shape: &Shape, trainable: bool) -> Result<Tensor> {
-    let storage = Storage::Cpu(CpuStorage::F32(Vec::new()));
-    let tensor = Tensor::from_storage(storage, shape.clone(), BackpropOp::none(), trainable);
+/// A tensor of `shape` without storage. `trainable` ones get gradients.
+pub fn vacant_tensor(shape: &Shape, dtype: DType, device: &Device, trainable: bool) -> Result<Tensor> {
+    // The tensor takes its type from the storage that it is made with, which is let go.
+    let tensor = DeviceRun::zeros(1, dtype, device)?.into_tensor(shape, trainable);
     vacate(&tensor)?;
     Ok(tensor)
 }
 
-/// Takes the storage out of an f32 tensor.
-pub fn take(tensor: &Tensor) -> Result<DeviceRun> {
-    match exchange(tensor, vacant_storage())? {
-        CpuStorage::F32(values) => Ok(values),
-        other => {
-            let dtype = other.dtype();
-            exchange(tensor, other)?;
-            bail!(
-                "this tensor has no f32 storage to take (it holds {dtype:?}): was it used after its release?"
-            )
-        }
+fn storage_dtype(storage: &Storage) -> DType {
+    match storage {
+        Storage::Cpu(storage) => storage.dtype(),
+        Storage::Cuda(storage) => storage.dtype(),
+        Storage::Metal(storage) => storage.dtype(),
     }
+}
+
+/// Takes the storage out of a tensor.
+pub fn take(tensor: &Tensor) -> Result<DeviceRun> {
+    if is_vacant(tensor) {
+        bail!("this tensor has no storage to take: was it used after its release?")
+    }
+    Ok(DeviceRun(exchange(tensor, vacant_storage(tensor.device())?)?))
 }
 
 /// Makes a tensor vacant and frees what it held.
 pub fn vacate(tensor: &Tensor) -> Result<()> {
-    exchange(tensor, vacant_storage()).map(drop)
+    exchange(tensor, vacant_storage(tensor.device())?).map(drop)
 }
 
 /// Gives a vacant tensor its storage.
-pub fn fill(tensor: &Tensor, values: DeviceRun) -> Result<()> {
-    if values.len() != tensor.elem_count() {
-        bail!("storage of {} elements for a tensor of shape {:?}", values.len(), tensor.shape());
+pub fn fill(tensor: &Tensor, run: DeviceRun) -> Result<()> {
+    if run.elements() != tensor.elem_count() {
+        bail!("storage of {} elements for a tensor of shape {:?}", run.elements(), tensor.shape());
     }
-    exchange(tensor, CpuStorage::F32(values)).map(drop)
+    if storage_dtype(&run.0) != tensor.dtype() {
+        bail!("storage of type {:?} for a tensor of type {:?}", storage_dtype(&run.0), tensor.dtype());
+    }
+    let placeholder = exchange(tensor, run.0)?;
+    #[cfg(feature = "cuda")]
+    cuda::keep_placeholder(placeholder);
+    #[cfg(not(feature = "cuda"))]
+    drop(placeholder);
+    Ok(())
 }
 
-/// Whether the tensor has storage.
+/// Whether the tensor has no storage.
 pub fn is_vacant(tensor: &Tensor) -> bool {
     let (storage, _) = tensor.storage_and_layout();
-    match &*storage {
-        Storage::Cpu(storage) => !matches!(storage.dtype(), DType::F32) && tensor.dtype() == DType::F32,
-        _ => false,
-    }
+    storage_dtype(&storage) == VACANT && tensor.dtype() != VACANT
 }
 
-/// Whether the whole storage of an f32 tensor is its own elements in order, so that it can be taken and given back.
+/// Whether the whole storage of a tensor is its own elements in order, so that it can be taken and given back.
 pub fn owns_plain_storage(tensor: &Tensor) -> bool {
     let (storage, layout) = tensor.storage_and_layout();
-    match &*storage {
-        Storage::Cpu(CpuStorage::F32(values)) => {
-            layout.is_contiguous()
-                && layout.start_offset() == 0
-                && values.len() == layout.shape().elem_count()
-        }
-        _ => false,
-    }
+    layout.is_contiguous()
+        && layout.start_offset() == 0
+        && elements(&storage) == layout.shape().elem_count()
+        && storage_dtype(&storage) == tensor.dtype()
 }
 
-/// Address of the first element, to see whether two tensors share storage.
-pub fn address(tensor: &Tensor) -> Option<usize> {
-    let (storage, _) = tensor.storage_and_layout();
-    match &*storage {
-        Storage::Cpu(CpuStorage::F32(values)) => Some(values.as_ptr() as usize),
-        _ => None,
-    }
+/// Whether two tensors are views of one storage.
+pub fn share_storage(one: &Tensor, other: &Tensor) -> bool {
+    let address = |tensor: &Tensor| std::ptr::from_ref::<Storage>(&tensor.storage_and_layout().0) as usize;
+    address(one) == address(other)
 }
 
-/// Takes the elements of an f32 tensor out as one run, copying only where they are not already one.
+/// A copy of the elements as one run.
+pub fn copy(tensor: &Tensor) -> Result<DeviceRun> {
+    take(&tensor.detach().force_contiguous()?)
+}
+
+/// Takes the elements of a tensor out as one run, copying only where they are not already one.
 pub fn into_run(tensor: &Tensor) -> Result<DeviceRun> {
-    if owns_plain_storage(tensor) { take(tensor) } else { tensor.flatten_all()?.to_vec1::<f32>() }
+    if owns_plain_storage(tensor) { take(tensor) } else { copy(tensor) }
 }
 
-/// A trainable leaf that holds `values`.
-pub fn leaf(values: DeviceRun, shape: &Shape) -> Tensor {
-    Tensor::from_storage(Storage::Cpu(CpuStorage::F32(values)), shape.clone(), BackpropOp::none(), true)
+#[cfg(feature = "cuda")]
+mod cuda {
+    use super::*;
+    use candle_core::cuda_backend::cudarc::driver::CudaSlice;
+    use candle_core::cuda_backend::{CudaStorageSlice, WrapErr};
+
+    /// Place holders that no tensor needs at the moment, so that moving storage allocates nothing.
+    static PLACEHOLDERS: Mutex<Vec<CudaSlice<u8>>> = Mutex::new(vec![]);
+
+    pub(super) fn elements(storage: &CudaStorage) -> usize {
+        match &storage.slice {
+            CudaStorageSlice::F32(values) => values.len(),
+            CudaStorageSlice::BF16(values) => values.len(),
+            CudaStorageSlice::F16(values) => values.len(),
+            _ => 0,
+        }
+    }
+
+    pub(super) fn vacant_storage(device: &candle_core::CudaDevice) -> Result<CudaStorage> {
+        let kept = PLACEHOLDERS.lock().ok().and_then(|mut kept| {
+            let ours = kept.iter().position(|slice| slice.stream() == &device.cuda_stream())?;
+            Some(kept.swap_remove(ours))
+        });
+        let placeholder = match kept {
+            Some(placeholder) => placeholder,
+            // One byte: the driver gives no address for none.
+            None => device.cuda_stream().alloc_zeros::<u8>(1).w()?,
+        };
+        Ok(CudaStorage { slice: CudaStorageSlice::F6E2M3(placeholder), device: device.clone() })
+    }
+
+    pub(super) fn keep_placeholder(storage: Storage) {
+        if let Storage::Cuda(CudaStorage { slice: CudaStorageSlice::F6E2M3(placeholder), .. }) = storage
+            && let Ok(mut kept) = PLACEHOLDERS.lock()
+        {
+            kept.push(placeholder);
+        }
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use candle_core::Device;
 
     #[test]
     fn a_vacant_tensor_refuses_every_use_and_comes_back_with_its_values() -> Result<()> {
-        let tensor = vacant_tensor(&Shape::from((2, 2)), true)?;
-        let other = Tensor::ones((2, 2), DType::F32, &Device::Cpu)?;
-        assert!(is_vacant(&tensor));
-        assert!((&tensor + &other).is_err());
-        assert!(tensor.matmul(&other).is_err());
-        assert!(other.matmul(&tensor).is_err());
-        assert!(tensor.t()?.contiguous().is_err());
-        assert!(tensor.sum_all().is_err());
-        assert!(tensor.gelu().is_err());
-        assert!(tensor.to_vec2::<f32>().is_err());
-        fill(&tensor, vec![1., 2., 3., 4.])?;
-        assert_eq!(tensor.matmul(&other)?.to_vec2::<f32>()?, [[3., 3.], [7., 7.]]);
-        assert_eq!(take(&tensor)?, [1., 2., 3., 4.]);
-        assert!(take(&tensor).is_err());
-        assert!(fill(&tensor, vec![0.; 3]).is_err());
+        for dtype in [DType::F32, DType::BF16, DType::F16] {
+            let tensor = vacant_tensor(&Shape::from((2, 2)), dtype, &Device::Cpu, true)?;
+            let other = Tensor::ones((2, 2), dtype, &Device::Cpu)?;
+            assert!(is_vacant(&tensor));
+            assert_eq!(tensor.dtype(), dtype);
+            assert!((&tensor + &other).is_err());
+            assert!(tensor.matmul(&other).is_err());
+            assert!(other.matmul(&tensor).is_err());
+            assert!(tensor.t()?.contiguous().is_err());
+            assert!(tensor.sum_all().is_err());
+            assert!(tensor.gelu().is_err());
+            assert!(tensor.to_vec2::<f32>().is_err());
+            let values = Tensor::new(&[[1f32, 2.], [3., 4.]], &Device::Cpu)?.to_dtype(dtype)?;
+            fill(&tensor, take(&values)?)?;
+            let product = tensor.matmul(&other)?.to_dtype(DType::F32)?;
+            assert_eq!(product.to_vec2::<f32>()?, [[3., 3.], [7., 7.]]);
+            assert_eq!(take(&tensor)?.elements(), 4);
+            assert!(take(&tensor).is_err());
+            assert!(fill(&tensor, DeviceRun::zeros(3, dtype, &Device::Cpu)?).is_err());
+            let wrong = if dtype == DType::F32 { DType::BF16 } else { DType::F32 };
+            assert!(fill(&tensor, DeviceRun::zeros(4, wrong, &Device::Cpu)?).is_err());
+        }
         Ok(())
     }
 }

@@ -1,10 +1,11 @@
 //! What each operation does to the memory that it holds. One function, run on the thread of the operation's queue.
 
 use crate::arrangement::Call;
+use crate::device::{ComputeDevice, Done, Gradient};
 use crate::error::{Error, Result};
 use crate::layout::{Layout, Run};
 use crate::registry::Parameter;
-use crate::schedule::{GroupIndex, MasterPlace, Operation, Stream};
+use crate::schedule::{GroupIndex, MasterPlace, Operation, Queue, Stream};
 use crate::vacancy::DeviceRun;
 use crossbeam::channel::Sender;
 use ferrozero_kernels::Pool;
@@ -24,9 +25,22 @@ pub struct Held {
     /// Gradients as autograd left them; frozen parameters have an empty run.
     pub gradients: Option<Vec<DeviceRun>>,
     /// A boundary activation.
-    pub passage: Option<DeviceRun>,
+    pub passage: Option<Passing>,
     /// Gradient statistics of each group.
     pub statistics: Option<Vec<GradientStatistics>>,
+    /// What other queues have enqueued on the device with this memory, and must be waited for.
+    pub earlier: Vec<Done>,
+    /// What this operation has enqueued there.
+    pub done: Option<Done>,
+}
+
+/// Room for a boundary activation on its way.
+#[derive(Default)]
+pub struct Passing {
+    /// The boundary.
+    pub boundary: DeviceRun,
+    /// Storage of the size of a boundary, for the next one that returns to a device with memory of its own.
+    pub spare: DeviceRun,
 }
 
 /// The gradient norm of a step.
@@ -86,6 +100,8 @@ pub struct Shared {
     pub seed: u64,
     /// Threads of the host's arithmetic.
     pub pool: Pool,
+    /// What computes.
+    pub device: Arc<ComputeDevice>,
 }
 
 impl Shared {
@@ -117,6 +133,21 @@ impl Shared {
         }
     }
 
+    /// Does an operation on the thread of its queue: after what others have enqueued on the device with its memory, and
+    /// noting what it has enqueued itself.
+    pub fn perform_on(
+        &self,
+        queue: Queue,
+        operation: &Operation,
+        held: &mut Held,
+        context: &StepContext,
+    ) -> Result<()> {
+        self.device.wait(queue, &held.earlier)?;
+        self.perform(operation, held, context)?;
+        held.done = self.device.record(queue)?;
+        Ok(())
+    }
+
     fn runs(&self, group: GroupIndex, stream: Stream, piece: usize) -> Vec<Run> {
         let elements = stream.elements(&self.layout, group);
         self.layout.groups[group].runs(self.layout.piece_range(elements, piece)).collect()
@@ -141,12 +172,9 @@ impl Shared {
         let Held { buffers, slot: Some(slot), .. } = held else {
             return Err(internal("upload without a slot"));
         };
-        let values = buffers[0].as_f32();
-        for run in self.runs(group, Stream::Master, piece) {
-            slot[run.entry][run.entry_start..run.entry_start + run.elements]
-                .copy_from_slice(&values[run.piece_start..run.piece_start + run.elements]);
-        }
-        Ok(())
+        let runs = self.runs(group, Stream::Master, piece);
+        let (values, staging) = buffers.split_at_mut(1);
+        self.device.upload(&self.pool, &values[0], staging.first_mut(), slot, &runs)
     }
 
     fn download(&self, group: GroupIndex, piece: usize, held: &mut Held) -> Result<()> {
@@ -157,32 +185,47 @@ impl Shared {
         values.fill(0.0);
         for run in self.runs(group, Stream::Master, piece) {
             values[run.piece_start..run.piece_start + run.elements]
-                .copy_from_slice(&slot[run.entry][run.entry_start..run.entry_start + run.elements]);
+                .copy_from_slice(&slot[run.entry].as_f32()?[run.entry_start..run.entry_start + run.elements]);
         }
         Ok(())
     }
 
     fn save_boundary(&self, piece: usize, held: &mut Held) -> Result<()> {
-        let Held { buffers, passage: Some(boundary), .. } = held else {
+        let Held { buffers, passage: Some(Passing { boundary, spare }), .. } = held else {
             return Err(internal("boundary without a passage"));
         };
-        let range = self.layout.piece_range(boundary.len(), piece);
-        buffers[0].as_f32_mut()[..range.len()].copy_from_slice(&boundary[range.clone()]);
-        if range.end == boundary.len() {
-            *boundary = DeviceRun::new();
+        let elements = boundary.elements();
+        let range = self.boundary_range(elements, piece);
+        self.device.save_boundary(boundary, range.clone(), &mut buffers[0])?;
+        if range.end == elements {
+            let saved = std::mem::take(boundary);
+            if self.device.is_apart() && spare.is_none() {
+                *spare = saved;
+            }
         }
         Ok(())
     }
 
     fn load_boundary(&self, call: usize, piece: usize, held: &mut Held) -> Result<()> {
-        let Held { buffers, passage: Some(boundary), .. } = held else {
+        let Held { buffers, passage: Some(Passing { boundary, spare }), .. } = held else {
             return Err(internal("boundary without a passage"));
         };
-        let elements = self.calls[call].boundary_elements;
-        boundary.resize(elements, 0.0);
-        let range = self.layout.piece_range(elements, piece);
-        boundary[range.clone()].copy_from_slice(&buffers[0].as_f32()[..range.len()]);
-        Ok(())
+        let elements = 4 * self.calls[call].boundary_elements / self.device.dtype().size_in_bytes();
+        if piece == 0 {
+            *boundary = match std::mem::take(spare) {
+                spare if spare.elements() == elements => spare,
+                _ => self.device.storage_for(Queue::Upload, elements)?,
+            };
+        }
+        let range = self.boundary_range(elements, piece);
+        self.device.load_boundary(&buffers[0], boundary, range)
+    }
+
+    /// Elements of a piece of a boundary, in the device's type: a piece holds as many bytes as one of f32.
+    fn boundary_range(&self, elements: usize, piece: usize) -> std::ops::Range<usize> {
+        let piece_elements = 4 * self.layout.piece_elements / self.device.dtype().size_in_bytes();
+        let start = piece * piece_elements;
+        start..(start + piece_elements).min(elements)
     }
 
     fn accumulate(
@@ -197,17 +240,25 @@ impl Shared {
         let Held { buffers, gradients: Some(gradients), statistics, .. } = held else {
             return Err(internal("accumulation without gradients"));
         };
-        let target = buffers[0].as_f32_mut();
+        let runs = self.runs(group, Stream::Gradient, piece);
+        let (target, staging) = buffers.split_at_mut(1);
+        let mut staging = staging.first_mut();
+        self.device.download_gradients(gradients, &runs, staging.as_deref_mut())?;
+        let target = target[0].as_f32_mut();
         let how = if add { Accumulate::Add } else { Accumulate::Overwrite };
         let mut measured = GradientStatistics::default();
         if let (Some(statistics), true) = (&statistics, piece > 0) {
             measured = statistics[group];
         }
-        for run in self.runs(group, Stream::Gradient, piece) {
+        for run in runs {
             let target = &mut target[run.piece_start..run.piece_start + run.elements];
-            let gradient = &gradients[run.entry][run.entry_start..run.entry_start + run.elements];
-            accumulate(&self.pool, target, gradient, context.gradient_scale, how, &mut measured)
-                .map_err(|error| Error::Kernel(error.to_string()))?;
+            let scale = context.gradient_scale;
+            match self.device.gradient(gradients, &run, staging.as_deref())? {
+                Gradient::F32(values) => accumulate(&self.pool, target, values, scale, how, &mut measured),
+                Gradient::BF16(values) => accumulate(&self.pool, target, values, scale, how, &mut measured),
+                Gradient::F16(values) => accumulate(&self.pool, target, values, scale, how, &mut measured),
+            }
+            .map_err(|error| Error::Kernel(error.to_string()))?;
         }
         let elements = self.layout.groups[group].trainable_elements;
         if piece + 1 == self.layout.piece_count(elements) {
@@ -246,7 +297,9 @@ impl Shared {
             let within_piece = run.piece_start..run.piece_start + run.elements;
             let master = match (&mut *master_buffer, slot.as_mut()) {
                 ([buffer], _) => &mut buffer.as_f32_mut()[within_piece.clone()],
-                (_, Some(slot)) => &mut slot[run.entry][run.entry_start..run.entry_start + run.elements],
+                (_, Some(slot)) => {
+                    &mut slot[run.entry].as_f32_mut()?[run.entry_start..run.entry_start + run.elements]
+                }
                 _ => return Err(internal("update without parameters")),
             };
             let decays = self.layout.groups[group].table[run.entry].decays;
@@ -274,7 +327,9 @@ impl Shared {
         let collector = context.collector.as_ref().ok_or_else(|| internal("collect without a collector"))?;
         for run in self.runs(group, Stream::Master, piece) {
             let values = match (master, &held.slot) {
-                (MasterPlace::Slot(_), Some(slot)) => &slot[run.entry][run.entry_start..][..run.elements],
+                (MasterPlace::Slot(_), Some(slot)) => {
+                    &slot[run.entry].as_f32()?[run.entry_start..][..run.elements]
+                }
                 _ => &first_buffer(held)?.as_f32()[run.piece_start..run.piece_start + run.elements],
             };
             let collected =

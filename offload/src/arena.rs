@@ -45,8 +45,7 @@ impl Arena {
     /// # Errors
     /// [`Error::OverBudget`], or [`Error::ArenaMap`] when the system has no such run of memory.
     pub fn new(budget: &Budget, capacity_bytes: usize) -> Result<Self, Error> {
-        let too_long = || Error::ArenaMap { capacity_bytes, source: io::ErrorKind::InvalidInput.into() };
-        let padded = capacity_bytes.max(1).checked_next_multiple_of(PAGE_BYTES).ok_or_else(too_long)?;
+        let padded = padded_capacity(capacity_bytes)?;
         let reservation = budget.reserve(padded as u64)?;
         let mapping = Mapping::new(padded).map_err(|source| Error::ArenaMap { capacity_bytes, source })?;
         let mut notices = Vec::new();
@@ -57,8 +56,29 @@ impl Arena {
             );
             notices.push(Notice::new("arena-not-pinned", text));
         }
-        let free = Mutex::new(FreeRuns::new(padded));
-        Ok(Self { shared: Arc::new(Shared { mapping, free, notices, _reservation: reservation }) })
+        Ok(Self::over(mapping, notices, reservation))
+    }
+
+    /// As [`Self::new`], of page-locked memory that a CUDA device copies from and to while the host goes on.
+    ///
+    /// # Errors
+    /// [`Error::OverBudget`] and [`Error::Cuda`].
+    #[cfg(feature = "cuda")]
+    pub fn pinned_for_cuda(
+        budget: &Budget,
+        capacity_bytes: usize,
+        cuda: &crate::cuda::Cuda,
+    ) -> Result<Self, Error> {
+        let padded = padded_capacity(capacity_bytes)?;
+        let reservation = budget.reserve(padded as u64)?;
+        let memory = crate::cuda::PinnedMemory::new(cuda.context(), padded)?;
+        let mapping = Mapping { base: memory.base(), bytes: padded, pinned_for_cuda: Some(memory) };
+        Ok(Self::over(mapping, vec![], reservation))
+    }
+
+    fn over(mapping: Mapping, notices: Vec<Notice>, reservation: Reservation) -> Self {
+        let free = Mutex::new(FreeRuns::new(mapping.bytes));
+        Self { shared: Arc::new(Shared { mapping, free, notices, _reservation: reservation }) }
     }
 
     /// Gives out `bytes` zeroed bytes, aligned to [`PAGE_BYTES`] and backed by whole pages.
@@ -96,6 +116,11 @@ impl Arena {
     }
 }
 
+fn padded_capacity(capacity_bytes: usize) -> Result<usize, Error> {
+    let too_long = || Error::ArenaMap { capacity_bytes, source: io::ErrorKind::InvalidInput.into() };
+    capacity_bytes.max(1).checked_next_multiple_of(PAGE_BYTES).ok_or_else(too_long)
+}
+
 /// An owned, aligned range of an [`Arena`]. It moves into a transfer and comes back with its completion.
 pub struct Lease {
     arena: Arc<Shared>,
@@ -121,6 +146,24 @@ impl Lease {
     pub fn as_f32_mut(&mut self) -> &mut [f32] {
         // SAFETY: as in `as_f32`, and `&mut self` makes the borrow unique.
         unsafe { std::slice::from_raw_parts_mut(self.as_mut_ptr().cast(), self.bytes / size_of::<f32>()) }
+    }
+
+    /// The lease as numbers of two bytes, as many as fit its length: what bf16 and f16 are made of.
+    pub fn as_u16(&self) -> &[u16] {
+        // SAFETY: as in `as_f32`; every pattern of two bytes is a u16.
+        unsafe { std::slice::from_raw_parts(self.as_ptr().cast(), self.bytes / size_of::<u16>()) }
+    }
+
+    /// The lease as numbers of two bytes, as many as fit its length.
+    pub fn as_u16_mut(&mut self) -> &mut [u16] {
+        // SAFETY: as in `as_u16`, and `&mut self` makes the borrow unique.
+        unsafe { std::slice::from_raw_parts_mut(self.as_mut_ptr().cast(), self.bytes / size_of::<u16>()) }
+    }
+
+    /// Whether a CUDA device copies from and to it while the host goes on.
+    #[cfg(feature = "cuda")]
+    pub fn is_pinned_for_cuda(&self) -> bool {
+        self.arena.mapping.pinned_for_cuda.is_some()
     }
 
     /// All pages of the lease, also those bytes past its length that pad it.
@@ -168,11 +211,13 @@ impl Drop for Lease {
     }
 }
 
-/// An anonymous mapping; unmapped when dropped.
+/// An anonymous mapping, unmapped when dropped, or the CUDA driver's memory.
 #[derive(Debug)]
 struct Mapping {
     base: NonNull<u8>,
     bytes: usize,
+    #[cfg(feature = "cuda")]
+    pinned_for_cuda: Option<crate::cuda::PinnedMemory>,
 }
 
 // SAFETY: a mapping is memory of the whole process; who may touch which part is the free list's business.
@@ -209,7 +254,12 @@ impl Mapping {
             }
         }
         let base = NonNull::new(base).ok_or(io::ErrorKind::OutOfMemory)?;
-        Ok(Self { base, bytes })
+        Ok(Self {
+            base,
+            bytes,
+            #[cfg(feature = "cuda")]
+            pinned_for_cuda: None,
+        })
     }
 
     fn pin(&self) -> io::Result<()> {
@@ -223,6 +273,10 @@ impl Mapping {
 
 impl Drop for Mapping {
     fn drop(&mut self) {
+        #[cfg(feature = "cuda")]
+        if self.pinned_for_cuda.is_some() {
+            return;
+        }
         // SAFETY: the range was mapped by `new`, and no lease is left: each holds the arena alive.
         unsafe { libc::munmap(self.base.as_ptr().cast(), self.bytes) };
     }

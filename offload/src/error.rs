@@ -24,6 +24,15 @@ pub enum Error {
         limit_bytes: u64,
     },
 
+    /// A call of the CUDA driver failed.
+    #[error("CUDA: {action}: {reason}")]
+    Cuda {
+        /// What was to be done.
+        action: &'static str,
+        /// What the driver said.
+        reason: String,
+    },
+
     /// The operating system gave no memory for an arena.
     #[error("no memory for an arena of {capacity_bytes} bytes: {source}; ask for a smaller arena")]
     ArenaMap {

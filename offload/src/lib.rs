@@ -50,6 +50,9 @@ mod arena;
 mod budget;
 mod clock;
 mod copy;
+#[cfg(feature = "cuda")]
+#[allow(unsafe_code)]
+pub mod cuda;
 mod error;
 pub mod io;
 #[allow(unsafe_code)]

@@ -29,9 +29,9 @@ proptest! {
         machine in machine(),
         (before_s, within_s) in (0.0..0.1_f64, 0.0..1.0_f64),
     ) {
-        let Case { layout, calls, placements, boundary_home, depths, accumulate, clip } = case;
+        let Case { layout, calls, placements, boundary_home, depths, accumulate, clip, device } = case;
         let passes = gradient_passes_through(&calls, accumulate, clip);
-        let needs = Needs { layout: &layout, calls: &calls, gradient_passes_through: passes };
+        let needs = Needs { layout: &layout, calls: &calls, gradient_passes_through: passes, device };
         let arrangement = Arrangement::new(&needs, placements, boundary_home, depths);
         let builder = Builder { layout: &layout, calls: &calls, arrangement: &arrangement, accumulate, clip };
         let time = ComputeTime { before_s, within_s };

@@ -3,7 +3,7 @@
 
 use ferrozero::arrangement::{Arrangement, Call};
 use ferrozero::layout::Layout;
-use ferrozero::schedule::{Extent, MasterPlace, Operation, Stream};
+use ferrozero::schedule::{Buffer, Extent, MasterPlace, Operation, Stream};
 use std::collections::{BTreeSet, HashMap};
 
 /// The moment that an operation belongs to.
@@ -192,7 +192,8 @@ impl Machine {
                 self.disk.insert((extent, piece), content.clone());
                 Ok(())
             }
-            Operation::Upload { group, piece, buffer, slot } => {
+            Operation::Upload { group, piece, buffer, slot, staging } => {
+                self.pass_through(staging);
                 let updates = self.state(buffer.0, group, Stream::Master, piece)?;
                 let slot = &mut self.slots[slot.0];
                 if slot.as_ref().is_none_or(|(held, _)| *held != group) {
@@ -260,7 +261,8 @@ impl Machine {
                 }
                 Ok(())
             }
-            Operation::Accumulate { group, piece, gradients, buffer, add, measure } => {
+            Operation::Accumulate { group, piece, gradients, buffer, staging, add, measure } => {
+                self.pass_through(staging);
                 self.accumulate((group, piece), gradients.0, buffer.0, (add, measure), moment)
             }
             Operation::Norm => {
@@ -313,6 +315,13 @@ impl Machine {
                 pieces[piece].ok_or_else(|| format!("slot {slot} lacks piece {piece}"))
             }
             other => Err(format!("slot {slot} has {other:?}")),
+        }
+    }
+
+    /// What was in a buffer of staging is gone.
+    fn pass_through(&mut self, staging: Option<Buffer>) {
+        if let Some(Buffer(staging)) = staging {
+            self.buffers[staging] = Content::Nothing;
         }
     }
 

@@ -5,8 +5,9 @@
 mod forecast;
 mod machine;
 
+use candle_core::DType;
 use ferrozero::Tier;
-use ferrozero::arrangement::{Arrangement, Call, Depths, GroupPlacement, Needs};
+use ferrozero::arrangement::{Arrangement, Call, Depths, DeviceKind, GroupPlacement, Needs};
 use ferrozero::builder::{Builder, gradient_passes_through};
 use ferrozero::layout::{ALIGNMENT_ELEMENTS, Group, Layout};
 use ferrozero::schedule::{Operation, Queue, Resource};
@@ -24,6 +25,12 @@ struct Case {
     depths: Depths,
     accumulate: usize,
     clip: bool,
+    device: DeviceKind,
+}
+
+fn device() -> impl Strategy<Value = DeviceKind> {
+    (any::<bool>(), prop_oneof![Just(DType::F32), Just(DType::BF16)])
+        .prop_map(|(apart, dtype)| DeviceKind { dtype, apart })
 }
 
 fn tier() -> impl Strategy<Value = Tier> {
@@ -71,8 +78,8 @@ fn case() -> impl Strategy<Value = Case> {
         },
     );
     let model = (groups, parameters(), 1..4_usize);
-    (model, depths, tier(), 1..4_usize, any::<bool>()).prop_flat_map(
-        |((kinds, resident, pages), depths, boundary_home, accumulate, clip)| {
+    (model, depths, tier(), 1..4_usize, any::<bool>(), device()).prop_flat_map(
+        |((kinds, resident, pages), depths, boundary_home, accumulate, clip, device)| {
             let groups = kinds.len();
             let layout = layout(&kinds, &resident, pages * ALIGNMENT_ELEMENTS);
             // Every segment runs, and some run again.
@@ -82,7 +89,13 @@ fn case() -> impl Strategy<Value = Case> {
             let boundaries = prop::collection::vec((1..5000_usize, any::<bool>()), groups + 3);
             let placements = prop::collection::vec(placement(), groups + 1);
             (order, boundaries, placements).prop_map(move |(order, boundaries, mut placements)| {
-                placements[groups].master = Tier::Device;
+                if device.holds_masters() {
+                    placements[groups].master = Tier::Device;
+                } else {
+                    for placement in placements.iter_mut().filter(|place| place.master == Tier::Device) {
+                        placement.master = Tier::Host;
+                    }
+                }
                 let calls = order.iter().zip(boundaries);
                 let calls = calls.map(|(&group, (boundary_elements, boundary_moves))| Call {
                     group,
@@ -97,6 +110,7 @@ fn case() -> impl Strategy<Value = Case> {
                     depths,
                     accumulate,
                     clip,
+                    device,
                 }
             })
         },
@@ -227,9 +241,9 @@ proptest! {
         case in case(),
         seeds in prop::collection::vec(any::<u64>(), 3),
     ) {
-        let Case { layout, calls, placements, boundary_home, depths, accumulate, clip } = case;
+        let Case { layout, calls, placements, boundary_home, depths, accumulate, clip, device } = case;
         let passes = gradient_passes_through(&calls, accumulate, clip);
-        let needs = Needs { layout: &layout, calls: &calls, gradient_passes_through: passes };
+        let needs = Needs { layout: &layout, calls: &calls, gradient_passes_through: passes, device };
         let arrangement = Arrangement::new(&needs, placements, boundary_home, depths);
         let builder = Builder { layout: &layout, calls: &calls, arrangement: &arrangement, accumulate, clip };
         let fresh = Machine::new(&layout, &calls, &arrangement, accumulate, clip);
@@ -285,7 +299,8 @@ fn no_operation_of_a_step_is_superfluous() {
         let mut placements = vec![GroupPlacement::all(tier); 3];
         placements[2].master = Tier::Device;
         let passes = gradient_passes_through(&calls, accumulate, clip);
-        let needs = Needs { layout: &layout, calls: &calls, gradient_passes_through: passes };
+        let device = DeviceKind { dtype: DType::F32, apart: false };
+        let needs = Needs { layout: &layout, calls: &calls, gradient_passes_through: passes, device };
         let depths = Depths { slots: 1, look_ahead: 2, state_pieces: 4, gradient_sets: 1 };
         let arrangement = Arrangement::new(&needs, placements, tier, depths);
         let builder = Builder { layout: &layout, calls: &calls, arrangement: &arrangement, accumulate, clip };

@@ -44,6 +44,7 @@ impl<B: Module> Model<B> {
     }
 
     pub fn loss(&self, tokens: &Tensor) -> Result<Tensor> {
+        let tokens = tokens.to_device(self.embedding.device())?;
         let inputs = tokens.narrow(0, 0, tokens.dim(0)? - 1)?;
         let targets = tokens.narrow(0, 1, tokens.dim(0)? - 1)?.contiguous()?;
         let mut xs = self.embedding.index_select(&inputs.contiguous()?, 0)?;

@@ -1,0 +1,385 @@
+//! The device that computes, as the queues see it: what crosses between its memory and the host's, and what has to be
+//! waited for. On the CPU device a crossing is a copy, done when it returns. On a CUDA device every queue has a stream,
+//! and what one queue leaves for another comes with a [`Done`].
+
+use crate::error::{Error, Result};
+use crate::layout::{Group, Run};
+use crate::schedule::Queue;
+use crate::vacancy::DeviceRun;
+use crate::work::internal;
+use candle_core::{CpuStorage, DType, Device};
+use ferrozero_kernels::{Pool, convert};
+use ferrozero_offload::{Arena, Budget, Lease};
+use half::slice::{HalfBitsSliceExt, HalfFloatSliceExt};
+use half::{bf16, f16};
+use std::ops::Range;
+
+#[cfg(feature = "cuda")]
+pub use ferrozero_offload::cuda::{Call as CudaCall, CudaFault, Done};
+
+/// A moment on a queue of a CUDA device. Without such devices there is none.
+#[cfg(not(feature = "cuda"))]
+#[derive(Debug, Clone)]
+pub struct Done(());
+
+/// A failing call of the CUDA driver's, for tests. Without CUDA there is none.
+#[cfg(not(feature = "cuda"))]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum CudaFault {}
+
+/// Opens a device by its name: `cpu`, or `cuda:0` and the like.
+///
+/// # Errors
+/// [`Error::Configuration`] for an unknown name and for CUDA in a program that was built without it; [`Error::Candle`]
+/// where there is no such device.
+pub fn open(name: &str) -> Result<Device> {
+    let number = match name.strip_prefix("cuda") {
+        None if name == "cpu" => return Ok(Device::Cpu),
+        Some("") => Some(0),
+        Some(rest) => rest.strip_prefix(':').and_then(|number| number.parse().ok()),
+        None => None,
+    };
+    let Some(number) = number else {
+        return Err(Error::Configuration(format!(
+            "device {name:?} is unknown: use cpu, cuda or cuda:NUMBER"
+        )));
+    };
+    if !candle_core::utils::cuda_is_available() {
+        return Err(Error::Configuration(
+            "this program was built without CUDA: build it with `cargo build --release --features cuda` on a machine \
+             with the CUDA toolkit"
+                .into(),
+        ));
+    }
+    // A stream of its own: the default stream is another one in every thread, and no other runs beside it.
+    Ok(Device::new_cuda_with_stream(number)?)
+}
+
+/// The device of a run, and the type that it computes with.
+#[derive(Debug)]
+pub struct ComputeDevice {
+    device: Device,
+    dtype: DType,
+    #[cfg(feature = "cuda")]
+    cuda: Option<ferrozero_offload::cuda::Cuda>,
+}
+
+impl ComputeDevice {
+    /// Around candle's device; `dtype` is f32, bf16 or f16.
+    ///
+    /// # Errors
+    /// [`Error::Configuration`] for other devices and types, and errors of the driver.
+    #[cfg_attr(not(feature = "cuda"), expect(unused_variables, reason = "there are no faults without CUDA"))]
+    pub fn new(device: &Device, dtype: DType, fault: Option<CudaFault>) -> Result<Self> {
+        if !matches!(dtype, DType::F32 | DType::BF16 | DType::F16) {
+            return Err(Error::Configuration(format!(
+                "dtype {dtype:?} cannot be trained: use f32, bf16 or f16"
+            )));
+        }
+        #[cfg(feature = "cuda")]
+        let cuda = match device {
+            Device::Cuda(device) => Some(ferrozero_offload::cuda::Cuda::new(device.cuda_stream(), fault)?),
+            _ => None,
+        };
+        if !device.is_cpu() && !device.is_cuda() {
+            let location = device.location();
+            return Err(Error::Configuration(format!(
+                "{location:?} cannot be trained on: use the CPU or CUDA"
+            )));
+        }
+        Ok(Self {
+            device: device.clone(),
+            dtype,
+            #[cfg(feature = "cuda")]
+            cuda,
+        })
+    }
+
+    /// Candle's device.
+    pub fn device(&self) -> &Device {
+        &self.device
+    }
+
+    /// The type of parameters, gradients and boundary activations on the device.
+    pub fn dtype(&self) -> DType {
+        self.dtype
+    }
+
+    /// Whether the device's memory is not the host's, so that what crosses is copied by the device.
+    pub fn is_apart(&self) -> bool {
+        self.device.is_cuda()
+    }
+
+    /// Parameters of zero for a group, tensor by tensor.
+    ///
+    /// # Errors
+    /// [`Error::Candle`] where the device has no memory for them.
+    pub fn zeros(&self, group: &Group) -> Result<Vec<DeviceRun>> {
+        let elements = group.table.iter().map(|entry| entry.elements);
+        Ok(elements
+            .map(|elements| DeviceRun::zeros(elements, self.dtype, &self.device))
+            .collect::<candle_core::Result<_>>()?)
+    }
+
+    /// Host memory that transfers of the device use.
+    pub fn host_arena(&self, budget: &Budget, bytes: usize) -> Result<Arena> {
+        #[cfg(feature = "cuda")]
+        if let Some(cuda) = &self.cuda {
+            return Ok(Arena::pinned_for_cuda(budget, bytes, cuda)?);
+        }
+        Ok(Arena::new(budget, bytes)?)
+    }
+
+    /// Copies so far that made the host wait because its memory was not pinned.
+    pub fn pageable_copies(&self) -> u64 {
+        #[cfg(feature = "cuda")]
+        if let Some(cuda) = &self.cuda {
+            return cuda.pageable_copies();
+        }
+        0
+    }
+
+    /// What `queue` does on the device from now on comes after all of `earlier`.
+    #[cfg_attr(
+        not(feature = "cuda"),
+        expect(unused_variables, reason = "there is nothing to wait for without CUDA")
+    )]
+    pub fn wait(&self, queue: Queue, earlier: &[Done]) -> Result<()> {
+        #[cfg(feature = "cuda")]
+        if let (Some(cuda), Some(lane)) = (&self.cuda, lane(queue)) {
+            cuda.wait(lane, earlier)?;
+        }
+        Ok(())
+    }
+
+    /// What `queue` has done on the device until now; none if there is nothing to wait for.
+    #[cfg_attr(
+        not(feature = "cuda"),
+        expect(unused_variables, reason = "there is nothing to wait for without CUDA")
+    )]
+    pub fn record(&self, queue: Queue) -> Result<Option<Done>> {
+        #[cfg(feature = "cuda")]
+        if let (Some(cuda), Some(lane)) = (&self.cuda, lane(queue)) {
+            return Ok(Some(cuda.record(lane)?));
+        }
+        Ok(None)
+    }
+
+    /// Waits until the device has nothing to do, so that its memory can go.
+    pub fn synchronize(&self) -> Result<()> {
+        #[cfg(feature = "cuda")]
+        if let Some(cuda) = &self.cuda {
+            cuda.synchronize_all()?;
+        }
+        Ok(())
+    }
+
+    /// Parameters in f32 go up into their tensors' storage, in the device's type. `staging` holds them in that type
+    /// where it is another one and the device is apart.
+    pub fn upload(
+        &self,
+        pool: &Pool,
+        values: &Lease,
+        staging: Option<&mut Lease>,
+        slot: &mut [DeviceRun],
+        runs: &[Run],
+    ) -> Result<()> {
+        #[cfg(feature = "cuda")]
+        if let Some(cuda) = &self.cuda {
+            let staged = match staging {
+                Some(staging) => {
+                    let elements = runs.last().map_or(0, |run| run.piece_start + run.elements);
+                    narrow_into(pool, &values.as_f32()[..elements], self.dtype, staging)?;
+                    &*staging
+                }
+                None => values,
+            };
+            let size = self.dtype.size_in_bytes();
+            return Ok(cuda.upload(staged, cuda::copies_into(slot, runs, size)?)?);
+        }
+        let _ = staging;
+        let values = values.as_f32();
+        for run in runs {
+            let from = &values[run.piece_start..run.piece_start + run.elements];
+            let within = run.entry_start..run.entry_start + run.elements;
+            match slot[run.entry].as_cpu_mut() {
+                Some(CpuStorage::F32(to)) => to[within].copy_from_slice(from),
+                Some(CpuStorage::BF16(to)) => convert::narrow(pool, from, &mut to[within]).map_err(kernel)?,
+                Some(CpuStorage::F16(to)) => convert::narrow(pool, from, &mut to[within]).map_err(kernel)?,
+                _ => return Err(internal("a slot of another type")),
+            }
+        }
+        Ok(())
+    }
+
+    /// Brings gradients of a piece to `staging`, in the device's type, each at the place that it has in the piece. On
+    /// the CPU device they are there already.
+    #[cfg_attr(
+        not(feature = "cuda"),
+        expect(unused_variables, reason = "gradients are copied on CUDA devices only")
+    )]
+    pub fn download_gradients(
+        &self,
+        gradients: &mut [DeviceRun],
+        runs: &[Run],
+        staging: Option<&mut Lease>,
+    ) -> Result<()> {
+        #[cfg(feature = "cuda")]
+        if let Some(cuda) = &self.cuda {
+            let staging = staging.ok_or_else(|| internal("gradients without staging"))?;
+            let size = self.dtype.size_in_bytes();
+            cuda.download(cuda::copies_into(gradients, runs, size)?, staging)?;
+        }
+        Ok(())
+    }
+
+    /// Gradients of one run of a piece, after [`Self::download_gradients`].
+    pub fn gradient<'a>(
+        &self,
+        gradients: &'a [DeviceRun],
+        run: &Run,
+        staging: Option<&'a Lease>,
+    ) -> Result<Gradient<'a>> {
+        if let Some(staging) = staging {
+            let range = run.piece_start..run.piece_start + run.elements;
+            return Ok(match self.dtype {
+                DType::BF16 => Gradient::BF16(staging.as_u16()[range].reinterpret_cast()),
+                DType::F16 => Gradient::F16(staging.as_u16()[range].reinterpret_cast()),
+                _ => Gradient::F32(&staging.as_f32()[range]),
+            });
+        }
+        let range = run.entry_start..run.entry_start + run.elements;
+        match gradients[run.entry].as_cpu() {
+            Some(CpuStorage::F32(values)) => Ok(Gradient::F32(&values[range])),
+            Some(CpuStorage::BF16(values)) => Ok(Gradient::BF16(&values[range])),
+            Some(CpuStorage::F16(values)) => Ok(Gradient::F16(&values[range])),
+            _ => Err(internal("a gradient of another type")),
+        }
+    }
+
+    /// Storage that `queue` is going to fill. It belongs to the compute queue, which may be using that memory for
+    /// something that is over for candle, so `queue` waits for what is enqueued there.
+    pub fn storage_for(&self, queue: Queue, elements: usize) -> Result<DeviceRun> {
+        let storage = DeviceRun::zeros(elements, self.dtype, &self.device)?;
+        let made = self.record(Queue::Compute)?;
+        self.wait(queue, made.as_slice())?;
+        Ok(storage)
+    }
+
+    /// Elements `range` of a boundary leave the device, in its type.
+    pub fn save_boundary(
+        &self,
+        boundary: &mut DeviceRun,
+        range: Range<usize>,
+        buffer: &mut Lease,
+    ) -> Result<()> {
+        #[cfg(feature = "cuda")]
+        if let Some(cuda) = &self.cuda {
+            let run = Run { entry: 0, entry_start: range.start, piece_start: 0, elements: range.len() };
+            let size = self.dtype.size_in_bytes();
+            let copies = cuda::copies_into(std::slice::from_mut(boundary), &[run], size)?;
+            return Ok(cuda.download(copies, buffer)?);
+        }
+        let elements = range.len();
+        match boundary.as_cpu() {
+            Some(CpuStorage::F32(from)) => buffer.as_f32_mut()[..elements].copy_from_slice(&from[range]),
+            Some(CpuStorage::BF16(from)) => {
+                buffer.as_u16_mut()[..elements].copy_from_slice(from[range].reinterpret_cast());
+            }
+            Some(CpuStorage::F16(from)) => {
+                buffer.as_u16_mut()[..elements].copy_from_slice(from[range].reinterpret_cast());
+            }
+            _ => return Err(internal("a boundary of another type")),
+        }
+        Ok(())
+    }
+
+    /// Elements `range` of a boundary return to the device.
+    pub fn load_boundary(&self, buffer: &Lease, boundary: &mut DeviceRun, range: Range<usize>) -> Result<()> {
+        #[cfg(feature = "cuda")]
+        if let Some(cuda) = &self.cuda {
+            let run = Run { entry: 0, entry_start: range.start, piece_start: 0, elements: range.len() };
+            let size = self.dtype.size_in_bytes();
+            return Ok(cuda.upload(buffer, cuda::copies_into(std::slice::from_mut(boundary), &[run], size)?)?);
+        }
+        let elements = range.len();
+        match boundary.as_cpu_mut() {
+            Some(CpuStorage::F32(to)) => to[range].copy_from_slice(&buffer.as_f32()[..elements]),
+            Some(CpuStorage::BF16(to)) => {
+                to[range].copy_from_slice(buffer.as_u16()[..elements].reinterpret_cast::<bf16>());
+            }
+            Some(CpuStorage::F16(to)) => {
+                to[range].copy_from_slice(buffer.as_u16()[..elements].reinterpret_cast::<f16>());
+            }
+            _ => return Err(internal("a boundary of another type")),
+        }
+        Ok(())
+    }
+}
+
+/// Gradients of one run, in the device's type.
+pub enum Gradient<'a> {
+    /// Of type f32.
+    F32(&'a [f32]),
+    /// Of type bf16.
+    BF16(&'a [bf16]),
+    /// Of type f16.
+    F16(&'a [f16]),
+}
+
+fn kernel(error: ferrozero_kernels::Error) -> Error {
+    Error::Kernel(error.to_string())
+}
+
+#[cfg(feature = "cuda")]
+fn narrow_into(pool: &Pool, from: &[f32], dtype: DType, staging: &mut Lease) -> Result<()> {
+    let to = &mut staging.as_u16_mut()[..from.len()];
+    match dtype {
+        DType::BF16 => convert::narrow(pool, from, to.reinterpret_cast_mut::<bf16>()),
+        _ => convert::narrow(pool, from, to.reinterpret_cast_mut::<f16>()),
+    }
+    .map_err(kernel)
+}
+
+#[cfg(feature = "cuda")]
+use ferrozero_offload::cuda::Lane;
+
+/// The stream that a queue uses.
+#[cfg(feature = "cuda")]
+fn lane(queue: Queue) -> Option<Lane> {
+    match queue {
+        Queue::Compute => Some(Lane::Compute),
+        Queue::Upload => Some(Lane::Upload),
+        Queue::Download => Some(Lane::Download),
+        _ => None,
+    }
+}
+
+#[cfg(feature = "cuda")]
+mod cuda {
+    use super::*;
+    use candle_core::cuda_backend::CudaStorageSlice;
+    use ferrozero_offload::cuda::{CudaCopy, DeviceRange};
+
+    /// What is copied between a lease, which holds a piece in elements of `size` bytes, and storage of the device.
+    pub(super) fn copies_into<'a>(
+        storage: &'a mut [DeviceRun],
+        runs: &[Run],
+        size: usize,
+    ) -> Result<Vec<CudaCopy<'a>>> {
+        let mut storage: Vec<Option<&mut DeviceRun>> = storage.iter_mut().map(Some).collect();
+        let copies = runs.iter().map(|run| {
+            let device = storage.get_mut(run.entry).and_then(Option::take).and_then(DeviceRun::as_cuda_mut);
+            let within = run.entry_start..run.entry_start + run.elements;
+            let device = match device.map(|storage| &mut storage.slice) {
+                Some(CudaStorageSlice::F32(values)) => DeviceRange::of_mut(values, within),
+                Some(CudaStorageSlice::BF16(values)) => DeviceRange::of_mut(values, within),
+                Some(CudaStorageSlice::F16(values)) => DeviceRange::of_mut(values, within),
+                _ => return Err(internal("device storage of another type, or twice in one piece")),
+            };
+            let host = run.piece_start * size..(run.piece_start + run.elements) * size;
+            Ok(CudaCopy { host, device })
+        });
+        copies.collect()
+    }
+}
