@@ -48,6 +48,7 @@ pub enum LowPrecision<'a> {
 
 /// The same numbers as the loop needs them.
 #[derive(Debug, Clone, Copy)]
+#[repr(C)]
 pub(crate) struct Numbers {
     gradient_scale: f32,
     beta1: f32,
@@ -63,7 +64,7 @@ pub(crate) struct Numbers {
 
 impl Numbers {
     /// Everything that is the same for all elements is computed in f64 and rounded once.
-    fn new(step: &AdamWStep) -> Self {
+    pub(crate) fn new(step: &AdamWStep) -> Self {
         let correction = |beta: f64| 1.0 / (1.0 - beta.powf(step.step as f64));
         Self {
             gradient_scale: step.gradient_scale,

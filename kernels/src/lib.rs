@@ -7,12 +7,15 @@
 //! | [`convert`] | f32 to and from bf16 and f16 |
 //! | [`philox`], [`initialize`] | random numbers and initial values by position |
 //! | [`ops`] | candle operations with a backward |
+//! | `cuda` | the loops over runs on a CUDA device (feature `cuda`) |
 //!
 //! Loops over runs give the same bits for every number of threads and on every instruction set: work is cut into chunks of
 //! a fixed size, sums are taken in a fixed order, and no multiplication is fused with an addition.
 
 pub mod adamw;
 pub mod convert;
+#[cfg(feature = "cuda")]
+pub mod cuda;
 mod element;
 mod error;
 pub mod gradient;

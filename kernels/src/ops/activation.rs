@@ -16,6 +16,9 @@ use super::vector::{chunk_elements, sigmoid, vectorized};
 /// # Errors
 /// [`OpError::DType`](super::OpError::DType) unless the elements are `f32`.
 pub fn gelu(xs: &Tensor) -> Result<Tensor> {
+    if xs.device().is_cuda() {
+        return xs.gelu();
+    }
     xs.contiguous()?.apply_op1(GELU)
 }
 
@@ -26,6 +29,9 @@ pub fn gelu(xs: &Tensor) -> Result<Tensor> {
 /// # Errors
 /// [`OpError::DType`](super::OpError::DType) unless the elements are `f32`.
 pub fn silu(xs: &Tensor) -> Result<Tensor> {
+    if xs.device().is_cuda() {
+        return xs.silu();
+    }
     xs.contiguous()?.apply_op1(SILU)
 }
 
@@ -38,6 +44,9 @@ pub fn silu(xs: &Tensor) -> Result<Tensor> {
 pub fn swiglu(xs: &Tensor) -> Result<Tensor> {
     if xs.rank() == 0 || !xs.dim(D::Minus1)?.is_multiple_of(2) {
         return Err(shapes_error(SwiGlu::NAME, "the last dimension must be even", &[xs.shape()]));
+    }
+    if xs.device().is_cuda() {
+        return candle_nn::ops::swiglu(xs);
     }
     xs.contiguous()?.apply_op1(SwiGlu)
 }

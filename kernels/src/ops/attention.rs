@@ -3,6 +3,7 @@
 use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
 
+use super::composed;
 use super::error::shapes_error;
 use super::input::{Input, cpu_tensor, elements};
 use super::matrix::{Matrix, MatrixMut, Threads, multiply};
@@ -24,6 +25,9 @@ use super::softmax::{Rows, softmax_rows, softmax_rows_backward};
 pub fn causal_attention(qkv: &Tensor, heads: usize) -> Result<Tensor> {
     match *qkv.dims() {
         [_, _, width] if heads > 0 && width > 0 && width.is_multiple_of(3 * heads) => {
+            if qkv.device().is_cuda() {
+                return composed::causal_attention(qkv, heads);
+            }
             qkv.contiguous()?.apply_op1(CausalAttention { heads })
         }
         _ => Err(shapes_error(NAME, "expected [B, T, 3·C] with C a multiple of the heads", &[qkv.shape()])),

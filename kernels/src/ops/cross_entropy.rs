@@ -3,6 +3,7 @@
 use candle_core::{CpuStorage, CustomOp2, CustomOp3, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
 
+use super::composed;
 use super::error::{OpError, shapes_error};
 use super::input::{Input, cpu_tensor, elements};
 use super::matrix::{Matrix, MatrixMut, Threads, multiply};
@@ -22,6 +23,9 @@ pub fn cross_entropy(logits: &Tensor, targets: &Tensor) -> Result<Tensor> {
     if logits.rank() != 2 || targets.dims() != [logits.dims()[0]] || rows == 0 {
         let shapes = [logits.shape(), targets.shape()];
         return Err(shapes_error(CrossEntropy::NAME, "expected [N, V], [N] with N > 0", &shapes));
+    }
+    if logits.device().is_cuda() {
+        return composed::cross_entropy(CrossEntropy::NAME, logits, targets);
     }
     let loss_and_sums = logits.contiguous()?.apply_op2(&targets.contiguous()?, CrossEntropy)?;
     loss_and_sums.get(0)
@@ -51,6 +55,9 @@ pub fn linear_cross_entropy(hidden: &Tensor, weight: &Tensor, targets: &Tensor) 
             "expected [N, C], [V, C], [N] with N > 0",
             &shapes,
         ));
+    }
+    if hidden.device().is_cuda() {
+        return composed::linear_cross_entropy(LinearCrossEntropy::NAME, hidden, weight, targets);
     }
     let (hidden, weight, targets) = (hidden.contiguous()?, weight.contiguous()?, targets.contiguous()?);
     let loss_and_sums = hidden.apply_op3(&weight, &targets, LinearCrossEntropy)?;
@@ -86,13 +93,6 @@ fn loss_and_log_sums(sums: &[RowSum]) -> (CpuStorage, Shape) {
     (CpuStorage::F32(out), shape)
 }
 
-fn check_targets(op: &'static str, targets: &[u32], vocabulary_size: usize) -> Result<()> {
-    match targets.iter().position(|&target| target as usize >= vocabulary_size) {
-        Some(row) => Err(OpError::TargetOutOfRange { op, row, target: targets[row], vocabulary_size }.into()),
-        None => Ok(()),
-    }
-}
-
 struct CrossEntropy;
 
 impl CrossEntropy {
@@ -114,7 +114,7 @@ impl CustomOp2 for CrossEntropy {
         let (_, vocabulary_size) = logits_layout.shape().dims2()?;
         let logits = elements::<f32>(Self::NAME, logits, logits_layout)?;
         let targets = elements::<u32>(Self::NAME, targets, targets_layout)?;
-        check_targets(Self::NAME, targets, vocabulary_size)?;
+        OpError::check_targets(Self::NAME, targets, vocabulary_size)?;
         let mut sums = vec![RowSum::EMPTY; targets.len()];
         add_tile(&mut sums, logits, targets, Columns { first: 0, count: vocabulary_size });
         Ok(loss_and_log_sums(&sums))
@@ -164,7 +164,7 @@ impl CustomOp3 for LinearCrossEntropy {
         let hidden = Matrix::new(elements(Self::NAME, hidden, hidden_layout)?, rows, width);
         let weight = Matrix::new(elements(Self::NAME, weight, weight_layout)?, vocabulary_size, width);
         let targets = elements::<u32>(Self::NAME, targets, targets_layout)?;
-        check_targets(Self::NAME, targets, vocabulary_size)?;
+        OpError::check_targets(Self::NAME, targets, vocabulary_size)?;
         let mut sums = vec![RowSum::EMPTY; rows];
         let mut logits = Vec::new();
         for tile in tiles(rows, vocabulary_size) {

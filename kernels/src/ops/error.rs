@@ -16,7 +16,7 @@ pub enum OpError {
         expected: DType,
     },
     /// A tensor lives on a device that the operation has no code for.
-    #[error("{op}: no code for device {device:?}: move the tensor to the CPU")]
+    #[error("{op}: no code for device {device:?}: move the tensor to the CPU or to a CUDA device")]
     Device {
         /// The operation that refused.
         op: &'static str,
@@ -56,6 +56,20 @@ pub enum OpError {
         /// The input's name.
         input: &'static str,
     },
+}
+
+impl OpError {
+    /// Refuses the first target that names no entry.
+    pub(super) fn check_targets(
+        op: &'static str,
+        targets: &[u32],
+        vocabulary_size: usize,
+    ) -> Result<(), Self> {
+        match targets.iter().position(|&target| target as usize >= vocabulary_size) {
+            Some(row) => Err(Self::TargetOutOfRange { op, row, target: targets[row], vocabulary_size }),
+            None => Ok(()),
+        }
+    }
 }
 
 impl From<OpError> for candle_core::Error {

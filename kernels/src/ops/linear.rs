@@ -3,6 +3,7 @@
 use candle_core::{CpuStorage, CustomOp2, CustomOp3, D, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
 
+use super::composed;
 use super::error::shapes_error;
 use super::input::{Input, cpu_tensor, elements};
 use super::matrix::{Matrix, MatrixMut, Threads, multiply};
@@ -24,6 +25,9 @@ pub fn linear(xs: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Ten
         let mut shapes = vec![xs.shape(), weight.shape()];
         shapes.extend(bias.map(|bias| bias.shape()));
         return Err(shapes_error(NAME, "expected [.., in], [out, in] and, if any, a bias [out]", &shapes));
+    }
+    if xs.device().is_cuda() {
+        return composed::linear(xs, weight, bias);
     }
     let (xs, weight) = (xs.contiguous()?, weight.contiguous()?);
     match bias {

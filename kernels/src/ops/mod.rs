@@ -21,6 +21,7 @@
 
 mod activation;
 mod attention;
+mod composed;
 mod cross_entropy;
 mod error;
 mod input;

@@ -3,6 +3,7 @@
 use candle_core::{CpuStorage, CustomOp2, CustomOp3, D, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
 
+use super::composed;
 use super::error::shapes_error;
 use super::input::{Input, cpu_tensor, elements};
 use super::vector::{chunk_elements, sum_by, sum_by2, sum_by3, vectorized};
@@ -22,6 +23,9 @@ pub fn layer_norm(xs: &Tensor, weight: &Tensor, bias: &Tensor, eps: f32) -> Resu
         let shapes = [xs.shape(), weight.shape(), bias.shape()];
         return Err(shapes_error(LayerNorm::NAME, "expected [.., C], [C], [C]", &shapes));
     }
+    if xs.device().is_cuda() {
+        return composed::layer_norm(xs, weight, bias, eps);
+    }
     xs.contiguous()?.apply_op3(&weight.contiguous()?, &bias.contiguous()?, LayerNorm { eps })
 }
 
@@ -38,6 +42,9 @@ pub fn rms_norm(xs: &Tensor, weight: &Tensor, eps: f32) -> Result<Tensor> {
     if weight.dims() != [width] || width == 0 {
         let shapes = [xs.shape(), weight.shape()];
         return Err(shapes_error(RmsNorm::NAME, "expected [.., C], [C]", &shapes));
+    }
+    if xs.device().is_cuda() {
+        return composed::rms_norm(xs, weight, eps);
     }
     xs.contiguous()?.apply_op2(&weight.contiguous()?, RmsNorm { eps })
 }

@@ -3,6 +3,7 @@
 use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
 
+use super::composed;
 use super::error::{OpError, shapes_error};
 use super::input::{Input, cpu_tensor, elements};
 use super::vector::{chunk_elements, vectorized};
@@ -38,6 +39,9 @@ fn rotate_checked(xs: &Tensor, cos: &Tensor, sin: &Tensor, op: Rope) -> Result<T
     if Sizes::new(xs.shape(), cos.shape()).is_none() || cos.shape() != sin.shape() {
         let expected = "expected [B, H, T, D] with D even, and cos and sin [T' ≥ T, D/2] or [B, T' ≥ T, D/2]";
         return Err(shapes_error(op.name, expected, &[xs.shape(), cos.shape(), sin.shape()]));
+    }
+    if xs.device().is_cuda() {
+        return composed::rope(xs, cos, sin, op.interleaved);
     }
     xs.contiguous()?.apply_op3(&cos.contiguous()?, &sin.contiguous()?, op)
 }

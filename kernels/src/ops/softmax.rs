@@ -1,8 +1,9 @@
 //! Softmax over the last dimension, plain and causal.
 
-use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor};
+use candle_core::{CpuStorage, CustomOp1, D, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
 
+use super::composed;
 use super::error::shapes_error;
 use super::input::{Input, cpu_tensor, elements};
 use super::vector::{chunk_elements, exp, maximum, sum_by, sum_by2, vectorized};
@@ -18,6 +19,9 @@ pub fn softmax_last_dim(xs: &Tensor) -> Result<Tensor> {
     let Some(&columns) = xs.dims().last() else {
         return Err(shapes_error("softmax_last_dim", "expected [.., S]", &[xs.shape()]));
     };
+    if xs.device().is_cuda() {
+        return candle_nn::ops::softmax(xs, D::Minus1);
+    }
     // One query row a matrix sees every column: causal over nothing.
     let shape = Rows { columns, query_rows: 1 };
     xs.contiguous()?.apply_op1(Softmax { name: "softmax_last_dim", shape, scale: 1.0 })
@@ -34,6 +38,9 @@ pub fn softmax_last_dim(xs: &Tensor) -> Result<Tensor> {
 pub fn causal_softmax(scores: &Tensor, scale: f32) -> Result<Tensor> {
     const NAME: &str = "causal_softmax";
     match *scores.dims() {
+        [.., query_rows, columns] if columns >= query_rows && scores.device().is_cuda() => {
+            composed::causal_softmax(scores, scale)
+        }
         [.., query_rows, columns] if columns >= query_rows => {
             let shape = Rows { columns, query_rows };
             scores.contiguous()?.apply_op1(Softmax { name: NAME, shape, scale })

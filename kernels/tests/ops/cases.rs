@@ -47,6 +47,12 @@ pub fn random(shape: &[usize], seed: u64) -> Tensor {
     Tensor::from_vec(elements, shape, &Device::Cpu).unwrap()
 }
 
+/// A constant where the inputs are, so that a case runs on any device.
+fn beside(input: &Tensor, constant: &Tensor) -> Result<Tensor> {
+    let dtype = if constant.dtype() == DType::U32 { DType::U32 } else { input.dtype() };
+    constant.to_device(input.device())?.to_dtype(dtype)
+}
+
 fn targets(rows: usize, vocabulary_size: usize) -> Tensor {
     let targets: Vec<u32> = (0..rows).map(|row| ((row * 7 + 3) % vocabulary_size) as u32).collect();
     Tensor::from_vec(targets, rows, &Device::Cpu).unwrap()
@@ -179,11 +185,11 @@ fn rope_cases(batch: usize, heads: usize, positions: usize, pairs: usize, batche
     let shape = [batch, heads, positions, 2 * pairs];
     let halves = {
         let (cos, sin) = (cos.clone(), sin.clone());
-        move |x: &[Tensor]| ops::rope(&x[0], &cos, &sin)
+        move |x: &[Tensor]| ops::rope(&x[0], &beside(&x[0], &cos)?, &beside(&x[0], &sin)?)
     };
     let neighbours = {
         let (cos, sin) = (cos.clone(), sin.clone());
-        move |x: &[Tensor]| ops::rope_i(&x[0], &cos, &sin)
+        move |x: &[Tensor]| ops::rope_i(&x[0], &beside(&x[0], &cos)?, &beside(&x[0], &sin)?)
     };
     vec![
         Case::new("rope", &[&shape], halves, composed(false)),
@@ -230,7 +236,7 @@ fn cross_entropy(rows: usize, vocabulary_size: usize) -> Case {
     let targets = targets(rows, vocabulary_size);
     let same_targets = targets.clone();
     let composed = move |x: &[Tensor]| candle_nn::loss::cross_entropy(&x[0], &same_targets);
-    let ours = move |x: &[Tensor]| ops::cross_entropy(&x[0], &targets);
+    let ours = move |x: &[Tensor]| ops::cross_entropy(&x[0], &beside(&x[0], &targets)?);
     Case::new("cross_entropy", &[&[rows, vocabulary_size]], ours, composed)
 }
 
@@ -239,6 +245,6 @@ fn linear_cross_entropy(rows: usize, width: usize, vocabulary_size: usize) -> Ca
     let same_targets = targets.clone();
     let composed =
         move |x: &[Tensor]| candle_nn::loss::cross_entropy(&x[0].matmul(&x[1].t()?)?, &same_targets);
-    let ours = move |x: &[Tensor]| ops::linear_cross_entropy(&x[0], &x[1], &targets);
+    let ours = move |x: &[Tensor]| ops::linear_cross_entropy(&x[0], &x[1], &beside(&x[0], &targets)?);
     Case::new("linear_cross_entropy", &[&[rows, width], &[vocabulary_size, width]], ours, composed)
 }
