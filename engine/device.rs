@@ -15,7 +15,7 @@ use half::{bf16, f16};
 use std::ops::Range;
 
 #[cfg(feature = "cuda")]
-pub use ferrozero_offload::cuda::{Call as CudaCall, CudaFault, Done};
+pub use ferrozero_offload::cuda::{Call as CudaCall, CudaFault, Done, Lane as CudaLane};
 
 /// A moment on a queue of a CUDA device. Without such devices there is none.
 #[cfg(not(feature = "cuda"))]

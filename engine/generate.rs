@@ -1,6 +1,6 @@
 //! Text from a model: one token after another.
 
-use candle_core::{Result, Tensor};
+use candle_core::{DType, Result, Tensor};
 use ferrozero_kernels::philox::Stream;
 
 /// How the next token is chosen.
@@ -28,7 +28,7 @@ pub fn generate(
     for position in 0..count as u64 {
         let context = &tokens[tokens.len().saturating_sub(sequence)..];
         let context = Tensor::new(context, &candle_core::Device::Cpu)?.unsqueeze(0)?;
-        let logits = next_logits(&context)?.squeeze(0)?.to_vec1::<f32>()?;
+        let logits = next_logits(&context)?.squeeze(0)?.to_dtype(DType::F32)?.to_vec1::<f32>()?;
         tokens.push(choose(&logits, sampling.temperature, stream.uniform(position)));
     }
     Ok(tokens)

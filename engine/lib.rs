@@ -93,7 +93,7 @@ mod work;
 
 pub use checkpoint::{Checkpoint, Damage, GroupSummary, Summary};
 #[cfg(feature = "cuda")]
-pub use device::CudaCall;
+pub use device::{CudaCall, CudaLane};
 pub use device::{CudaFault, open as open_device};
 pub use engine::{AdamW, Config, Engine};
 pub use error::{Error, Result};

@@ -6,7 +6,7 @@ mod support;
 
 use candle_core::{DType, Device};
 use ferrozero::arrangement::GroupPlacement;
-use ferrozero::{BackendChoice, Config, CudaCall, CudaFault, Placement, Tier, Trainer};
+use ferrozero::{BackendChoice, Config, CudaCall, CudaFault, CudaLane, Placement, Tier, Trainer};
 use support::{engine_model, tokens, train, trainer};
 
 const BLOCKS: usize = 3;
@@ -174,7 +174,7 @@ fn a_failing_driver_is_an_error_and_leaves_the_last_commit() {
         // Every call would take long; these are in all parts of a run.
         for index in [0, 1, 2, 5, 11, 23, 47, 95] {
             let name = format!("{call:?} {index}");
-            let fault = Some(CudaFault { call, index });
+            let fault = Some(CudaFault { call, index, forgotten: false });
             let ended = two_steps(Config { cuda_fault: fault, ..config(&name) });
             let Err(error) = ended else { continue };
             failures += 1;
@@ -197,4 +197,61 @@ fn parameters_of_another_device_than_the_engines_are_refused() {
     let elsewhere = engine.var_builder().set_device(Device::Cpu);
     let error = elsewhere.get(3, "elsewhere").unwrap_err().to_string();
     assert!(error.contains("elsewhere") && error.contains("Cpu"), "{error}");
+}
+
+/// What the software driver says of the runs below is read from a file of theirs, named like this.
+const RACES: &str = "SIMCUDA_RACE_FILE";
+const FORGOTTEN: &str = "FERROZERO_TEST_FORGOTTEN_WAIT";
+
+fn lane(name: &str) -> CudaLane {
+    match name {
+        "upload" => CudaLane::Upload,
+        "download" => CudaLane::Download,
+        _ => CudaLane::Compute,
+    }
+}
+
+/// Runs in a process of its own, which [`a_wait_that_is_forgotten_is_seen`] starts.
+#[test]
+#[ignore = "part of another test"]
+fn forgets_a_wait() {
+    let Some(base) = on_cuda() else { return };
+    let forgotten = std::env::var(FORGOTTEN).unwrap_or_default();
+    let fault = forgotten.split_once(' ').map(|(name, index)| CudaFault {
+        call: CudaCall::Wait(lane(name)),
+        index: index.parse().unwrap(),
+        forgotten: true,
+    });
+    let boundaries = Some(Tier::Host);
+    let config =
+        Config { device: base.device, slots: Some(1), boundaries, cuda_fault: fault, ..homes(Tier::Disk) };
+    // Wrong numbers may stop it.
+    let _ = train(config, BLOCKS, 1);
+}
+
+/// The proof that the runs above would have found a missing order between streams: the same engine without one wait.
+#[test]
+fn a_wait_that_is_forgotten_is_seen() {
+    if std::env::var(RACES).is_err() {
+        println!("skipped: only the software driver sees which accesses are not ordered");
+        return;
+    }
+    let folder = folder();
+    let sees = |forgotten: &str| {
+        let races = folder.path().join(forgotten);
+        let child = std::process::Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", "forgets_a_wait", "--ignored"])
+            .env(FORGOTTEN, forgotten)
+            .env(RACES, &races)
+            .output()
+            .unwrap();
+        assert!(child.status.success(), "{}", String::from_utf8_lossy(&child.stdout));
+        std::fs::metadata(races).is_ok_and(|file| file.len() > 0)
+    };
+    assert!(!sees("none"), "no wait is forgotten");
+    for name in ["compute", "upload", "download"] {
+        let seen: Vec<usize> = (0..12).filter(|index| sees(&format!("{name} {index}"))).collect();
+        println!("forgotten waits of the {name} stream that were seen: {seen:?} of 12");
+        assert!(!seen.is_empty(), "{name}");
+    }
 }

@@ -4,6 +4,7 @@ use super::configuration;
 use crate::byte_size::ByteSize;
 use crate::error::{Error, Result};
 use crate::models::gpt::GptConfig;
+use candle_core::DType;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use std::path::{Path, PathBuf};
@@ -51,11 +52,19 @@ pub struct TrainArguments {
     #[arg(long)]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub accumulate: Option<usize>,
-    /// Memory that the run may use in all, as 512MiB or 16GiB [default: 384MiB]
+    /// Device that computes: cpu, cuda or cuda:NUMBER [default: cpu]
+    #[arg(long)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub device: Option<String>,
+    /// Type of parameters, gradients and activations on a CUDA device; masters and moments stay f32 [default: f32]
+    #[arg(long)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub dtype: Option<ComputeType>,
+    /// Memory of the host that the run may use, on the CPU device in all, as 512MiB or 16GiB [default: 384MiB]
     #[arg(long, value_name = "SIZE")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub memory: Option<ByteSize>,
-    /// Memory of it that the device may use [default: not limited]
+    /// Memory that the device may use: on the CPU device a part of --memory [default: not limited]
     #[arg(long, value_name = "SIZE")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub device_memory: Option<ByteSize>,
@@ -121,6 +130,30 @@ pub struct TrainArguments {
     pub sample: Option<usize>,
 }
 
+/// The type that a device computes with.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum ComputeType {
+    /// 32 bits, as the masters.
+    #[default]
+    F32,
+    /// 16 bits with the range of f32.
+    Bf16,
+    /// 16 bits with a small range: the loss is scaled.
+    F16,
+}
+
+impl ComputeType {
+    /// Candle's name of it.
+    pub fn dtype(self) -> DType {
+        match self {
+            Self::F32 => DType::F32,
+            Self::Bf16 => DType::BF16,
+            Self::F16 => DType::F16,
+        }
+    }
+}
+
 /// Settings that a run goes by, all of them known.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -135,6 +168,8 @@ pub struct TrainSettings {
     pub seq: usize,
     pub batch: usize,
     pub accumulate: usize,
+    pub device: String,
+    pub dtype: ComputeType,
     pub memory: ByteSize,
     pub device_memory: Option<ByteSize>,
     pub dir: PathBuf,
@@ -163,6 +198,8 @@ impl Default for TrainSettings {
             seq: 128,
             batch: 4,
             accumulate: 1,
+            device: "cpu".into(),
+            dtype: ComputeType::F32,
             memory: ByteSize(384 << 20),
             device_memory: None,
             dir: PathBuf::from("ferrozero-run"),
@@ -266,6 +303,13 @@ impl TrainSettings {
         if !self.hidden.is_multiple_of(self.heads) {
             let (hidden, heads) = (self.hidden, self.heads);
             return Err(configuration(format!("hidden ({hidden}) must be a multiple of heads ({heads})")));
+        }
+        if self.device == "cpu" && self.dtype != ComputeType::F32 {
+            return Err(configuration(
+                "the CPU device computes in f32, which is faster there than f32 made of other types: leave dtype out, or \
+                 choose a CUDA device"
+                    .into(),
+            ));
         }
         if self.warmup > self.steps {
             let (warmup, steps) = (self.warmup, self.steps);

@@ -10,6 +10,7 @@ use crate::plan::Bytes;
 use crate::simulator::{Forecast, measure};
 use crate::trace::ChromeTrace;
 use crate::{AdamW, Config, Engine, Plan, Segment, StepReport, Trainer};
+use candle_core::DType;
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::{Value, json};
 use std::cmp::Ordering;
@@ -194,6 +195,8 @@ fn prepare(
     output: &Output,
 ) -> CommandResult<(Gpt<Segment<Block>>, Trainer)> {
     let engine = Engine::new(Config {
+        device: crate::open_device(&settings.device)?,
+        dtype: settings.dtype.dtype(),
         memory_bytes: Some(settings.memory.0),
         device_memory_bytes: settings.device_memory.map(|size| size.0),
         directory: Some(settings.dir.clone()),
@@ -300,7 +303,7 @@ impl Run {
         for number in 0..VALIDATION_BATCHES {
             sum += trainer.evaluate(|| {
                 let batch = data.validation_batch(number, VALIDATION_BATCHES)?;
-                model.loss(&batch.inputs, &batch.targets)?.to_scalar::<f32>()
+                model.loss(&batch.inputs, &batch.targets)?.to_dtype(DType::F32)?.to_scalar::<f32>()
             })?;
         }
         Ok(sum / VALIDATION_BATCHES as f32)

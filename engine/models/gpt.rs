@@ -153,6 +153,7 @@ impl<B: Module> Gpt<B> {
     /// # Errors
     /// For more tokens than the sequence has, and what the blocks say.
     pub fn hidden(&self, tokens: &Tensor) -> Result<Tensor> {
+        let tokens = tokens.to_device(self.wte.device())?;
         let (b, t) = tokens.dims2()?;
         let c = self.wte.dim(1)?;
         let embedded = self.wte.index_select(&tokens.flatten_all()?, 0)?.reshape((b, t, c))?; // [B, T, C]
@@ -169,7 +170,8 @@ impl<B: Module> Gpt<B> {
     /// As [`Self::hidden`], and for targets outside the vocabulary.
     pub fn loss(&self, tokens: &Tensor, targets: &Tensor) -> Result<Tensor> {
         let hidden = self.hidden(tokens)?.flatten(0, 1)?; // [B·T, C]
-        ops::linear_cross_entropy(&hidden, &self.wte, &targets.flatten_all()?)
+        let targets = targets.to_device(self.wte.device())?.flatten_all()?; // [B·T]
+        ops::linear_cross_entropy(&hidden, &self.wte, &targets)
     }
 
     /// Logits [B, V] of the token after the last one of `tokens` [B, T].

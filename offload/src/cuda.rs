@@ -35,23 +35,32 @@ pub enum Call {
     /// An event is recorded.
     Record,
     /// A stream is told to wait for an event.
-    Wait,
+    Wait(Lane),
     /// The host waits for a stream.
     Synchronize,
 }
 
 impl Call {
     /// All calls that can be made to fail.
-    pub const ALL: [Self; 4] = [Self::Copy, Self::Record, Self::Wait, Self::Synchronize];
+    pub const ALL: [Self; 6] = [
+        Self::Copy,
+        Self::Record,
+        Self::Wait(Lane::Compute),
+        Self::Wait(Lane::Upload),
+        Self::Wait(Lane::Download),
+        Self::Synchronize,
+    ];
 }
 
-/// A failure to be acted out, for tests: the call of this kind with this number, from 0, fails.
+/// A failure to be acted out, for tests: what happens to the call of this kind with this number, from 0.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct CudaFault {
     /// Kind of call.
     pub call: Call,
     /// Its number.
     pub index: u64,
+    /// Says nothing and does not happen, as if somebody had forgotten it. Otherwise it is an error.
+    pub forgotten: bool,
 }
 
 /// A moment on a lane: everything that was enqueued there until then is done.
@@ -148,7 +157,7 @@ impl Cuda {
     /// # Errors
     /// [`Error::Cuda`].
     pub fn record(&self, lane: Lane) -> Result<Done, Error> {
-        self.act_out(Call::Record)?;
+        self.happens(Call::Record)?;
         let event = self.stream(lane).record_event(None).map_err(failed("record an event"))?;
         Ok(Done(Arc::new(event)))
     }
@@ -159,8 +168,9 @@ impl Cuda {
     /// [`Error::Cuda`].
     pub fn wait(&self, lane: Lane, done: &[Done]) -> Result<(), Error> {
         for done in done {
-            self.act_out(Call::Wait)?;
-            self.stream(lane).wait(&done.0).map_err(failed("wait for an event"))?;
+            if self.happens(Call::Wait(lane))? {
+                self.stream(lane).wait(&done.0).map_err(failed("wait for an event"))?;
+            }
         }
         Ok(())
     }
@@ -171,7 +181,7 @@ impl Cuda {
     /// [`Error::Cuda`], also of whatever went wrong on the lane.
     pub fn synchronize(&self, lane: Lane) -> Result<(), Error> {
         self.stream(lane).synchronize().map_err(failed("wait for a stream"))?;
-        self.act_out(Call::Synchronize)
+        self.happens(Call::Synchronize).map(drop)
     }
 
     /// Waits until the device has nothing to do.
@@ -233,7 +243,7 @@ impl Cuda {
     ) -> Result<(), Error> {
         self.context().bind_to_thread().map_err(failed("use the device from this thread"))?;
         let mut copies = copies.into_iter().filter(|copy| !copy.host.is_empty());
-        let enqueued = copies.try_for_each(|copy| self.act_out(Call::Copy).and_then(|()| enqueue(copy)));
+        let enqueued = copies.try_for_each(|copy| self.happens(Call::Copy).and_then(|_| enqueue(copy)));
         let done = self.synchronize(lane);
         enqueued.and(done)
     }
@@ -243,18 +253,26 @@ impl Cuda {
         self.pageable_copies.load(Ordering::Relaxed)
     }
 
-    fn act_out(&self, call: Call) -> Result<(), Error> {
+    /// Whether a call is to be made, unless a test wants it to fail.
+    fn happens(&self, call: Call) -> Result<bool, Error> {
         let mut fault = locked(&self.fault);
         match &mut *fault {
             Some(planned) if planned.call == call && planned.index == 0 => {
+                let forgotten = planned.forgotten;
                 *fault = None;
-                Err(Error::Cuda { action: "a fault that a test asked for", reason: format!("{call:?}") })
+                match forgotten {
+                    true => Ok(false),
+                    false => {
+                        let reason = format!("{call:?}");
+                        Err(Error::Cuda { action: "a fault that a test asked for", reason })
+                    }
+                }
             }
             Some(planned) if planned.call == call => {
                 planned.index -= 1;
-                Ok(())
+                Ok(true)
             }
-            _ => Ok(()),
+            _ => Ok(true),
         }
     }
 }
