@@ -108,7 +108,7 @@ impl CustomOp3 for LayerNorm {
         #[cfg(feature = "cuda")]
         if xs.device().is_cuda() {
             let (dx, d_weight, d_bias) = cuda::norm::backward(Self::NAME, xs, weight, grad, self.eps, true)?;
-            return Ok((Some(dx), Some(d_weight), d_bias));
+            return Ok((Some(dx), d_weight, d_bias));
         }
         let kernel = |dx: &mut [f32], statistics: &mut [[f32; 2]], x: &[f32], dy: &[f32], weight: &[f32]| {
             layer_norm_backward(dx, statistics, x, dy, weight, self.eps)
@@ -169,7 +169,7 @@ impl CustomOp2 for RmsNorm {
         #[cfg(feature = "cuda")]
         if xs.device().is_cuda() {
             let (dx, d_weight, _) = cuda::norm::backward(Self::NAME, xs, weight, grad, self.eps, false)?;
-            return Ok((Some(dx), Some(d_weight)));
+            return Ok((Some(dx), d_weight));
         }
         let kernel = |dx: &mut [f32], statistics: &mut [[f32; 2]], x: &[f32], dy: &[f32], weight: &[f32]| {
             rms_norm_backward(dx, statistics, x, dy, weight, self.eps)

@@ -205,3 +205,51 @@ impl<T: Float> Attention<'_, T> {
         Ok(gradient)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use candle_core::{DType, Device};
+
+    fn values(device: &CudaDevice, elements: &CudaSlice<f32>) -> Vec<f32> {
+        device.clone_dtoh(elements).unwrap()
+    }
+
+    fn assert_close(actual: &[f32], expected: &[f32]) {
+        assert_eq!(actual.len(), expected.len());
+        for (index, (a, b)) in actual.iter().zip(expected).enumerate() {
+            assert!((a - b).abs() < 1e-5, "element {index} is {a}, expected {b}");
+        }
+    }
+
+    #[test]
+    fn the_number_of_probabilities_that_exist_together_changes_only_the_order_of_sums() {
+        let device = match Device::new_cuda_with_stream(0) {
+            Ok(device) => device,
+            Err(error) if error.to_string().contains("CUDA_ERROR_NO_DEVICE") => return,
+            Err(error) => panic!("{error}"),
+        };
+        let sizes = Sizes { batch: 2, positions: 11, channels: 12, heads: 3, head_width: 4 };
+        let wave = |count: u32, step: f64, shape: (usize, usize, usize)| {
+            let angles = Tensor::arange(0, count, &Device::Cpu).unwrap().to_dtype(DType::F32).unwrap();
+            let wave = (angles * step).unwrap().sin().unwrap().reshape(shape).unwrap();
+            wave.to_device(&device).unwrap()
+        };
+        let (qkv, d_out) = (wave(792, 0.7, (2, 11, 36)), wave(264, 1.3, (2, 11, 12)));
+        let (input, upstream) = (Input::new(NAME, &qkv), Input::new(NAME, &d_out));
+        let (input, upstream) = (input.view::<f32>().unwrap(), upstream.view::<f32>().unwrap());
+        let Device::Cuda(device) = &device else { panic!("not the device that was asked for") };
+        let attention = |together| Attention { device, sizes, qkv: &input, together };
+        let whole = attention(TOGETHER_ELEMENTS);
+        assert_eq!(whole.blocks().len(), 2);
+        let out = values(device, &whole.forward().unwrap());
+        let gradient = values(device, &whole.backward(&upstream).unwrap());
+        // Two heads, one head, four rows, and one row at a time.
+        for (together, blocks) in [(2 * 121, 4), (121, 6), (4 * 11, 18), (1, 66)] {
+            let pieces = attention(together);
+            assert_eq!(pieces.blocks().len(), blocks);
+            assert_close(&values(device, &pieces.forward().unwrap()), &out);
+            assert_close(&values(device, &pieces.backward(&upstream).unwrap()), &gradient);
+        }
+    }
+}

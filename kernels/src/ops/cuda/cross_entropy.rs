@@ -100,9 +100,9 @@ pub(in crate::ops) fn linear_backward(
         let upstream = Upstream::new(op, device, targets.view()?, res.view()?, upstream.view()?);
         let wanted = (hidden.track_op(), weight.track_op());
         let tiles = tiles(rows, weight.dim(0)?, TILE_ELEMENTS);
-        let (d_hidden, d_weight) = head.gradients(&upstream, &tiles, wanted)?;
-        let d_hidden = d_hidden.map(|elements| tensor(device, elements, hidden.shape()));
-        Ok((d_hidden, d_weight.map(|elements| tensor(device, elements, weight.shape()))))
+        let gradients = head.gradients(&upstream, &tiles, wanted)?;
+        let d_hidden = gradients.hidden.map(|elements| tensor(device, elements, hidden.shape()));
+        Ok((d_hidden, gradients.weight.map(|elements| tensor(device, elements, weight.shape()))))
     })
 }
 
@@ -233,6 +233,12 @@ struct Head<'a, T> {
     width: usize,
 }
 
+/// The gradients of [`Head`]'s inputs, those that were asked for.
+struct HeadGradients<T> {
+    hidden: Option<CudaSlice<T>>,
+    weight: Option<CudaSlice<T>>,
+}
+
 impl<T: Float> Head<'_, T> {
     fn allocate_logits(&self, tiles: &[Columns]) -> Result<CudaSlice<T>> {
         let widest = tiles.iter().map(|columns| columns.count).max().unwrap_or(0);
@@ -262,7 +268,7 @@ impl<T: Float> Head<'_, T> {
         upstream: &Upstream<'_>,
         tiles: &[Columns],
         (hidden_wanted, weight_wanted): (bool, bool),
-    ) -> Result<(Option<CudaSlice<T>>, Option<CudaSlice<T>>)> {
+    ) -> Result<HeadGradients<T>> {
         let elements = self.rows * self.width;
         let mut d_logits = self.allocate_logits(tiles)?;
         let mut d_weight = weight_wanted.then(|| allocate(self.device, self.weight.len())).transpose()?;
@@ -291,7 +297,7 @@ impl<T: Float> Head<'_, T> {
             (Some(sum), Some(part)) => Some(self.narrow(&sum, part, elements)?),
             _ => None,
         };
-        Ok((d_hidden, d_weight))
+        Ok(HeadGradients { hidden: d_hidden, weight: d_weight })
     }
 
     /// Adds a part to the sum, or makes it the sum.
@@ -324,5 +330,61 @@ impl<T: Float> Head<'_, T> {
         unsafe { enqueue(&mut launch, threads(elements)) }?;
         drop(launch);
         Ok(out)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use candle_core::{DType, Device};
+
+    /// Loss, log-sums, gradient of hidden states and gradient of the weight, with tiles of so many logits.
+    fn run(hidden: &Tensor, weight: &Tensor, targets: &Tensor, tile_elements: usize) -> [Vec<f32>; 3] {
+        const OP: &str = "test";
+        let ((rows, width), vocabulary_size) = (hidden.dims2().unwrap(), weight.dim(0).unwrap());
+        let [h, w, t] = [hidden, weight, targets].map(|tensor| Input::new(OP, tensor));
+        let device = h.cuda_device().unwrap();
+        let (h, w, t) = (h.view::<f32>().unwrap(), w.view::<f32>().unwrap(), t.view::<u32>().unwrap());
+        let head = Head { op: OP, device, hidden: &h, weight: &w, rows, width };
+        let tiles = tiles(rows, vocabulary_size, tile_elements);
+        let mut sums = Sums::new(OP, device, &t).unwrap();
+        let mut logits = head.allocate_logits(&tiles).unwrap();
+        for &columns in &tiles {
+            head.logits(&mut logits, columns).unwrap();
+            sums.add_tile(&logits.as_view(), columns).unwrap();
+        }
+        let (loss, _) = sums.loss().unwrap();
+        let loss = loss.as_cuda_slice::<f32>().unwrap();
+        let one = device.clone_htod(&[1f32]).unwrap();
+        let upstream = Upstream::new(OP, device, t.slice(..), loss.as_view(), one.as_view());
+        let gradients = head.gradients(&upstream, &tiles, (true, true)).unwrap();
+        let fetch = |elements: &CudaSlice<f32>| device.clone_dtoh(elements).unwrap();
+        [fetch(loss), fetch(&gradients.hidden.unwrap()), fetch(&gradients.weight.unwrap())]
+    }
+
+    #[test]
+    fn the_size_of_a_tile_changes_only_the_order_of_sums() {
+        let device = match Device::new_cuda_with_stream(0) {
+            Ok(device) => device,
+            Err(error) if error.to_string().contains("CUDA_ERROR_NO_DEVICE") => return,
+            Err(error) => panic!("{error}"),
+        };
+        let wave = |count: u32, step: f64, shape: (usize, usize)| {
+            let angles = Tensor::arange(0, count, &Device::Cpu).unwrap().to_dtype(DType::F32).unwrap();
+            let wave = (angles * step).unwrap().sin().unwrap().reshape(shape).unwrap();
+            wave.to_device(&device).unwrap()
+        };
+        let (hidden, weight) = (wave(45, 0.7, (9, 5)), wave(1000, 1.3, (200, 5)));
+        // The ends of the tiles are among the targets.
+        let targets = Tensor::new(&[0u32, 63, 64, 127, 128, 191, 192, 199, 5], &device).unwrap();
+        assert_eq!(tiles(9, 200, 1).len(), 4);
+        let whole = run(&hidden, &weight, &targets, TILE_ELEMENTS);
+        let pieces = run(&hidden, &weight, &targets, 1);
+        for (whole, pieces) in whole.iter().zip(&pieces) {
+            assert_eq!(whole.len(), pieces.len());
+            for (index, (a, b)) in pieces.iter().zip(whole).enumerate() {
+                assert!((a - b).abs() < 1e-5, "element {index} is {a}, expected {b}");
+            }
+        }
     }
 }

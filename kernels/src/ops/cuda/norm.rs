@@ -49,7 +49,7 @@ pub(in crate::ops) fn backward(
     grad: &Tensor,
     eps: f32,
     with_bias: bool,
-) -> Result<(Tensor, Tensor, Option<Tensor>)> {
+) -> Result<(Tensor, Option<Tensor>, Option<Tensor>)> {
     let grad = grad.contiguous()?;
     let [x, w, dy] = [xs, weight, &grad].map(|tensor| Input::new(op, tensor));
     let device = x.cuda_device()?;
@@ -67,10 +67,9 @@ pub(in crate::ops) fn backward(
         unsafe { enqueue(&mut launch, rows(row_count, w.len())) }?;
         drop(launch);
         let inputs = Some((&x, &statistics));
-        let (d_bias, d_weight) = column_sums::<T>(device, &dy, row_count, width, with_bias, inputs)?;
-        let d_weight = d_weight.map(|sums| tensor(device, sums, weight.shape()));
-        let d_bias = d_bias.map(|sums| tensor(device, sums, weight.shape()));
-        let d_weight = d_weight.map_or_else(|| weight.zeros_like(), Ok)?;
+        let columns = column_sums::<T>(device, &dy, row_count, width, with_bias, inputs)?;
+        let d_weight = columns.products.map(|sums| tensor(device, sums, weight.shape()));
+        let d_bias = columns.sums.map(|sums| tensor(device, sums, weight.shape()));
         Ok((tensor(device, dx, xs.shape()), d_weight, d_bias))
     })
 }
@@ -82,11 +81,20 @@ pub(super) fn bias_gradient<T: Float>(
     dy: &CudaView<'_, T>,
     width: usize,
 ) -> Result<CudaSlice<T>> {
-    let (sums, _) = column_sums(device, dy, dy.len() / width.max(1), size(op, width)?, true, None)?;
+    let ColumnSums { sums, .. } =
+        column_sums(device, dy, dy.len() / width.max(1), size(op, width)?, true, None)?;
     match sums {
         Some(sums) => Ok(sums),
         None => allocate(device, width),
     }
+}
+
+/// Sums over rows, those that were asked for.
+struct ColumnSums<T> {
+    /// Of the upstream gradient.
+    sums: Option<CudaSlice<T>>,
+    /// Of the upstream gradient times the normalised input.
+    products: Option<CudaSlice<T>>,
 }
 
 /// Rows that are summed before they join the total, as in `cuda/norm.cu`.
@@ -100,7 +108,7 @@ fn column_sums<T: Float>(
     width: u32,
     sums: bool,
     inputs: Option<(&CudaView<'_, T>, &CudaSlice<f32>)>,
-) -> Result<(Option<CudaSlice<T>>, Option<CudaSlice<T>>)> {
+) -> Result<ColumnSums<T>> {
     let groups = row_count.div_ceil(GROUP_ROWS);
     let partial = |wanted: bool| wanted.then(|| allocate::<f32>(device, groups * width as usize)).transpose();
     let (sums, products) = (partial(sums)?, partial(inputs.is_some())?);
@@ -126,7 +134,7 @@ fn column_sums<T: Float>(
     let total = |partial: Option<CudaSlice<f32>>| {
         partial.map(|partial| column_totals::<T>(device, &partial, groups, width)).transpose()
     };
-    Ok((total(sums)?, total(products)?))
+    Ok(ColumnSums { sums: total(sums)?, products: total(products)? })
 }
 
 fn column_totals<T: Float>(
