@@ -5,6 +5,7 @@
 //! | [`adamw`] | the optimizer's update of a run, with an optional low-precision copy |
 //! | [`gradient`] | scale, accumulate, squared norm and finite check of a run, in one pass |
 //! | [`convert`] | f32 to and from bf16 and f16 |
+//! | [`quantize`] | optimizer states in 8 bits, with a scale a block |
 //! | [`philox`], [`initialize`] | random numbers and initial values by position |
 //! | [`ops`] | candle operations with a backward |
 //! | `cuda` | the loops over runs on a CUDA device (feature `cuda`) |
@@ -23,6 +24,7 @@ pub mod initialize;
 pub mod ops;
 pub mod philox;
 mod pool;
+pub mod quantize;
 mod simd;
 
 pub use element::Element;

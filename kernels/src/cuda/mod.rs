@@ -5,6 +5,7 @@
 //! | [`Kernels::adamw`] | [`crate::adamw`] | the same |
 //! | [`Kernels::accumulate`] | [`crate::gradient`] | the same, norm included |
 //! | [`Kernels::narrow`], [`Kernels::widen`] | [`crate::convert`] | the same, NaN included |
+//! | [`Kernels::quantize`], [`Kernels::dequantize`] | [`crate::quantize`] | the same |
 //!
 //! "The same" is said of numbers: where arithmetic makes a NaN, its bits are the machine's.
 //!
@@ -20,6 +21,7 @@ mod convert;
 mod error;
 mod gradient;
 mod module;
+mod quantize;
 
 pub use adamw::{RunCopy, RunState};
 pub use convert::HalfElement;

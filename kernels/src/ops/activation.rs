@@ -1,8 +1,12 @@
 //! Activations: GELU, SiLU and SwiGLU, one pass forward and one pass backward.
 
+#[cfg(feature = "cuda")]
+use candle_core::CudaStorage;
 use candle_core::{CpuStorage, CustomOp1, D, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
 
+#[cfg(feature = "cuda")]
+use super::cuda;
 use super::error::shapes_error;
 use super::input::{Input, cpu_tensor, elements};
 use super::vector::{chunk_elements, sigmoid, vectorized};
@@ -16,9 +20,6 @@ use super::vector::{chunk_elements, sigmoid, vectorized};
 /// # Errors
 /// [`OpError::DType`](super::OpError::DType) unless the elements are `f32`.
 pub fn gelu(xs: &Tensor) -> Result<Tensor> {
-    if xs.device().is_cuda() {
-        return xs.gelu();
-    }
     xs.contiguous()?.apply_op1(GELU)
 }
 
@@ -29,9 +30,6 @@ pub fn gelu(xs: &Tensor) -> Result<Tensor> {
 /// # Errors
 /// [`OpError::DType`](super::OpError::DType) unless the elements are `f32`.
 pub fn silu(xs: &Tensor) -> Result<Tensor> {
-    if xs.device().is_cuda() {
-        return xs.silu();
-    }
     xs.contiguous()?.apply_op1(SILU)
 }
 
@@ -44,9 +42,6 @@ pub fn silu(xs: &Tensor) -> Result<Tensor> {
 pub fn swiglu(xs: &Tensor) -> Result<Tensor> {
     if xs.rank() == 0 || !xs.dim(D::Minus1)?.is_multiple_of(2) {
         return Err(shapes_error(SwiGlu::NAME, "the last dimension must be even", &[xs.shape()]));
-    }
-    if xs.device().is_cuda() {
-        return candle_nn::ops::swiglu(xs);
     }
     xs.contiguous()?.apply_op1(SwiGlu)
 }
@@ -76,7 +71,16 @@ impl CustomOp1 for Elementwise {
         Ok((CpuStorage::F32(out), layout.shape().clone()))
     }
 
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(&self, storage: &CudaStorage, layout: &Layout) -> Result<(CudaStorage, Shape)> {
+        cuda::activation::forward(self.name, storage, layout)
+    }
+
     fn bwd(&self, xs: &Tensor, _res: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
+        #[cfg(feature = "cuda")]
+        if xs.device().is_cuda() {
+            return cuda::activation::backward(self.name, xs, grad).map(Some);
+        }
         let grad = grad.contiguous()?;
         let (x, dy) = (Input::new(self.name, xs), Input::new(self.name, &grad));
         let (x, dy) = (x.elements::<f32>()?, dy.elements::<f32>()?);
@@ -88,6 +92,16 @@ impl CustomOp1 for Elementwise {
             .for_each(|((dx, x), dy)| (self.backward)(dx, x, dy));
         Ok(Some(cpu_tensor(dx, xs)?))
     }
+}
+
+/// Half the last dimension, and the shape with it.
+fn halved(layout: &Layout) -> (usize, Shape) {
+    let mut dims = layout.dims().to_vec();
+    let width = dims.last().map_or(0, |&last| last / 2);
+    if let Some(last) = dims.last_mut() {
+        *last = width;
+    }
+    (width, Shape::from(dims))
 }
 
 struct SwiGlu;
@@ -103,21 +117,27 @@ impl CustomOp1 for SwiGlu {
 
     fn cpu_fwd(&self, storage: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
         let xs = elements::<f32>(Self::NAME, storage, layout)?;
-        let mut dims = layout.dims().to_vec();
-        let width = dims.last().map_or(0, |&last| last / 2);
-        if let Some(last) = dims.last_mut() {
-            *last = width;
-        }
+        let (width, shape) = halved(layout);
         let mut out = vec![0f32; xs.len() / 2];
         let chunk = chunk_elements(width);
         out.par_chunks_mut(chunk)
             .zip(xs.par_chunks(2 * chunk))
             .for_each(|(out, xs)| swiglu_forward(out, xs, width));
-        Ok((CpuStorage::F32(out), Shape::from(dims)))
+        Ok((CpuStorage::F32(out), shape))
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(&self, storage: &CudaStorage, layout: &Layout) -> Result<(CudaStorage, Shape)> {
+        let (width, shape) = halved(layout);
+        cuda::activation::swiglu_forward(storage, layout, width, shape)
     }
 
     fn bwd(&self, xs: &Tensor, _res: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
         let width = xs.dim(D::Minus1)? / 2;
+        #[cfg(feature = "cuda")]
+        if xs.device().is_cuda() {
+            return cuda::activation::swiglu_backward(xs, grad, width).map(Some);
+        }
         let grad = grad.contiguous()?;
         let (x, dy) = (Input::new(Self::NAME, xs), Input::new(Self::NAME, &grad));
         let (x, dy) = (x.elements::<f32>()?, dy.elements::<f32>()?);

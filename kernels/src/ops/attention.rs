@@ -1,9 +1,12 @@
 //! Causal self-attention on packed queries, keys and values.
 
+#[cfg(feature = "cuda")]
+use candle_core::CudaStorage;
 use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
 
-use super::composed;
+#[cfg(feature = "cuda")]
+use super::cuda;
 use super::error::shapes_error;
 use super::input::{Input, cpu_tensor, elements};
 use super::matrix::{Matrix, MatrixMut, Threads, multiply};
@@ -25,16 +28,13 @@ use super::softmax::{Rows, softmax_rows, softmax_rows_backward};
 pub fn causal_attention(qkv: &Tensor, heads: usize) -> Result<Tensor> {
     match *qkv.dims() {
         [_, _, width] if heads > 0 && width > 0 && width.is_multiple_of(3 * heads) => {
-            if qkv.device().is_cuda() {
-                return composed::causal_attention(qkv, heads);
-            }
             qkv.contiguous()?.apply_op1(CausalAttention { heads })
         }
         _ => Err(shapes_error(NAME, "expected [B, T, 3·C] with C a multiple of the heads", &[qkv.shape()])),
     }
 }
 
-const NAME: &str = "causal_attention";
+pub(super) const NAME: &str = "causal_attention";
 
 /// Query rows whose probabilities exist together. Fewer skip more of the masked half; more make larger products.
 const BLOCK_ROWS: usize = 64;
@@ -59,7 +59,16 @@ impl CustomOp1 for CausalAttention {
         Ok((CpuStorage::F32(out), (sizes.batch, sizes.positions, sizes.channels).into()))
     }
 
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(&self, storage: &CudaStorage, layout: &Layout) -> Result<(CudaStorage, Shape)> {
+        cuda::attention::forward(Sizes::new(layout.shape(), self.heads)?, storage, layout)
+    }
+
     fn bwd(&self, qkv: &Tensor, _res: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
+        #[cfg(feature = "cuda")]
+        if qkv.device().is_cuda() {
+            return cuda::attention::backward(Sizes::new(qkv.shape(), self.heads)?, qkv, grad).map(Some);
+        }
         let grad = grad.contiguous()?;
         let (input, d_out) = (Input::new(NAME, qkv), Input::new(NAME, &grad));
         let (input, d_out) = (input.elements::<f32>()?, d_out.elements::<f32>()?);
@@ -79,13 +88,13 @@ impl CustomOp1 for CausalAttention {
 }
 
 #[derive(Clone, Copy)]
-struct Sizes {
-    batch: usize,
-    positions: usize,
+pub(super) struct Sizes {
+    pub(super) batch: usize,
+    pub(super) positions: usize,
     /// Elements of one of q, k and v at one position: heads × head width.
-    channels: usize,
-    heads: usize,
-    head_width: usize,
+    pub(super) channels: usize,
+    pub(super) heads: usize,
+    pub(super) head_width: usize,
 }
 
 impl Sizes {

@@ -1,9 +1,12 @@
 //! The mean cross-entropy of next-token prediction, from logits or straight from hidden states.
 
+#[cfg(feature = "cuda")]
+use candle_core::CudaStorage;
 use candle_core::{CpuStorage, CustomOp2, CustomOp3, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
 
-use super::composed;
+#[cfg(feature = "cuda")]
+use super::cuda;
 use super::error::{OpError, shapes_error};
 use super::input::{Input, cpu_tensor, elements};
 use super::matrix::{Matrix, MatrixMut, Threads, multiply};
@@ -23,9 +26,6 @@ pub fn cross_entropy(logits: &Tensor, targets: &Tensor) -> Result<Tensor> {
     if logits.rank() != 2 || targets.dims() != [logits.dims()[0]] || rows == 0 {
         let shapes = [logits.shape(), targets.shape()];
         return Err(shapes_error(CrossEntropy::NAME, "expected [N, V], [N] with N > 0", &shapes));
-    }
-    if logits.device().is_cuda() {
-        return composed::cross_entropy(CrossEntropy::NAME, logits, targets);
     }
     let loss_and_sums = logits.contiguous()?.apply_op2(&targets.contiguous()?, CrossEntropy)?;
     loss_and_sums.get(0)
@@ -55,9 +55,6 @@ pub fn linear_cross_entropy(hidden: &Tensor, weight: &Tensor, targets: &Tensor) 
             "expected [N, C], [V, C], [N] with N > 0",
             &shapes,
         ));
-    }
-    if hidden.device().is_cuda() {
-        return composed::linear_cross_entropy(LinearCrossEntropy::NAME, hidden, weight, targets);
     }
     let (hidden, weight, targets) = (hidden.contiguous()?, weight.contiguous()?, targets.contiguous()?);
     let loss_and_sums = hidden.apply_op3(&weight, &targets, LinearCrossEntropy)?;
@@ -120,6 +117,17 @@ impl CustomOp2 for CrossEntropy {
         Ok(loss_and_log_sums(&sums))
     }
 
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        logits: &CudaStorage,
+        logits_layout: &Layout,
+        targets: &CudaStorage,
+        targets_layout: &Layout,
+    ) -> Result<(CudaStorage, Shape)> {
+        cuda::cross_entropy::forward(Self::NAME, (logits, logits_layout), (targets, targets_layout))
+    }
+
     fn bwd(
         &self,
         logits: &Tensor,
@@ -127,6 +135,11 @@ impl CustomOp2 for CrossEntropy {
         res: &Tensor,
         grad: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>)> {
+        #[cfg(feature = "cuda")]
+        if logits.device().is_cuda() {
+            let gradient = cuda::cross_entropy::backward(Self::NAME, logits, targets, res, grad)?;
+            return Ok((Some(gradient), None));
+        }
         let (rows, vocabulary_size) = logits.dims2()?;
         let scale = grad.get(0)?.to_scalar::<f32>()? / rows as f32;
         let input = Input::new(Self::NAME, logits);
@@ -174,6 +187,20 @@ impl CustomOp3 for LinearCrossEntropy {
         Ok(loss_and_log_sums(&sums))
     }
 
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        hidden: &CudaStorage,
+        hidden_layout: &Layout,
+        weight: &CudaStorage,
+        weight_layout: &Layout,
+        targets: &CudaStorage,
+        targets_layout: &Layout,
+    ) -> Result<(CudaStorage, Shape)> {
+        let (hidden, weight) = ((hidden, hidden_layout), (weight, weight_layout));
+        cuda::cross_entropy::linear_forward(Self::NAME, hidden, weight, (targets, targets_layout))
+    }
+
     fn bwd(
         &self,
         hidden: &Tensor,
@@ -182,6 +209,12 @@ impl CustomOp3 for LinearCrossEntropy {
         res: &Tensor,
         grad: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
+        #[cfg(feature = "cuda")]
+        if hidden.device().is_cuda() {
+            let gradients =
+                cuda::cross_entropy::linear_backward(Self::NAME, hidden, weight, targets, res, grad)?;
+            return Ok((gradients.0, gradients.1, None));
+        }
         let (rows, width) = hidden.dims2()?;
         let vocabulary_size = weight.dim(0)?;
         let scale = grad.get(0)?.to_scalar::<f32>()? / rows as f32;
@@ -225,9 +258,9 @@ const TILE_ROWS: usize = 1024;
 
 /// Some columns of the logits: entries of the vocabulary.
 #[derive(Clone, Copy)]
-struct Columns {
-    first: usize,
-    count: usize,
+pub(super) struct Columns {
+    pub(super) first: usize,
+    pub(super) count: usize,
 }
 
 /// A part of the `[N, V]` logits.

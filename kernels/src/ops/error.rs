@@ -6,7 +6,9 @@ use candle_core::{DType, DeviceLocation, Shape};
 #[derive(Debug, thiserror::Error)]
 pub enum OpError {
     /// The elements have a dtype that the device's code does not compute in.
-    #[error("{op}: dtype {dtype:?} is not supported on the CPU: cast the tensor to {expected:?}")]
+    #[error(
+        "{op}: dtype {dtype:?} does not fit the device or the other inputs: cast the tensor to {expected:?}"
+    )]
     DType {
         /// The operation that refused.
         op: &'static str,
@@ -14,6 +16,14 @@ pub enum OpError {
         dtype: DType,
         /// The dtype that it needs.
         expected: DType,
+    },
+    /// A dimension is larger than kernels count.
+    #[error("{op}: {elements} elements in one dimension are more than the device's code counts")]
+    TooLarge {
+        /// The operation that refused.
+        op: &'static str,
+        /// The size of the dimension.
+        elements: usize,
     },
     /// A tensor lives on a device that the operation has no code for.
     #[error("{op}: no code for device {device:?}: move the tensor to the CPU or to a CUDA device")]

@@ -36,6 +36,21 @@ impl<'a> Input<'a> {
         Input { op, storage, layout }
     }
 
+    /// The operation that asked.
+    #[cfg(feature = "cuda")]
+    pub(super) fn op(&self) -> &'static str {
+        self.op
+    }
+
+    /// The storage on a CUDA device, and where the elements lie in it.
+    #[cfg(feature = "cuda")]
+    pub(super) fn cuda_storage(&self) -> Result<(&candle_core::CudaStorage, &Layout)> {
+        match &*self.storage {
+            Storage::Cuda(storage) => Ok((storage, self.layout)),
+            other => Err(OpError::Device { op: self.op, device: other.device().location() }.into()),
+        }
+    }
+
     /// The elements, row-major.
     pub(super) fn elements<T: WithDType>(&self) -> Result<&[T]> {
         match &*self.storage {

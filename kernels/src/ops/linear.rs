@@ -1,9 +1,12 @@
 //! The affine layer.
 
+#[cfg(feature = "cuda")]
+use candle_core::CudaStorage;
 use candle_core::{CpuStorage, CustomOp2, CustomOp3, D, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
 
-use super::composed;
+#[cfg(feature = "cuda")]
+use super::cuda;
 use super::error::shapes_error;
 use super::input::{Input, cpu_tensor, elements};
 use super::matrix::{Matrix, MatrixMut, Threads, multiply};
@@ -26,9 +29,6 @@ pub fn linear(xs: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Ten
         shapes.extend(bias.map(|bias| bias.shape()));
         return Err(shapes_error(NAME, "expected [.., in], [out, in] and, if any, a bias [out]", &shapes));
     }
-    if xs.device().is_cuda() {
-        return composed::linear(xs, weight, bias);
-    }
     let (xs, weight) = (xs.contiguous()?, weight.contiguous()?);
     match bias {
         Some(bias) => xs.apply_op3(&weight, &bias.contiguous()?, Linear),
@@ -36,7 +36,7 @@ pub fn linear(xs: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Ten
     }
 }
 
-const NAME: &str = "linear";
+pub(super) const NAME: &str = "linear";
 
 struct Linear;
 
@@ -60,6 +60,18 @@ impl CustomOp2 for Linear {
         Ok((CpuStorage::F32(out), dims.out_shape))
     }
 
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        xs: &CudaStorage,
+        xs_layout: &Layout,
+        weight: &CudaStorage,
+        weight_layout: &Layout,
+    ) -> Result<(CudaStorage, Shape)> {
+        let dims = Dimensions::new(xs_layout.shape(), weight_layout.shape())?;
+        cuda::linear::forward(dims, (xs, xs_layout), (weight, weight_layout), None)
+    }
+
     fn bwd(
         &self,
         xs: &Tensor,
@@ -67,6 +79,12 @@ impl CustomOp2 for Linear {
         _res: &Tensor,
         grad: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>)> {
+        #[cfg(feature = "cuda")]
+        if xs.device().is_cuda() {
+            let dims = Dimensions::new(xs.shape(), weight.shape())?;
+            let (d_xs, d_weight, _) = cuda::linear::backward(&dims, xs, weight, None, grad)?;
+            return Ok((d_xs, d_weight));
+        }
         backward(xs, weight, &grad.contiguous()?)
     }
 }
@@ -95,6 +113,21 @@ impl CustomOp3 for Linear {
         Ok((CpuStorage::F32(out), dims.out_shape))
     }
 
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        xs: &CudaStorage,
+        xs_layout: &Layout,
+        weight: &CudaStorage,
+        weight_layout: &Layout,
+        bias: &CudaStorage,
+        bias_layout: &Layout,
+    ) -> Result<(CudaStorage, Shape)> {
+        let dims = Dimensions::new(xs_layout.shape(), weight_layout.shape())?;
+        let bias = Some((bias, bias_layout));
+        cuda::linear::forward(dims, (xs, xs_layout), (weight, weight_layout), bias)
+    }
+
     fn bwd(
         &self,
         xs: &Tensor,
@@ -103,6 +136,11 @@ impl CustomOp3 for Linear {
         _res: &Tensor,
         grad: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
+        #[cfg(feature = "cuda")]
+        if xs.device().is_cuda() {
+            let dims = Dimensions::new(xs.shape(), weight.shape())?;
+            return cuda::linear::backward(&dims, xs, weight, Some(bias), grad);
+        }
         let grad = grad.contiguous()?;
         let (d_xs, d_weight) = backward(xs, weight, &grad)?;
         let d_bias = match bias.track_op() {
@@ -114,11 +152,11 @@ impl CustomOp3 for Linear {
 }
 
 /// The sizes of the product, and the shape of its result.
-struct Dimensions {
-    rows: usize,
-    in_width: usize,
-    out_width: usize,
-    out_shape: Shape,
+pub(super) struct Dimensions {
+    pub(super) rows: usize,
+    pub(super) in_width: usize,
+    pub(super) out_width: usize,
+    pub(super) out_shape: Shape,
 }
 
 impl Dimensions {

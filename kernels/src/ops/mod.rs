@@ -21,8 +21,9 @@
 
 mod activation;
 mod attention;
-mod composed;
 mod cross_entropy;
+#[cfg(feature = "cuda")]
+mod cuda;
 mod error;
 mod input;
 mod linear;

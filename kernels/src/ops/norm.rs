@@ -1,9 +1,12 @@
 //! Layer normalisation and root-mean-square normalisation over the last dimension.
 
+#[cfg(feature = "cuda")]
+use candle_core::CudaStorage;
 use candle_core::{CpuStorage, CustomOp2, CustomOp3, D, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
 
-use super::composed;
+#[cfg(feature = "cuda")]
+use super::cuda;
 use super::error::shapes_error;
 use super::input::{Input, cpu_tensor, elements};
 use super::vector::{chunk_elements, sum_by, sum_by2, sum_by3, vectorized};
@@ -23,9 +26,6 @@ pub fn layer_norm(xs: &Tensor, weight: &Tensor, bias: &Tensor, eps: f32) -> Resu
         let shapes = [xs.shape(), weight.shape(), bias.shape()];
         return Err(shapes_error(LayerNorm::NAME, "expected [.., C], [C], [C]", &shapes));
     }
-    if xs.device().is_cuda() {
-        return composed::layer_norm(xs, weight, bias, eps);
-    }
     xs.contiguous()?.apply_op3(&weight.contiguous()?, &bias.contiguous()?, LayerNorm { eps })
 }
 
@@ -42,9 +42,6 @@ pub fn rms_norm(xs: &Tensor, weight: &Tensor, eps: f32) -> Result<Tensor> {
     if weight.dims() != [width] || width == 0 {
         let shapes = [xs.shape(), weight.shape()];
         return Err(shapes_error(RmsNorm::NAME, "expected [.., C], [C]", &shapes));
-    }
-    if xs.device().is_cuda() {
-        return composed::rms_norm(xs, weight, eps);
     }
     xs.contiguous()?.apply_op2(&weight.contiguous()?, RmsNorm { eps })
 }
@@ -86,6 +83,20 @@ impl CustomOp3 for LayerNorm {
         Ok((CpuStorage::F32(out), xs_layout.shape().clone()))
     }
 
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        xs: &CudaStorage,
+        xs_layout: &Layout,
+        weight: &CudaStorage,
+        weight_layout: &Layout,
+        bias: &CudaStorage,
+        bias_layout: &Layout,
+    ) -> Result<(CudaStorage, Shape)> {
+        let (weight, bias) = ((weight, weight_layout), Some((bias, bias_layout)));
+        cuda::norm::forward(Self::NAME, (xs, xs_layout), weight, bias, self.eps)
+    }
+
     fn bwd(
         &self,
         xs: &Tensor,
@@ -94,6 +105,11 @@ impl CustomOp3 for LayerNorm {
         _res: &Tensor,
         grad: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
+        #[cfg(feature = "cuda")]
+        if xs.device().is_cuda() {
+            let (dx, d_weight, d_bias) = cuda::norm::backward(Self::NAME, xs, weight, grad, self.eps, true)?;
+            return Ok((Some(dx), d_weight, d_bias));
+        }
         let kernel = |dx: &mut [f32], statistics: &mut [[f32; 2]], x: &[f32], dy: &[f32], weight: &[f32]| {
             layer_norm_backward(dx, statistics, x, dy, weight, self.eps)
         };
@@ -132,6 +148,17 @@ impl CustomOp2 for RmsNorm {
         Ok((CpuStorage::F32(out), xs_layout.shape().clone()))
     }
 
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        xs: &CudaStorage,
+        xs_layout: &Layout,
+        weight: &CudaStorage,
+        weight_layout: &Layout,
+    ) -> Result<(CudaStorage, Shape)> {
+        cuda::norm::forward(Self::NAME, (xs, xs_layout), (weight, weight_layout), None, self.eps)
+    }
+
     fn bwd(
         &self,
         xs: &Tensor,
@@ -139,6 +166,11 @@ impl CustomOp2 for RmsNorm {
         _res: &Tensor,
         grad: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>)> {
+        #[cfg(feature = "cuda")]
+        if xs.device().is_cuda() {
+            let (dx, d_weight, _) = cuda::norm::backward(Self::NAME, xs, weight, grad, self.eps, false)?;
+            return Ok((Some(dx), d_weight));
+        }
         let kernel = |dx: &mut [f32], statistics: &mut [[f32; 2]], x: &[f32], dy: &[f32], weight: &[f32]| {
             rms_norm_backward(dx, statistics, x, dy, weight, self.eps)
         };

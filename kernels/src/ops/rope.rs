@@ -1,9 +1,12 @@
 //! Rotary position embedding.
 
+#[cfg(feature = "cuda")]
+use candle_core::CudaStorage;
 use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
 
-use super::composed;
+#[cfg(feature = "cuda")]
+use super::cuda::rope::Rotation;
 use super::error::{OpError, shapes_error};
 use super::input::{Input, cpu_tensor, elements};
 use super::vector::{chunk_elements, vectorized};
@@ -37,14 +40,12 @@ fn rotate_checked(xs: &Tensor, cos: &Tensor, sin: &Tensor, op: Rope) -> Result<T
         }
     }
     if Sizes::new(xs.shape(), cos.shape()).is_none() || cos.shape() != sin.shape() {
-        let expected = "expected [B, H, T, D] with D even, and cos and sin [T' ≥ T, D/2] or [B, T' ≥ T, D/2]";
-        return Err(shapes_error(op.name, expected, &[xs.shape(), cos.shape(), sin.shape()]));
-    }
-    if xs.device().is_cuda() {
-        return composed::rope(xs, cos, sin, op.interleaved);
+        return Err(shapes_error(op.name, SHAPES, &[xs.shape(), cos.shape(), sin.shape()]));
     }
     xs.contiguous()?.apply_op3(&cos.contiguous()?, &sin.contiguous()?, op)
 }
+
+const SHAPES: &str = "expected [B, H, T, D] with D even, and cos and sin [T' ≥ T, D/2] or [B, T' ≥ T, D/2]";
 
 struct Rope {
     name: &'static str,
@@ -53,12 +54,12 @@ struct Rope {
 
 /// How the rows of `xs` find their row of `cos` and `sin`.
 #[derive(Clone, Copy)]
-struct Sizes {
-    heads: usize,
-    positions: usize,
-    head_width: usize,
+pub(super) struct Sizes {
+    pub(super) heads: usize,
+    pub(super) positions: usize,
+    pub(super) head_width: usize,
     /// Rows of a table between one sequence and the next: 0 if all share one.
-    table_rows: usize,
+    pub(super) table_rows: usize,
 }
 
 impl Sizes {
@@ -82,6 +83,14 @@ impl Sizes {
 }
 
 impl Rope {
+    /// The same on a CUDA device.
+    #[cfg(feature = "cuda")]
+    fn rotation(&self, xs: &Shape, table: &Shape, direction: f32) -> Result<Rotation> {
+        let Rope { name: op, interleaved } = *self;
+        let sizes = Sizes::new(xs, table).ok_or_else(|| shapes_error(op, SHAPES, &[xs, table]))?;
+        Ok(Rotation { op, interleaved, sizes, direction })
+    }
+
     /// Rotates every row of `xs` by its angle, or its opposite when `direction` is −1.
     fn rotate(&self, xs: &[f32], cos: &[f32], sin: &[f32], sizes: Sizes, direction: f32) -> Vec<f32> {
         let mut out = vec![0f32; xs.len()];
@@ -120,6 +129,20 @@ impl CustomOp3 for Rope {
         Ok((CpuStorage::F32(out), shape.clone()))
     }
 
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        xs: &CudaStorage,
+        xs_layout: &Layout,
+        cos: &CudaStorage,
+        cos_layout: &Layout,
+        sin: &CudaStorage,
+        sin_layout: &Layout,
+    ) -> Result<(CudaStorage, Shape)> {
+        let rotation = self.rotation(xs_layout.shape(), cos_layout.shape(), 1.0)?;
+        rotation.forward((xs, xs_layout), (cos, cos_layout), (sin, sin_layout))
+    }
+
     fn bwd(
         &self,
         xs: &Tensor,
@@ -129,6 +152,11 @@ impl CustomOp3 for Rope {
         grad: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
         let grad = grad.contiguous()?;
+        #[cfg(feature = "cuda")]
+        if grad.device().is_cuda() {
+            let rotation = self.rotation(xs.shape(), cos.shape(), -1.0)?;
+            return Ok((Some(rotation.backward(&grad, cos, sin)?), None, None));
+        }
         let [dy, c, s] = [&grad, cos, sin].map(|tensor| Input::new(self.name, tensor));
         let dx = match Sizes::new(xs.shape(), cos.shape()) {
             Some(sizes) => self.rotate(dy.elements()?, c.elements()?, s.elements()?, sizes, -1.0),

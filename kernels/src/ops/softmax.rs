@@ -1,9 +1,12 @@
 //! Softmax over the last dimension, plain and causal.
 
-use candle_core::{CpuStorage, CustomOp1, D, Layout, Result, Shape, Tensor};
+#[cfg(feature = "cuda")]
+use candle_core::CudaStorage;
+use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
 
-use super::composed;
+#[cfg(feature = "cuda")]
+use super::cuda;
 use super::error::shapes_error;
 use super::input::{Input, cpu_tensor, elements};
 use super::vector::{chunk_elements, exp, maximum, sum_by, sum_by2, vectorized};
@@ -19,9 +22,6 @@ pub fn softmax_last_dim(xs: &Tensor) -> Result<Tensor> {
     let Some(&columns) = xs.dims().last() else {
         return Err(shapes_error("softmax_last_dim", "expected [.., S]", &[xs.shape()]));
     };
-    if xs.device().is_cuda() {
-        return candle_nn::ops::softmax(xs, D::Minus1);
-    }
     // One query row a matrix sees every column: causal over nothing.
     let shape = Rows { columns, query_rows: 1 };
     xs.contiguous()?.apply_op1(Softmax { name: "softmax_last_dim", shape, scale: 1.0 })
@@ -38,9 +38,6 @@ pub fn softmax_last_dim(xs: &Tensor) -> Result<Tensor> {
 pub fn causal_softmax(scores: &Tensor, scale: f32) -> Result<Tensor> {
     const NAME: &str = "causal_softmax";
     match *scores.dims() {
-        [.., query_rows, columns] if columns >= query_rows && scores.device().is_cuda() => {
-            composed::causal_softmax(scores, scale)
-        }
         [.., query_rows, columns] if columns >= query_rows => {
             let shape = Rows { columns, query_rows };
             scores.contiguous()?.apply_op1(Softmax { name: NAME, shape, scale })
@@ -90,7 +87,16 @@ impl CustomOp1 for Softmax {
         Ok((CpuStorage::F32(out), layout.shape().clone()))
     }
 
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(&self, storage: &CudaStorage, layout: &Layout) -> Result<(CudaStorage, Shape)> {
+        cuda::softmax::forward(self.name, storage, layout, self.shape, self.scale)
+    }
+
     fn bwd(&self, _scores: &Tensor, res: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
+        #[cfg(feature = "cuda")]
+        if res.device().is_cuda() {
+            return cuda::softmax::backward(self.name, res, grad, self.shape, self.scale).map(Some);
+        }
         let grad = grad.contiguous()?;
         let (y, dy) = (Input::new(self.name, res), Input::new(self.name, &grad));
         let (y, dy) = (y.elements::<f32>()?, dy.elements::<f32>()?);

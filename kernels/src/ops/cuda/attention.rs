@@ -1,0 +1,255 @@
+//! Causal self-attention on packed queries, keys and values.
+
+use candle_core::backend::BackendStorage;
+use candle_core::cuda_backend::CudaDevice;
+use candle_core::cuda_backend::cudarc::driver::{CudaSlice, CudaView};
+use candle_core::{CudaStorage, Layout, Result, Shape, Tensor};
+
+use super::launch::{Float, allocate, by_dtype, result, tensor, view};
+use super::matrix::{self, multiply};
+use super::softmax::{backward_in_place, forward_in_place};
+use crate::ops::attention::{NAME, Sizes};
+use crate::ops::input::Input;
+use crate::ops::softmax::Rows;
+
+/// Probabilities that exist together: 64 MiB in f32.
+const TOGETHER_ELEMENTS: usize = 16 * 1024 * 1024;
+
+/// `softmax(q·kᵀ/√D, causal)·v` for every head.
+pub(in crate::ops) fn forward(
+    sizes: Sizes,
+    qkv: &CudaStorage,
+    layout: &Layout,
+) -> Result<(CudaStorage, Shape)> {
+    by_dtype!(NAME, qkv.dtype(), T => {
+        let input = view::<T>(NAME, qkv, layout)?;
+        let attention = Attention { device: &qkv.device, sizes, qkv: &input, together: TOGETHER_ELEMENTS };
+        let shape = (sizes.batch, sizes.positions, sizes.channels);
+        Ok(result(&qkv.device, attention.forward()?, shape))
+    })
+}
+
+/// The gradient of `qkv`; probabilities are made again.
+///
+/// In a 16-bit type the gradients of keys and values are rounded after each block of rows; there is one block unless T² is more
+/// than [`TOGETHER_ELEMENTS`].
+pub(in crate::ops) fn backward(sizes: Sizes, qkv: &Tensor, grad: &Tensor) -> Result<Tensor> {
+    let grad = grad.contiguous()?;
+    let (input, upstream) = (Input::new(NAME, qkv), Input::new(NAME, &grad));
+    let device = input.cuda_device()?;
+    by_dtype!(NAME, qkv.dtype(), T => {
+        let (input, d_out) = (input.view::<T>()?, upstream.view::<T>()?);
+        let attention = Attention { device, sizes, qkv: &input, together: TOGETHER_ELEMENTS };
+        Ok(tensor(device, attention.backward(&d_out)?, qkv.shape()))
+    })
+}
+
+struct Attention<'a, T> {
+    device: &'a CudaDevice,
+    sizes: Sizes,
+    qkv: &'a CudaView<'a, T>,
+    /// Probabilities that may exist together, but at least one row's.
+    together: usize,
+}
+
+/// Some heads of one sequence, and some of their query rows with the keys that the last of them sees.
+#[derive(Clone, Copy)]
+struct Block {
+    sequence: usize,
+    first_head: usize,
+    heads: usize,
+    first: usize,
+    rows: usize,
+    seen: usize,
+}
+
+impl Block {
+    fn visibility(&self) -> Rows {
+        Rows { columns: self.seen, query_rows: self.rows }
+    }
+
+    /// Rows of probabilities.
+    fn row_count(&self) -> usize {
+        self.heads * self.rows
+    }
+
+    /// `[rows, seen]` for each head.
+    fn scores(&self) -> matrix::Shape {
+        matrix::Shape::new(self.rows, self.seen)
+    }
+}
+
+impl<T: Float> Attention<'_, T> {
+    /// As many heads together as `together` allows, and if it does not allow one, as many rows of one head.
+    fn blocks(&self) -> Vec<Block> {
+        let Sizes { batch, positions, heads, .. } = self.sizes;
+        let heads_together = (self.together / (positions * positions).max(1)).clamp(1, heads);
+        let rows_together = (self.together / positions.max(1)).clamp(1, positions.max(1));
+        let mut blocks = Vec::new();
+        for sequence in 0..batch {
+            for first_head in (0..heads).step_by(heads_together) {
+                for first in (0..positions).step_by(rows_together) {
+                    let rows = rows_together.min(positions - first);
+                    let heads = heads_together.min(heads - first_head);
+                    blocks.push(Block { sequence, first_head, heads, first, rows, seen: first + rows });
+                }
+            }
+        }
+        blocks
+    }
+
+    /// Memory for the probabilities of the largest block.
+    fn allocate_scores(&self, blocks: &[Block]) -> Result<CudaSlice<T>> {
+        let largest = blocks.iter().map(|block| block.row_count() * block.seen).max();
+        allocate(self.device, largest.unwrap_or(0))
+    }
+
+    fn scale(&self) -> f32 {
+        1.0 / (self.sizes.head_width as f32).sqrt()
+    }
+
+    /// `rows` rows from `first` on of a block's heads in a `[B, T, row_width]` tensor, from `first_column`.
+    fn head_columns(
+        &self,
+        block: &Block,
+        (first, rows): (usize, usize),
+        row_width: usize,
+        first_column: usize,
+    ) -> matrix::Shape {
+        let Sizes { positions, head_width, .. } = self.sizes;
+        let row = block.sequence * positions + first;
+        let start = row * row_width + first_column + block.first_head * head_width;
+        matrix::Shape::new(rows, head_width).strided(start, row_width, head_width)
+    }
+
+    fn query(&self, block: &Block) -> matrix::Shape {
+        self.head_columns(block, (block.first, block.rows), 3 * self.sizes.channels, 0)
+    }
+
+    fn key(&self, block: &Block) -> matrix::Shape {
+        self.head_columns(block, (0, block.seen), 3 * self.sizes.channels, self.sizes.channels)
+    }
+
+    fn value(&self, block: &Block) -> matrix::Shape {
+        self.head_columns(block, (0, block.seen), 3 * self.sizes.channels, 2 * self.sizes.channels)
+    }
+
+    fn out(&self, block: &Block) -> matrix::Shape {
+        self.head_columns(block, (block.first, block.rows), self.sizes.channels, 0)
+    }
+
+    /// `destination = a · b` for every head of a block, or `destination += a · b` when `accumulate`.
+    fn multiply(
+        &self,
+        block: &Block,
+        accumulate: bool,
+        destination: (&mut CudaSlice<T>, matrix::Shape),
+        a: (&CudaView<'_, T>, matrix::Shape),
+        b: (&CudaView<'_, T>, matrix::Shape),
+    ) -> Result<()> {
+        multiply(NAME, self.device, block.heads, accumulate, destination, a, b)
+    }
+
+    fn probabilities(&self, block: &Block, out: &mut CudaSlice<T>) -> Result<()> {
+        let (query, key) = (self.query(block), self.key(block).transposed());
+        self.multiply(block, false, (&mut *out, block.scores()), (self.qkv, query), (self.qkv, key))?;
+        forward_in_place(NAME, self.device, out, block.row_count(), block.visibility(), self.scale())
+    }
+
+    /// `[B, T, C]`.
+    fn forward(&self) -> Result<CudaSlice<T>> {
+        let blocks = self.blocks();
+        let mut scores = self.allocate_scores(&blocks)?;
+        let mut out = allocate(self.device, self.sizes.batch * self.sizes.positions * self.sizes.channels)?;
+        for block in &blocks {
+            self.probabilities(block, &mut scores)?;
+            let probabilities = (&scores.as_view(), block.scores());
+            let value = (self.qkv, self.value(block));
+            self.multiply(block, false, (&mut out, self.out(block)), probabilities, value)?;
+        }
+        Ok(out)
+    }
+
+    /// `[B, T, 3·C]`.
+    fn backward(&self, d_out: &CudaView<'_, T>) -> Result<CudaSlice<T>> {
+        let blocks = self.blocks();
+        let mut probabilities = self.allocate_scores(&blocks)?;
+        let mut d_scores = self.allocate_scores(&blocks)?;
+        // Zeros, because later blocks of rows add to the keys and values that earlier ones have not seen.
+        let mut gradient = self.device.alloc_zeros::<T>(self.qkv.len().max(1))?;
+        for block in &blocks {
+            let d_out = (d_out, self.out(block));
+            self.probabilities(block, &mut probabilities)?;
+            let p = (&probabilities.as_view(), block.scores().transposed());
+            self.multiply(block, true, (&mut gradient, self.value(block)), p, d_out)?;
+
+            let value = (self.qkv, self.value(block).transposed());
+            self.multiply(block, false, (&mut d_scores, block.scores()), d_out, value)?;
+            let (rows, visibility) = (block.row_count(), block.visibility());
+            backward_in_place(
+                NAME,
+                self.device,
+                &mut d_scores,
+                &probabilities,
+                rows,
+                visibility,
+                self.scale(),
+            )?;
+
+            let (query, key) = (self.query(block), self.key(block));
+            let d_scores = d_scores.as_view();
+            let (ds, ds_transposed) = (block.scores(), block.scores().transposed());
+            self.multiply(block, false, (&mut gradient, query), (&d_scores, ds), (self.qkv, key))?;
+            self.multiply(block, true, (&mut gradient, key), (&d_scores, ds_transposed), (self.qkv, query))?;
+        }
+        Ok(gradient)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use candle_core::{DType, Device};
+
+    fn values(device: &CudaDevice, elements: &CudaSlice<f32>) -> Vec<f32> {
+        device.clone_dtoh(elements).unwrap()
+    }
+
+    fn assert_close(actual: &[f32], expected: &[f32]) {
+        assert_eq!(actual.len(), expected.len());
+        for (index, (a, b)) in actual.iter().zip(expected).enumerate() {
+            assert!((a - b).abs() < 1e-5, "element {index} is {a}, expected {b}");
+        }
+    }
+
+    #[test]
+    fn the_number_of_probabilities_that_exist_together_changes_only_the_order_of_sums() {
+        let device = match Device::new_cuda_with_stream(0) {
+            Ok(device) => device,
+            Err(error) if error.to_string().contains("CUDA_ERROR_NO_DEVICE") => return,
+            Err(error) => panic!("{error}"),
+        };
+        let sizes = Sizes { batch: 2, positions: 11, channels: 12, heads: 3, head_width: 4 };
+        let wave = |count: u32, step: f64, shape: (usize, usize, usize)| {
+            let angles = Tensor::arange(0, count, &Device::Cpu).unwrap().to_dtype(DType::F32).unwrap();
+            let wave = (angles * step).unwrap().sin().unwrap().reshape(shape).unwrap();
+            wave.to_device(&device).unwrap()
+        };
+        let (qkv, d_out) = (wave(792, 0.7, (2, 11, 36)), wave(264, 1.3, (2, 11, 12)));
+        let (input, upstream) = (Input::new(NAME, &qkv), Input::new(NAME, &d_out));
+        let (input, upstream) = (input.view::<f32>().unwrap(), upstream.view::<f32>().unwrap());
+        let Device::Cuda(device) = &device else { panic!("not the device that was asked for") };
+        let attention = |together| Attention { device, sizes, qkv: &input, together };
+        let whole = attention(TOGETHER_ELEMENTS);
+        assert_eq!(whole.blocks().len(), 2);
+        let out = values(device, &whole.forward().unwrap());
+        let gradient = values(device, &whole.backward(&upstream).unwrap());
+        // Two heads, one head, four rows, and one row at a time.
+        for (together, blocks) in [(2 * 121, 4), (121, 6), (4 * 11, 18), (1, 66)] {
+            let pieces = attention(together);
+            assert_eq!(pieces.blocks().len(), blocks);
+            assert_close(&values(device, &pieces.forward().unwrap()), &out);
+            assert_close(&values(device, &pieces.backward(&upstream).unwrap()), &gradient);
+        }
+    }
+}
