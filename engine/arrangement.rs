@@ -159,6 +159,10 @@ pub struct Arrangement {
     pub state_pool: Vec<Buffer>,
     /// Pieces between device and optimizer.
     pub gradient_pool: Vec<Buffer>,
+    /// Pieces between backward and optimizer where both are on a device with memory of its own.
+    pub device_gradient_pool: Vec<Buffer>,
+    /// What computes.
+    pub device: DeviceKind,
     /// Pieces between device and boundaries on disk.
     pub boundary_pool: Vec<Buffer>,
     /// Where parameters are rounded to the device's type on their way up.
@@ -198,6 +202,8 @@ impl Arrangement {
             fetch_pool: vec![],
             state_pool: vec![],
             gradient_pool: vec![],
+            device_gradient_pool: vec![],
+            device: needs.device,
             boundary_pool: vec![],
             upload_staging: None,
             gradient_staging: None,
@@ -212,13 +218,29 @@ impl Arrangement {
         this
     }
 
+    /// Whether a group's masters are the parameters in its slot.
+    pub fn master_in_slot(&self, group: GroupIndex) -> bool {
+        self.placements[group].master == Tier::Device && self.device.holds_masters()
+    }
+
+    /// Whether a group's states are on a device with memory of its own, which then updates them.
+    pub fn updated_on_device(&self, group: GroupIndex) -> bool {
+        self.device.apart && self.placements[group].master == Tier::Device
+    }
+
+    /// Whether a buffer is memory of a device that has its own.
+    pub fn is_on_device(&self, buffer: Buffer) -> bool {
+        self.device.apart && self.buffers[buffer.0].tier == Tier::Device
+    }
+
     fn add_slots(&mut self, layout: &Layout, slots: usize) {
         let elements = |group: &Group| group.table.iter().map(|entry| entry.elements).collect::<Vec<_>>();
+        let in_slot = |place: &GroupPlacement| place.master == Tier::Device && self.device.holds_masters();
         let mut classes: HashMap<Vec<usize>, Vec<Slot>> = HashMap::new();
         for (group, placement) in layout.groups.iter().zip(&self.placements) {
             let tensor_elements = elements(group);
             // The resident group is in its slot throughout a pass, so it shares it with nobody.
-            if placement.master == Tier::Device || group.resident {
+            if in_slot(placement) || group.resident {
                 self.slots_of.push(vec![Slot(self.slots.len())]);
                 self.slots.push(SlotSpec { tensor_elements });
                 continue;
@@ -228,7 +250,7 @@ impl Arrangement {
                 .iter()
                 .zip(&self.placements)
                 .filter(|(other, place)| {
-                    place.master != Tier::Device && !other.resident && elements(other) == tensor_elements
+                    !in_slot(place) && !other.resident && elements(other) == tensor_elements
                 })
                 .count();
             let class = classes.entry(tensor_elements.clone()).or_insert_with(|| {
@@ -251,7 +273,7 @@ impl Arrangement {
             for stream in Stream::ALL {
                 let tier = self.placements[group].home(stream);
                 let passes = stream == Stream::Gradient && needs.gradient_passes_through;
-                let in_slot = stream == Stream::Master && tier == Tier::Device;
+                let in_slot = stream == Stream::Master && self.master_in_slot(group);
                 if tier == Tier::Disk || passes || in_slot {
                     continue;
                 }
@@ -279,6 +301,7 @@ impl Arrangement {
         let pool = |this: &mut Self, count: usize, use_| -> Vec<Buffer> {
             (0..count).map(|_| this.add_buffer(Tier::Host, elements, use_)).collect()
         };
+        let updated_here = |this: &Self, group: usize| this.updated_on_device(group);
         let most_pieces = |keep: &dyn Fn(&Self, usize) -> bool, this: &Self| {
             (0..layout.groups.len())
                 .filter(|&group| keep(this, group))
@@ -296,7 +319,7 @@ impl Arrangement {
             self.state_pool = pool(self, depths.state_pieces, BufferUse::StatePieces);
         }
         let gradient_pieces = if needs.gradient_passes_through {
-            most_pieces(&|_, _| true, self) * depths.gradient_sets
+            most_pieces(&|this, group| !updated_here(this, group), self) * depths.gradient_sets
         } else if self.placements.iter().any(|place| place.gradient == Tier::Disk) {
             most_pieces(&|this, group| this.placements[group].gradient == Tier::Disk, self)
                 .min(depths.state_pieces)
@@ -304,6 +327,12 @@ impl Arrangement {
             0
         };
         self.gradient_pool = pool(self, gradient_pieces, BufferUse::GradientPieces);
+        if needs.gradient_passes_through {
+            let pieces = most_pieces(&updated_here, self) * depths.gradient_sets;
+            self.device_gradient_pool = (0..pieces)
+                .map(|_| self.add_buffer(Tier::Device, elements, BufferUse::GradientPieces))
+                .collect();
+        }
     }
 
     fn add_boundaries(&mut self, needs: &Needs) {

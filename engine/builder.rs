@@ -40,6 +40,7 @@ struct Draft<'a> {
     fetch_pool: Rotation<'a, Buffer>,
     state_pool: Rotation<'a, Buffer>,
     gradient_pool: Rotation<'a, Buffer>,
+    device_gradient_pool: Rotation<'a, Buffer>,
     boundary_pool: Rotation<'a, Buffer>,
     /// Which group's current values each slot holds, and when it was last used.
     slot_contents: Vec<(Option<GroupIndex>, usize)>,
@@ -140,12 +141,17 @@ impl<'a> Builder<'a> {
             for stream in Stream::STATE {
                 let home = self.arrangement.placements[group].home(stream);
                 for piece in 0..self.layout.piece_count(stream.elements(self.layout, group)) {
-                    let buffer = match self.arrangement.homes.get(&(group, stream)) {
-                        Some(home) => home[piece],
-                        None => draft.fetch_pool.next(),
+                    let of_piece = self.arrangement.homes.get(&(group, stream)).map(|home| home[piece]);
+                    let on_device = of_piece.filter(|&home| self.arrangement.is_on_device(home));
+                    let buffer = match of_piece {
+                        Some(home) if on_device.is_none() => home,
+                        _ => draft.fetch_pool.next(),
                     };
                     make(&mut draft, group, stream, piece, buffer, home == Tier::Disk);
-                    if stream == Stream::Master && home == Tier::Device {
+                    if let Some(home) = on_device {
+                        draft.operations.push(Operation::CopyUp { group, stream, piece, buffer, home });
+                    }
+                    if stream == Stream::Master && self.arrangement.master_in_slot(group) {
                         let slot = draft.own_slot(group);
                         let staging = None;
                         draft.operations.push(Operation::Upload { group, piece, buffer, slot, staging });
@@ -166,7 +172,7 @@ impl<'a> Builder<'a> {
                 let elements = stream.elements(self.layout, group).min(changes);
                 for piece in 0..self.layout.piece_count(elements) {
                     let buffer = match self.arrangement.homes.get(&(group, stream)) {
-                        Some(home) => home[piece],
+                        Some(home) => draft.copied_down(group, stream, piece, home[piece]),
                         None => {
                             let buffer = draft.fetch_pool.next();
                             let slot = draft.own_slot(group);
@@ -190,9 +196,11 @@ impl<'a> Builder<'a> {
     pub fn collect(&self, group: GroupIndex, pieces: std::ops::Range<usize>) -> Vec<Operation> {
         let mut draft = self.draft();
         for piece in pieces {
-            let master = match self.arrangement.placements[group].master {
-                Tier::Device => MasterPlace::Slot(draft.own_slot(group)),
-                _ => MasterPlace::Buffer(draft.fetched_master(group, piece)),
+            let master = if self.arrangement.master_in_slot(group) {
+                MasterPlace::Slot(draft.own_slot(group))
+            } else {
+                let buffer = draft.fetched_master(group, piece);
+                MasterPlace::Buffer(draft.copied_down(group, Stream::Master, piece, buffer))
             };
             draft.operations.push(Operation::Collect { group, piece, master });
         }
@@ -207,6 +215,7 @@ impl<'a> Builder<'a> {
             fetch_pool: Rotation(&arrangement.fetch_pool, 0),
             state_pool: Rotation(&arrangement.state_pool, 0),
             gradient_pool: Rotation(&arrangement.gradient_pool, 0),
+            device_gradient_pool: Rotation(&arrangement.device_gradient_pool, 0),
             boundary_pool: Rotation(&arrangement.boundary_pool, 0),
             slot_contents: vec![(None, 0); arrangement.slots.len()],
             gradient_sets: 0,
@@ -248,7 +257,7 @@ impl Draft<'_> {
         let arrangement = self.builder.arrangement;
         let pending = std::mem::take(&mut self.pending[group]);
         let candidates = &arrangement.slots_of[group];
-        if arrangement.placements[group].master == Tier::Device {
+        if arrangement.master_in_slot(group) {
             if pending {
                 self.update(group);
             }
@@ -266,7 +275,7 @@ impl Draft<'_> {
         self.slot_contents[slot.0] = (Some(group), now);
         let layout = self.builder.layout;
         let updated = if pending { layout.piece_count(layout.groups[group].trainable_elements) } else { 0 };
-        let staging = arrangement.upload_staging;
+        let staging = arrangement.upload_staging.filter(|_| !arrangement.updated_on_device(group));
         for piece in 0..layout.piece_count(layout.groups[group].elements) {
             let buffer = self.fetched_master(group, piece);
             if piece < updated {
@@ -278,6 +287,16 @@ impl Draft<'_> {
             }
         }
         slot
+    }
+
+    /// A buffer of the host that holds what `home` holds.
+    fn copied_down(&mut self, group: GroupIndex, stream: Stream, piece: usize, home: Buffer) -> Buffer {
+        if !self.builder.arrangement.is_on_device(home) {
+            return home;
+        }
+        let buffer = self.fetch_pool.next();
+        self.operations.push(Operation::CopyDown { group, stream, piece, home, buffer });
+        buffer
     }
 
     /// The buffer that holds a piece of master parameters for the device, read from disk if that is its home.
@@ -349,12 +368,15 @@ impl Draft<'_> {
         let (add, measure) = (so_far > 0, left == 1);
         let home = arrangement.homes.get(&(group, Stream::Gradient));
         let on_disk = self.gradient_on_disk(group);
+        let on_device = arrangement.updated_on_device(group);
+        let staging = arrangement.gradient_staging.filter(|_| !on_device);
         let extent = Extent::State(group, Stream::Gradient);
         self.gradients.clear();
         for piece in 0..self.builder.layout.piece_count(self.builder.layout.groups[group].trainable_elements)
         {
             let buffer = match home {
                 Some(home) => home[piece],
+                None if on_device => self.device_gradient_pool.next(),
                 None => self.gradient_pool.next(),
             };
             if on_disk && add {
@@ -365,7 +387,7 @@ impl Draft<'_> {
                 piece,
                 gradients,
                 buffer,
-                staging: arrangement.gradient_staging,
+                staging,
                 add,
                 measure,
             });
@@ -399,7 +421,7 @@ impl Draft<'_> {
     fn update(&mut self, group: GroupIndex) {
         let layout = self.builder.layout;
         for piece in 0..layout.piece_count(layout.groups[group].trainable_elements) {
-            if self.builder.arrangement.placements[group].master == Tier::Device {
+            if self.builder.arrangement.master_in_slot(group) {
                 self.update_piece(group, piece, MasterPlace::Slot(self.own_slot(group)));
             } else {
                 let buffer = self.state_buffer(group, Stream::Master, piece);

@@ -8,6 +8,8 @@ use crate::schedule::Queue;
 use crate::vacancy::DeviceRun;
 use crate::work::internal;
 use candle_core::{CpuStorage, DType, Device};
+use ferrozero_kernels::adamw::AdamWStep;
+use ferrozero_kernels::gradient::{Accumulate, GradientStatistics};
 use ferrozero_kernels::{Pool, convert};
 use ferrozero_offload::{Arena, Budget, Lease};
 use half::slice::{HalfBitsSliceExt, HalfFloatSliceExt};
@@ -55,13 +57,44 @@ pub fn open(name: &str) -> Result<Device> {
     Ok(Device::new_cuda_with_stream(number)?)
 }
 
+/// Memory of one buffer.
+pub enum BufferMemory {
+    /// Of the host.
+    Host(Lease),
+    /// Of a device with memory of its own, in f32.
+    Device(DeviceRun),
+}
+
+impl BufferMemory {
+    /// The host's memory.
+    pub fn host(&self) -> Result<&Lease> {
+        match self {
+            Self::Host(lease) => Ok(lease),
+            Self::Device(_) => Err(internal("a buffer of the device in place of one of the host")),
+        }
+    }
+
+    /// The host's memory.
+    pub fn host_mut(&mut self) -> Result<&mut Lease> {
+        match self {
+            Self::Host(lease) => Ok(lease),
+            Self::Device(_) => Err(internal("a buffer of the device in place of one of the host")),
+        }
+    }
+
+    /// Whether it is memory of a device that has its own.
+    pub fn is_on_device(&self) -> bool {
+        matches!(self, Self::Device(_))
+    }
+}
+
 /// The device of a run, and the type that it computes with.
 #[derive(Debug)]
 pub struct ComputeDevice {
     device: Device,
     dtype: DType,
     #[cfg(feature = "cuda")]
-    cuda: Option<ferrozero_offload::cuda::Cuda>,
+    cuda: Option<cuda::Parts>,
 }
 
 impl ComputeDevice {
@@ -78,7 +111,7 @@ impl ComputeDevice {
         }
         #[cfg(feature = "cuda")]
         let cuda = match device {
-            Device::Cuda(device) => Some(ferrozero_offload::cuda::Cuda::new(device.cuda_stream(), fault)?),
+            Device::Cuda(device) => Some(cuda::Parts::new(device, fault)?),
             _ => None,
         };
         if !device.is_cpu() && !device.is_cuda() {
@@ -121,11 +154,19 @@ impl ComputeDevice {
             .collect::<candle_core::Result<_>>()?)
     }
 
+    /// Zeros on the device in f32, whatever it computes with.
+    ///
+    /// # Errors
+    /// As [`Self::zeros`].
+    pub fn f32_zeros(&self, elements: usize) -> Result<DeviceRun> {
+        Ok(DeviceRun::zeros(elements, DType::F32, &self.device)?)
+    }
+
     /// Host memory that transfers of the device use.
     pub fn host_arena(&self, budget: &Budget, bytes: usize) -> Result<Arena> {
         #[cfg(feature = "cuda")]
         if let Some(cuda) = &self.cuda {
-            return Ok(Arena::pinned_for_cuda(budget, bytes, cuda)?);
+            return Ok(Arena::pinned_for_cuda(budget, bytes, &cuda.streams)?);
         }
         Ok(Arena::new(budget, bytes)?)
     }
@@ -134,7 +175,7 @@ impl ComputeDevice {
     pub fn pageable_copies(&self) -> u64 {
         #[cfg(feature = "cuda")]
         if let Some(cuda) = &self.cuda {
-            return cuda.pageable_copies();
+            return cuda.streams.pageable_copies();
         }
         0
     }
@@ -147,7 +188,7 @@ impl ComputeDevice {
     pub fn wait(&self, queue: Queue, earlier: &[Done]) -> Result<()> {
         #[cfg(feature = "cuda")]
         if let (Some(cuda), Some(lane)) = (&self.cuda, lane(queue)) {
-            cuda.wait(lane, earlier)?;
+            cuda.streams.wait(lane, earlier)?;
         }
         Ok(())
     }
@@ -160,7 +201,7 @@ impl ComputeDevice {
     pub fn record(&self, queue: Queue) -> Result<Option<Done>> {
         #[cfg(feature = "cuda")]
         if let (Some(cuda), Some(lane)) = (&self.cuda, lane(queue)) {
-            return Ok(Some(cuda.record(lane)?));
+            return Ok(Some(cuda.streams.record(lane)?));
         }
         Ok(None)
     }
@@ -169,7 +210,7 @@ impl ComputeDevice {
     pub fn synchronize(&self) -> Result<()> {
         #[cfg(feature = "cuda")]
         if let Some(cuda) = &self.cuda {
-            cuda.synchronize_all()?;
+            cuda.streams.synchronize_all()?;
         }
         Ok(())
     }
@@ -195,7 +236,7 @@ impl ComputeDevice {
                 None => values,
             };
             let size = self.dtype.size_in_bytes();
-            return Ok(cuda.upload(staged, cuda::copies_into(slot, runs, size)?)?);
+            return Ok(cuda.streams.upload(staged, cuda::copies_into(slot, runs, size)?)?);
         }
         let _ = staging;
         let values = values.as_f32();
@@ -228,7 +269,7 @@ impl ComputeDevice {
         if let Some(cuda) = &self.cuda {
             let staging = staging.ok_or_else(|| internal("gradients without staging"))?;
             let size = self.dtype.size_in_bytes();
-            cuda.download(cuda::copies_into(gradients, runs, size)?, staging)?;
+            cuda.streams.download(cuda::copies_into(gradients, runs, size)?, staging)?;
         }
         Ok(())
     }
@@ -266,6 +307,69 @@ impl ComputeDevice {
         Ok(storage)
     }
 
+    /// `elements` of a piece go from the host to their home on the device, or back: the home is of the device.
+    #[cfg_attr(not(feature = "cuda"), expect(unused_variables, reason = "only CUDA devices are apart"))]
+    pub fn copy_up(&self, lease: &Lease, home: &mut BufferMemory, elements: usize) -> Result<()> {
+        #[cfg(feature = "cuda")]
+        if let (Some(cuda), BufferMemory::Device(home)) = (&self.cuda, home) {
+            let run = Run { entry: 0, entry_start: 0, piece_start: 0, elements };
+            return Ok(cuda
+                .streams
+                .upload(lease, cuda::copies_into(std::slice::from_mut(home), &[run], 4)?)?);
+        }
+        Err(internal("a copy to a home that is not on the device"))
+    }
+
+    /// As [`Self::copy_up`], the other way.
+    #[cfg_attr(not(feature = "cuda"), expect(unused_variables, reason = "only CUDA devices are apart"))]
+    pub fn copy_down(&self, home: &mut BufferMemory, lease: &mut Lease, elements: usize) -> Result<()> {
+        #[cfg(feature = "cuda")]
+        if let (Some(cuda), BufferMemory::Device(home)) = (&self.cuda, home) {
+            let run = Run { entry: 0, entry_start: 0, piece_start: 0, elements };
+            let copies = cuda::copies_into(std::slice::from_mut(home), &[run], 4)?;
+            return Ok(cuda.streams.download(copies, lease)?);
+        }
+        Err(internal("a copy from a home that is not on the device"))
+    }
+
+    /// Masters at home on the device enter their tensors' storage, in the device's type.
+    #[cfg_attr(not(feature = "cuda"), expect(unused_variables, reason = "only CUDA devices are apart"))]
+    pub fn enter(&self, masters: &DeviceRun, slot: &mut [DeviceRun], runs: &[Run]) -> Result<()> {
+        #[cfg(feature = "cuda")]
+        if let Some(cuda) = &self.cuda {
+            return runs.iter().try_for_each(|run| cuda.enter(masters, &mut slot[run.entry], run));
+        }
+        Err(internal("masters at home on a device that has no memory of its own"))
+    }
+
+    /// Gradients of a piece are scaled and put into, or added to, a buffer of the device. Answers what they measure,
+    /// continuing from the piece before unless this is the `first`.
+    #[cfg_attr(not(feature = "cuda"), expect(unused_variables, reason = "only CUDA devices are apart"))]
+    pub fn accumulate(
+        &self,
+        gradients: &[DeviceRun],
+        runs: &[Run],
+        target: &mut DeviceRun,
+        (scale, how, first): (f32, Accumulate, bool),
+        piece_elements: usize,
+    ) -> Result<GradientStatistics> {
+        #[cfg(feature = "cuda")]
+        if let Some(cuda) = &self.cuda {
+            return cuda.accumulate(gradients, runs, target, (scale, how, first), piece_elements);
+        }
+        Err(internal("gradients on a device that has no memory of its own"))
+    }
+
+    /// The device updates one run of a piece of which all states are at home there.
+    #[cfg_attr(not(feature = "cuda"), expect(unused_variables, reason = "only CUDA devices are apart"))]
+    pub fn update(&self, step: &AdamWStep, states: [&mut DeviceRun; 4], range: Range<usize>) -> Result<()> {
+        #[cfg(feature = "cuda")]
+        if let Some(cuda) = &self.cuda {
+            return cuda.update(step, states, range);
+        }
+        Err(internal("states on a device that has no memory of its own"))
+    }
+
     /// Elements `range` of a boundary leave the device, in its type.
     pub fn save_boundary(
         &self,
@@ -278,7 +382,7 @@ impl ComputeDevice {
             let run = Run { entry: 0, entry_start: range.start, piece_start: 0, elements: range.len() };
             let size = self.dtype.size_in_bytes();
             let copies = cuda::copies_into(std::slice::from_mut(boundary), &[run], size)?;
-            return Ok(cuda.download(copies, buffer)?);
+            return Ok(cuda.streams.download(copies, buffer)?);
         }
         let elements = range.len();
         match boundary.as_cpu() {
@@ -300,7 +404,8 @@ impl ComputeDevice {
         if let Some(cuda) = &self.cuda {
             let run = Run { entry: 0, entry_start: range.start, piece_start: 0, elements: range.len() };
             let size = self.dtype.size_in_bytes();
-            return Ok(cuda.upload(buffer, cuda::copies_into(std::slice::from_mut(boundary), &[run], size)?)?);
+            let copies = cuda::copies_into(std::slice::from_mut(boundary), &[run], size)?;
+            return Ok(cuda.streams.upload(buffer, copies)?);
         }
         let elements = range.len();
         match boundary.as_cpu_mut() {
@@ -351,6 +456,7 @@ fn lane(queue: Queue) -> Option<Lane> {
         Queue::Compute => Some(Lane::Compute),
         Queue::Upload => Some(Lane::Upload),
         Queue::Download => Some(Lane::Download),
+        Queue::Optimizer => Some(Lane::Optimizer),
         _ => None,
     }
 }
@@ -358,8 +464,127 @@ fn lane(queue: Queue) -> Option<Lane> {
 #[cfg(feature = "cuda")]
 mod cuda {
     use super::*;
+    use crate::pass::lock;
+    use candle_core::CudaDevice;
     use candle_core::cuda_backend::CudaStorageSlice;
-    use ferrozero_offload::cuda::{CudaCopy, DeviceRange};
+    use candle_core::cuda_backend::cudarc::driver::{CudaSlice, CudaView};
+    use ferrozero_kernels::cuda::{CudaError, DeviceStatistics, HalfElement, Kernels, RunState};
+    use ferrozero_offload::cuda::{Cuda, CudaCopy, DeviceRange};
+    use std::sync::Mutex;
+
+    /// What a CUDA device needs beside candle.
+    #[derive(Debug)]
+    pub(super) struct Parts {
+        pub(super) streams: Cuda,
+        kernels: Kernels,
+        /// What the gradients of the group that is being accumulated measure.
+        statistics: Mutex<Option<DeviceStatistics>>,
+    }
+
+    impl Parts {
+        pub(super) fn new(device: &CudaDevice, fault: Option<CudaFault>) -> Result<Self> {
+            let streams = Cuda::new(device.cuda_stream(), fault)?;
+            let kernels = Kernels::load(streams.context()).map_err(cuda_kernel)?;
+            Ok(Self { streams, kernels, statistics: Mutex::new(None) })
+        }
+
+        pub(super) fn enter(&self, masters: &DeviceRun, slot: &mut DeviceRun, run: &Run) -> Result<()> {
+            let from = f32_of(masters)?.slice(run.piece_start..run.piece_start + run.elements);
+            let within = run.entry_start..run.entry_start + run.elements;
+            let stream = self.streams.stream(Lane::Upload);
+            match slot.as_cuda_mut().map(|slot| &mut slot.slice) {
+                Some(CudaStorageSlice::F32(to)) => stream
+                    .memcpy_dtod(&from, &mut to.slice_mut(within))
+                    .map_err(|error| Error::Kernel(format!("copying masters on the device: {error}"))),
+                Some(CudaStorageSlice::BF16(to)) => self.narrow(&from, to, within),
+                Some(CudaStorageSlice::F16(to)) => self.narrow(&from, to, within),
+                _ => Err(internal("a slot of another type")),
+            }
+        }
+
+        fn narrow<E: HalfElement>(
+            &self,
+            from: &CudaView<f32>,
+            to: &mut CudaSlice<E>,
+            within: Range<usize>,
+        ) -> Result<()> {
+            let stream = self.streams.stream(Lane::Upload);
+            self.kernels.narrow(stream, from, &mut to.slice_mut(within)).map_err(cuda_kernel)
+        }
+
+        pub(super) fn accumulate(
+            &self,
+            gradients: &[DeviceRun],
+            runs: &[Run],
+            target: &mut DeviceRun,
+            (scale, how, first): (f32, Accumulate, bool),
+            piece_elements: usize,
+        ) -> Result<GradientStatistics> {
+            let stream = self.streams.stream(Lane::Download);
+            let mut statistics = lock(&self.statistics);
+            let of_group = match &mut *statistics {
+                Some(of_group) => of_group,
+                none => none.insert(DeviceStatistics::new(stream, piece_elements).map_err(cuda_kernel)?),
+            };
+            if first {
+                of_group.reset(stream).map_err(cuda_kernel)?;
+            }
+            let target = f32_of_mut(target)?;
+            for run in runs {
+                let within = run.entry_start..run.entry_start + run.elements;
+                let mut to = target.slice_mut(run.piece_start..run.piece_start + run.elements);
+                match gradients[run.entry].as_cuda().map(|gradient| &gradient.slice) {
+                    Some(CudaStorageSlice::F32(from)) => {
+                        self.kernels.accumulate(stream, &mut to, &from.slice(within), scale, how, of_group)
+                    }
+                    Some(CudaStorageSlice::BF16(from)) => {
+                        self.kernels.accumulate(stream, &mut to, &from.slice(within), scale, how, of_group)
+                    }
+                    Some(CudaStorageSlice::F16(from)) => {
+                        self.kernels.accumulate(stream, &mut to, &from.slice(within), scale, how, of_group)
+                    }
+                    _ => return Err(internal("a gradient of another type")),
+                }
+                .map_err(cuda_kernel)?;
+            }
+            // The gradients may be freed after this, so it waits.
+            of_group.read(stream).map_err(cuda_kernel)
+        }
+
+        pub(super) fn update(
+            &self,
+            step: &AdamWStep,
+            [master, first_moment, second_moment, gradient]: [&mut DeviceRun; 4],
+            range: Range<usize>,
+        ) -> Result<()> {
+            let state = RunState {
+                master: f32_of_mut(master)?.slice_mut(range.clone()),
+                first_moment: f32_of_mut(first_moment)?.slice_mut(range.clone()),
+                second_moment: f32_of_mut(second_moment)?.slice_mut(range.clone()),
+            };
+            let gradient = f32_of(gradient)?.slice(range);
+            let stream = self.streams.stream(Lane::Optimizer);
+            self.kernels.adamw(stream, step, state, &gradient, None).map_err(cuda_kernel)
+        }
+    }
+
+    fn cuda_kernel(error: CudaError) -> Error {
+        Error::Kernel(error.to_string())
+    }
+
+    fn f32_of(run: &DeviceRun) -> Result<&CudaSlice<f32>> {
+        match run.as_cuda().map(|storage| &storage.slice) {
+            Some(CudaStorageSlice::F32(values)) => Ok(values),
+            _ => Err(internal("a state on the device that is not f32")),
+        }
+    }
+
+    fn f32_of_mut(run: &mut DeviceRun) -> Result<&mut CudaSlice<f32>> {
+        match run.as_cuda_mut().map(|storage| &mut storage.slice) {
+            Some(CudaStorageSlice::F32(values)) => Ok(values),
+            _ => Err(internal("a state on the device that is not f32")),
+        }
+    }
 
     /// What is copied between a lease, which holds a piece in elements of `size` bytes, and storage of the device.
     pub(super) fn copies_into<'a>(

@@ -2,17 +2,17 @@
 //! hands them to the queues as dependencies allow and takes them back. Queues never share memory, they pass it on.
 
 use crate::arrangement::Arrangement;
-use crate::device::Done;
+use crate::device::{BufferMemory, Done};
 use crate::error::{Error, Result};
 use crate::order::Order;
-use crate::schedule::{Extent, Operation, Queue, Resource, Slot};
+use crate::schedule::{Buffer, Extent, Operation, Queue, Resource, Slot};
 use crate::trace::{Trace, TraceEvent};
 use crate::vacancy::DeviceRun;
 use crate::work::{Held, Norm, Passing, Shared, StepContext, internal};
 use crossbeam::channel::{Receiver, Sender, bounded, unbounded};
 use ferrozero_kernels::gradient::GradientStatistics;
 use ferrozero_offload::io::Verb;
-use ferrozero_offload::{Completion, ExtentId, Lease, Store};
+use ferrozero_offload::{Completion, ExtentId, Store};
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::thread::JoinHandle;
@@ -61,8 +61,8 @@ pub struct Executor {
 
 /// The memory that a run's schedules use.
 pub struct Memory {
-    /// Leases, by buffer.
-    pub buffers: Vec<Lease>,
+    /// Memory, by buffer.
+    pub buffers: Vec<BufferMemory>,
     /// Where on disk everything is that may be there.
     pub extents: HashMap<Extent, (Arc<Store>, ExtentId)>,
 }
@@ -81,9 +81,13 @@ impl Executor {
             ))
         });
         let slots: Vec<Option<Vec<DeviceRun>>> = slots.collect::<Result<_>>()?;
-        // The slots are made on the compute queue, and the first to use them is another one.
+        // The device's memory is made on the compute queue, and the first to use it is another one.
         let made = shared.device.record(Queue::Compute)?;
-        let made = (0..slots.len()).flat_map(|slot| Some((Resource::Slot(Slot(slot)), made.clone()?)));
+        let of_slots = (0..slots.len()).map(|slot| Resource::Slot(Slot(slot)));
+        let buffers = memory.buffers.iter().enumerate().filter(|(_, memory)| memory.is_on_device());
+        let of_buffers = buffers.map(|(buffer, _)| Resource::Buffer(Buffer(buffer)));
+        let made: HashMap<Resource, Done> =
+            of_slots.chain(of_buffers).flat_map(|resource| Some((resource, made.clone()?))).collect();
         let mut workers = HashMap::new();
         for queue in [Queue::Upload, Queue::Download, Queue::Optimizer, Queue::Commit] {
             workers.insert(queue, Worker::start(queue, shared.clone(), events.clone())?);
@@ -91,7 +95,7 @@ impl Executor {
         let dispatcher = Dispatcher {
             started: Instant::now(),
             buffers: memory.buffers.into_iter().map(Some).collect(),
-            dones: made.collect(),
+            dones: made,
             slots,
             gradients: (0..arrangement.gradient_sets).map(|_| Some(vec![])).collect(),
             passages: (0..arrangement.passages).map(|_| Some(Passing::default())).collect(),
@@ -232,7 +236,7 @@ struct Dispatcher {
     events: Sender<Event>,
     received: Receiver<Event>,
     // Memory that no operation uses at the moment.
-    buffers: Vec<Option<Lease>>,
+    buffers: Vec<Option<BufferMemory>>,
     slots: Vec<Option<Vec<DeviceRun>>>,
     gradients: Vec<Option<Vec<DeviceRun>>>,
     passages: Vec<Option<Passing>>,
@@ -456,12 +460,15 @@ impl Dispatcher {
     }
 
     fn transfer(&mut self, id: u64, extent: Extent, piece: usize, mut held: Held, verb: Verb, step: u64) {
-        let (Some((store, extent)), Some(lease)) = (self.extents.get(&extent), held.buffers.pop()) else {
+        let (Some((store, extent)), Some(BufferMemory::Host(lease))) =
+            (self.extents.get(&extent), held.buffers.pop())
+        else {
             return self.finished(id, held, Err(internal("a transfer without its extent")));
         };
         let events = self.events.clone();
         let done = move |completion: Completion| {
-            let held = Box::new(Held { buffers: vec![completion.lease], ..Held::default() });
+            let held =
+                Box::new(Held { buffers: vec![BufferMemory::Host(completion.lease)], ..Held::default() });
             let result = completion.result.map_err(|source| Error::Disk { step, source });
             // Nobody listens any more only when the dispatcher itself is gone, and the lease with it.
             let _ = events.send(Event::Finished { id, held, result });
@@ -492,8 +499,11 @@ impl Dispatcher {
         let mut buffers = held.buffers.into_iter();
         let (mut slot, mut gradients, mut passage) = (held.slot, held.gradients, held.passage);
         for resource in operation.resources() {
-            let on_device =
-                matches!(resource, Resource::Slot(_) | Resource::Gradients(_) | Resource::Passage(_));
+            let on_device = match resource {
+                Resource::Buffer(_) => buffers.as_slice().first().is_some_and(BufferMemory::is_on_device),
+                Resource::Slot(_) | Resource::Gradients(_) | Resource::Passage(_) => true,
+                _ => false,
+            };
             if let Some(done) = held.done.as_ref().filter(|_| on_device) {
                 self.dones.insert(resource, done.clone());
             }

@@ -106,12 +106,12 @@ impl Plan {
             Placement::All(tier) => GroupPlacement::all(*tier),
             Placement::Each(placement) => *placement,
         };
-        if !limits.device.holds_masters()
-            && Stream::ALL.iter().any(|&stream| start.home(stream) == Tier::Device)
-        {
+        let on_device = Stream::ALL.iter().filter(|&&stream| start.home(stream) == Tier::Device).count();
+        let whole = limits.device.apart && on_device == Stream::ALL.len();
+        if on_device > 0 && !limits.device.holds_masters() && !whole {
             return Err(Error::Configuration(
-                "a state stream has its home on the device, which holds no states of a run on CUDA or in another type \
-                 than f32: choose host or disk"
+                "some state streams have their home on the device, which cannot be alone: on a CUDA device all streams of \
+                 a group are at home or none, and on the CPU device they are apart from parameters in another type than f32"
                     .into(),
             ));
         }

@@ -129,6 +129,10 @@ pub enum Operation {
     Upload { group: GroupIndex, piece: usize, buffer: Buffer, slot: Slot, staging: Option<Buffer> },
     /// Slot to buffer.
     Download { group: GroupIndex, piece: usize, slot: Slot, buffer: Buffer },
+    /// A piece of a stream goes from the host to its home on a device with memory of its own.
+    CopyUp { group: GroupIndex, stream: Stream, piece: usize, buffer: Buffer, home: Buffer },
+    /// A piece of a stream is copied to the host from its home on such a device.
+    CopyDown { group: GroupIndex, stream: Stream, piece: usize, home: Buffer, buffer: Buffer },
     /// The resident parameters enter their tensors.
     Attach { slot: Slot },
     /// A segment runs without a graph; with `passage` its input leaves the device afterwards.
@@ -266,6 +270,9 @@ impl Operation {
                 used
             }
             Self::Download { buffer, slot, .. } => vec![R::Buffer(buffer), R::Slot(slot)],
+            Self::CopyUp { buffer, home, .. } | Self::CopyDown { home, buffer, .. } => {
+                vec![R::Buffer(buffer), R::Buffer(home)]
+            }
             Self::Attach { slot } => vec![R::Slot(slot)],
             Self::Forward { slot, passage, .. } => {
                 let mut used = vec![R::Slot(slot)];
@@ -321,6 +328,8 @@ impl Operation {
             Self::Initialize { stream, .. } => return format!("initialize {}", stream.name()),
             Self::Read { extent, .. } => return format!("read {}", extent.name()),
             Self::Write { extent, .. } => return format!("write {}", extent.name()),
+            Self::CopyUp { stream, .. } => return format!("copy up {}", stream.name()),
+            Self::CopyDown { stream, .. } => return format!("copy down {}", stream.name()),
             Self::Upload { .. } => "upload",
             Self::Download { .. } => "download",
             Self::Attach { .. } => "attach",
@@ -345,6 +354,8 @@ impl Operation {
             Self::Initialize { group, .. }
             | Self::Upload { group, .. }
             | Self::Download { group, .. }
+            | Self::CopyUp { group, .. }
+            | Self::CopyDown { group, .. }
             | Self::Accumulate { group, .. }
             | Self::Update { group, .. }
             | Self::Collect { group, .. } => Some(group),
@@ -365,6 +376,8 @@ impl Operation {
             | Self::Write { piece, .. }
             | Self::Upload { piece, .. }
             | Self::Download { piece, .. }
+            | Self::CopyUp { piece, .. }
+            | Self::CopyDown { piece, .. }
             | Self::SaveBoundary { piece, .. }
             | Self::LoadBoundary { piece, .. }
             | Self::Accumulate { piece, .. }
@@ -378,7 +391,9 @@ impl Operation {
     pub fn elements(&self, layout: &Layout, calls: &[Call]) -> usize {
         let (extent, piece) = match *self {
             Self::Read { extent, piece, .. } | Self::Write { extent, piece, .. } => (extent, piece),
-            Self::Initialize { group, stream, piece, .. } => (Extent::State(group, stream), piece),
+            Self::Initialize { group, stream, piece, .. }
+            | Self::CopyUp { group, stream, piece, .. }
+            | Self::CopyDown { group, stream, piece, .. } => (Extent::State(group, stream), piece),
             Self::Upload { group, piece, .. }
             | Self::Download { group, piece, .. }
             | Self::Collect { group, piece, .. } => (Extent::State(group, Stream::Master), piece),
@@ -399,8 +414,9 @@ impl Operation {
             Self::Read { fetch: true, .. } => Queue::FetchRead,
             Self::Read { fetch: false, .. } => Queue::StateRead,
             Self::Write { .. } => Queue::DiskWrite,
-            Self::Upload { .. } | Self::LoadBoundary { .. } => Queue::Upload,
+            Self::Upload { .. } | Self::LoadBoundary { .. } | Self::CopyUp { .. } => Queue::Upload,
             Self::Download { .. }
+            | Self::CopyDown { .. }
             | Self::SaveBoundary { .. }
             | Self::Accumulate { .. }
             | Self::Collect { .. } => Queue::Download,

@@ -1,6 +1,6 @@
 //! The trainer: steps, evaluations, commits and exports, each by running a schedule.
 
-use crate::device::ComputeDevice;
+use crate::device::{BufferMemory, ComputeDevice};
 use crate::engine::Config;
 use crate::error::{Error, Result};
 use crate::executor::{ComputeRequest, Executor, Memory};
@@ -16,7 +16,7 @@ use candle_core::{DType, Tensor};
 use crossbeam::channel::unbounded;
 use ferrozero_kernels::Pool;
 use ferrozero_kernels::adamw::AdamWStep;
-use ferrozero_offload::{Budget, Notice, Store, Tier, memory};
+use ferrozero_offload::{Budget, Notice, Reservation, Store, Tier, memory};
 use sha2::{Digest, Sha256};
 use std::collections::HashMap;
 use std::path::Path;
@@ -73,6 +73,8 @@ pub struct Trainer {
     stores: Stores,
     host: Budget,
     device: Budget,
+    /// Of the device's own memory, as long as the run has it.
+    _device_reservations: Vec<Reservation>,
     notices: Vec<Notice>,
     base_heap_bytes: u64,
     peak_heap_bytes: u64,
@@ -110,7 +112,9 @@ impl Trainer {
         let device = Budget::new(Tier::Device, plan.device_buffer_bytes());
         let arenas = [(Tier::Host, &host), (Tier::Device, &device)].map(|(tier, budget)| {
             let bytes = budget.limit_bytes() as usize;
-            (bytes > 0).then(|| compute.host_arena(budget, bytes).map(|arena| (tier, arena))).transpose()
+            // A device with memory of its own gives its buffers itself.
+            let leased = bytes > 0 && !(compute.is_apart() && tier == Tier::Device);
+            leased.then(|| compute.host_arena(budget, bytes).map(|arena| (tier, arena))).transpose()
         });
         let mut by_tier = HashMap::new();
         let mut notices = vec![];
@@ -121,11 +125,17 @@ impl Trainer {
             }
         }
         let mut buffers = vec![];
+        let mut reservations = vec![];
         for buffer in &plan.arrangement.buffers {
+            if compute.is_apart() && buffer.tier == Tier::Device {
+                reservations.push(device.reserve(buffer.bytes as u64)?);
+                buffers.push(BufferMemory::Device(compute.f32_zeros(buffer.bytes / 4)?));
+                continue;
+            }
             let arena = by_tier
                 .get(&buffer.tier)
                 .ok_or_else(|| crate::work::internal("a buffer outside the arenas"))?;
-            buffers.push(arena.lease(buffer.bytes)?);
+            buffers.push(BufferMemory::Host(arena.lease(buffer.bytes)?));
         }
         for store in stores.state.iter().chain(&stores.scratch) {
             notices.extend(store.notices().iter().cloned());
@@ -160,6 +170,7 @@ impl Trainer {
             stores,
             host,
             device,
+            _device_reservations: reservations,
             notices,
             base_heap_bytes,
             peak_heap_bytes: 0,

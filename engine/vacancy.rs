@@ -78,6 +78,15 @@ impl DeviceRun {
 
     /// The storage, on a CUDA device.
     #[cfg(feature = "cuda")]
+    pub fn as_cuda(&self) -> Option<&CudaStorage> {
+        match &self.0 {
+            Storage::Cuda(storage) => Some(storage),
+            _ => None,
+        }
+    }
+
+    /// The storage, on a CUDA device.
+    #[cfg(feature = "cuda")]
     pub fn as_cuda_mut(&mut self) -> Option<&mut CudaStorage> {
         match &mut self.0 {
             Storage::Cuda(storage) => Some(storage),

@@ -1,7 +1,7 @@
 //! What each operation does to the memory that it holds. One function, run on the thread of the operation's queue.
 
 use crate::arrangement::Call;
-use crate::device::{ComputeDevice, Done, Gradient};
+use crate::device::{BufferMemory, ComputeDevice, Done, Gradient};
 use crate::error::{Error, Result};
 use crate::layout::{Layout, Run};
 use crate::registry::Parameter;
@@ -18,8 +18,8 @@ use std::sync::{Arc, OnceLock};
 /// The memory that one operation uses, in its hands from its start to its end.
 #[derive(Default)]
 pub struct Held {
-    /// Leases of its buffers, in the order of [`Operation::resources`].
-    pub buffers: Vec<Lease>,
+    /// Its buffers, in the order of [`Operation::resources`].
+    pub buffers: Vec<BufferMemory>,
     /// Parameters in a slot, tensor by tensor.
     pub slot: Option<Vec<DeviceRun>>,
     /// Gradients as autograd left them; frozen parameters have an empty run.
@@ -32,6 +32,16 @@ pub struct Held {
     pub earlier: Vec<Done>,
     /// What this operation has enqueued there.
     pub done: Option<Done>,
+}
+
+impl Held {
+    /// Whether there is memory of the device in it.
+    fn uses_device(&self) -> bool {
+        self.slot.is_some()
+            || self.gradients.is_some()
+            || self.passage.is_some()
+            || self.buffers.iter().any(BufferMemory::is_on_device)
+    }
 }
 
 /// Room for a boundary activation on its way.
@@ -111,6 +121,7 @@ impl Shared {
             Operation::Initialize { group, stream, piece, .. } => self.initialize(group, stream, piece, held),
             Operation::Upload { group, piece, .. } => self.upload(group, piece, held),
             Operation::Download { group, piece, .. } => self.download(group, piece, held),
+            Operation::CopyUp { .. } | Operation::CopyDown { .. } => self.copy(operation, held),
             Operation::SaveBoundary { piece, .. } => self.save_boundary(piece, held),
             Operation::LoadBoundary { call, piece, .. } => self.load_boundary(call, piece, held),
             Operation::Accumulate { group, piece, add, measure, .. } => {
@@ -144,7 +155,9 @@ impl Shared {
     ) -> Result<()> {
         self.device.wait(queue, &held.earlier)?;
         self.perform(operation, held, context)?;
-        held.done = self.device.record(queue)?;
+        if held.uses_device() {
+            held.done = self.device.record(queue)?;
+        }
         Ok(())
     }
 
@@ -174,14 +187,30 @@ impl Shared {
         };
         let runs = self.runs(group, Stream::Master, piece);
         let (values, staging) = buffers.split_at_mut(1);
-        self.device.upload(&self.pool, &values[0], staging.first_mut(), slot, &runs)
+        let staging = staging.first_mut().map(BufferMemory::host_mut).transpose()?;
+        match &values[0] {
+            BufferMemory::Host(values) => self.device.upload(&self.pool, values, staging, slot, &runs),
+            BufferMemory::Device(masters) => self.device.enter(masters, slot, &runs),
+        }
+    }
+
+    /// Between the host and a home on the device.
+    fn copy(&self, operation: &Operation, held: &mut Held) -> Result<()> {
+        let [buffer, home] = held.buffers.as_mut_slice() else {
+            return Err(internal("a copy without its two buffers"));
+        };
+        let elements = operation.elements(&self.layout, &self.calls);
+        match operation {
+            Operation::CopyUp { .. } => self.device.copy_up(buffer.host()?, home, elements),
+            _ => self.device.copy_down(home, buffer.host_mut()?, elements),
+        }
     }
 
     fn download(&self, group: GroupIndex, piece: usize, held: &mut Held) -> Result<()> {
         let Held { buffers, slot: Some(slot), .. } = held else {
             return Err(internal("download without a slot"));
         };
-        let values = buffers[0].as_f32_mut();
+        let values = buffers[0].host_mut()?.as_f32_mut();
         values.fill(0.0);
         for run in self.runs(group, Stream::Master, piece) {
             values[run.piece_start..run.piece_start + run.elements]
@@ -196,7 +225,7 @@ impl Shared {
         };
         let elements = boundary.elements();
         let range = self.boundary_range(elements, piece);
-        self.device.save_boundary(boundary, range.clone(), &mut buffers[0])?;
+        self.device.save_boundary(boundary, range.clone(), buffers[0].host_mut()?)?;
         if range.end == elements {
             let saved = std::mem::take(boundary);
             if self.device.is_apart() && spare.is_none() {
@@ -218,7 +247,7 @@ impl Shared {
             };
         }
         let range = self.boundary_range(elements, piece);
-        self.device.load_boundary(&buffers[0], boundary, range)
+        self.device.load_boundary(buffers[0].host()?, boundary, range)
     }
 
     /// Elements of a piece of a boundary, in the device's type: a piece holds as many bytes as one of f32.
@@ -241,24 +270,39 @@ impl Shared {
             return Err(internal("accumulation without gradients"));
         };
         let runs = self.runs(group, Stream::Gradient, piece);
-        let (target, staging) = buffers.split_at_mut(1);
-        let mut staging = staging.first_mut();
-        self.device.download_gradients(gradients, &runs, staging.as_deref_mut())?;
-        let target = target[0].as_f32_mut();
         let how = if add { Accumulate::Add } else { Accumulate::Overwrite };
         let mut measured = GradientStatistics::default();
         if let (Some(statistics), true) = (&statistics, piece > 0) {
             measured = statistics[group];
         }
-        for run in runs {
-            let target = &mut target[run.piece_start..run.piece_start + run.elements];
-            let scale = context.gradient_scale;
-            match self.device.gradient(gradients, &run, staging.as_deref())? {
-                Gradient::F32(values) => accumulate(&self.pool, target, values, scale, how, &mut measured),
-                Gradient::BF16(values) => accumulate(&self.pool, target, values, scale, how, &mut measured),
-                Gradient::F16(values) => accumulate(&self.pool, target, values, scale, how, &mut measured),
+        let (target, staging) = buffers.split_at_mut(1);
+        let mut staging = staging.first_mut().map(BufferMemory::host_mut).transpose()?;
+        match &mut target[0] {
+            BufferMemory::Device(target) => {
+                let scale = (context.gradient_scale, how, piece == 0);
+                measured =
+                    self.device.accumulate(gradients, &runs, target, scale, self.layout.piece_elements)?;
             }
-            .map_err(|error| Error::Kernel(error.to_string()))?;
+            BufferMemory::Host(target) => {
+                self.device.download_gradients(gradients, &runs, staging.as_deref_mut())?;
+                let target = target.as_f32_mut();
+                for run in &runs {
+                    let target = &mut target[run.piece_start..run.piece_start + run.elements];
+                    let scale = context.gradient_scale;
+                    match self.device.gradient(gradients, run, staging.as_deref())? {
+                        Gradient::F32(values) => {
+                            accumulate(&self.pool, target, values, scale, how, &mut measured)
+                        }
+                        Gradient::BF16(values) => {
+                            accumulate(&self.pool, target, values, scale, how, &mut measured)
+                        }
+                        Gradient::F16(values) => {
+                            accumulate(&self.pool, target, values, scale, how, &mut measured)
+                        }
+                    }
+                    .map_err(|error| Error::Kernel(error.to_string()))?;
+                }
+            }
         }
         let elements = self.layout.groups[group].trainable_elements;
         if piece + 1 == self.layout.piece_count(elements) {
@@ -285,6 +329,20 @@ impl Shared {
         held: &mut Held,
     ) -> Result<()> {
         let Held { buffers, slot, .. } = held;
+        if let [
+            BufferMemory::Device(master),
+            BufferMemory::Device(first_moment),
+            BufferMemory::Device(second_moment),
+            BufferMemory::Device(gradient),
+        ] = buffers.as_mut_slice()
+        {
+            for run in self.runs(group, Stream::FirstMoment, piece) {
+                let step = self.step_of(group, &run, numbers);
+                let states = [&mut *master, &mut *first_moment, &mut *second_moment, &mut *gradient];
+                self.device.update(&step, states, run.piece_start..run.piece_start + run.elements)?;
+            }
+            return Ok(());
+        }
         let (master_buffer, rest) = match master {
             MasterPlace::Buffer(_) => buffers.split_at_mut(1),
             MasterPlace::Slot(_) => buffers.split_at_mut(0),
@@ -292,28 +350,34 @@ impl Shared {
         let [first_moment, second_moment, gradient] = rest else {
             return Err(internal("update without states"));
         };
-        let (first_moment, second_moment) = (first_moment.as_f32_mut(), second_moment.as_f32_mut());
+        let (first_moment, second_moment) =
+            (first_moment.host_mut()?.as_f32_mut(), second_moment.host_mut()?.as_f32_mut());
+        let gradient = gradient.host()?.as_f32();
         for run in self.runs(group, Stream::FirstMoment, piece) {
             let within_piece = run.piece_start..run.piece_start + run.elements;
             let master = match (&mut *master_buffer, slot.as_mut()) {
-                ([buffer], _) => &mut buffer.as_f32_mut()[within_piece.clone()],
+                ([buffer], _) => &mut buffer.host_mut()?.as_f32_mut()[within_piece.clone()],
                 (_, Some(slot)) => {
                     &mut slot[run.entry].as_f32_mut()?[run.entry_start..run.entry_start + run.elements]
                 }
                 _ => return Err(internal("update without parameters")),
             };
-            let decays = self.layout.groups[group].table[run.entry].decays;
-            let weight_decay = if decays { numbers.weight_decay } else { 0.0 };
-            let step = AdamWStep { weight_decay, ..numbers.clone() };
+            let step = self.step_of(group, &run, numbers);
             let state = AdamWState {
                 master,
                 first_moment: &mut first_moment[within_piece.clone()],
                 second_moment: &mut second_moment[within_piece.clone()],
             };
-            adamw(&self.pool, &step, state, &gradient.as_f32()[within_piece], None)
+            adamw(&self.pool, &step, state, &gradient[within_piece], None)
                 .map_err(|error| Error::Kernel(error.to_string()))?;
         }
         Ok(())
+    }
+
+    /// The optimizer's numbers for a run of one parameter.
+    fn step_of(&self, group: GroupIndex, run: &Run, numbers: &AdamWStep) -> AdamWStep {
+        let decays = self.layout.groups[group].table[run.entry].decays;
+        AdamWStep { weight_decay: if decays { numbers.weight_decay } else { 0.0 }, ..numbers.clone() }
     }
 
     fn collect(
@@ -356,7 +420,7 @@ fn commit(context: &StepContext) -> Result<()> {
 }
 
 fn first_buffer(held: &mut Held) -> Result<&mut Lease> {
-    held.buffers.first_mut().ok_or_else(|| internal("operation without its buffer"))
+    held.buffers.first_mut().ok_or_else(|| internal("operation without its buffer"))?.host_mut()
 }
 
 /// A state that no user can cause: reported as an error all the same, so that the last commit stays reachable.

@@ -34,7 +34,9 @@ fn homes(tier: Tier) -> Config {
 /// Every way to place and move the state that a device with memory of its own has.
 fn ways(base: &Config) -> Vec<(String, Config)> {
     let base = |tier| Config { device: base.device.clone(), dtype: base.dtype, ..homes(tier) };
-    let mut ways = vec![("host".to_owned(), base(Tier::Host)), ("disk".to_owned(), base(Tier::Disk))];
+    let mut ways: Vec<_> =
+        [Tier::Host, Tier::Disk, Tier::Device].map(|tier| (tier.to_string(), base(tier))).to_vec();
+    ways.push(("device, 1 slot".into(), Config { slots: Some(1), ..base(Tier::Device) }));
     for (slots, look_ahead) in [(1, 1), (1, 5), (3, 2)] {
         let config = Config { slots: Some(slots), look_ahead: Some(look_ahead), ..base(Tier::Disk) };
         ways.push((format!("{slots} slots, {look_ahead} pieces ahead"), config));
@@ -136,6 +138,8 @@ fn a_run_resumes_with_the_same_bits_and_on_the_other_device_too() {
     let whole = run(&config(&base.device, Tier::Disk, "whole"), 0, 4).unwrap();
     run(&config(&base.device, Tier::Disk, "parts"), 0, 2).unwrap();
     assert_eq!(run(&config(&base.device, Tier::Host, "parts"), 2, 4).unwrap(), whole);
+    run(&config(&base.device, Tier::Device, "on the device"), 0, 2).unwrap();
+    assert_eq!(run(&config(&base.device, Tier::Device, "on the device"), 2, 4).unwrap(), whole);
 
     let (cpu, cuda) = (Device::Cpu, &base.device);
     for (first, second) in [(&cpu, cuda), (cuda, &cpu)] {
@@ -160,16 +164,18 @@ fn two_steps(config: Config) -> ferrozero::Result<Trainer> {
 fn a_failing_driver_is_an_error_and_leaves_the_last_commit() {
     let Some(base) = on_cuda() else { return };
     let folder = folder();
-    let config = |name: &str| Config {
+    let config = |name: &str, tier| Config {
         device: base.device.clone(),
         directory: Some(folder.path().join(name)),
         backend: BackendChoice::Auto,
         boundaries: Some(Tier::Host),
         clip: Some(0.05),
-        ..homes(Tier::Disk)
+        ..homes(tier)
     };
-    let expected = run(&config("expected"), 0, 1).unwrap();
+    let expected = run(&config("expected", Tier::Disk), 0, 1).unwrap();
     for call in CudaCall::ALL {
+        let tier = if call == CudaCall::Wait(CudaLane::Optimizer) { Tier::Device } else { Tier::Disk };
+        let config = |name: &str| config(name, tier);
         let mut failures = 0;
         // Every call would take long; these are in all parts of a run.
         for index in [0, 1, 2, 5, 11, 23, 47, 95] {
@@ -207,6 +213,7 @@ fn lane(name: &str) -> CudaLane {
     match name {
         "upload" => CudaLane::Upload,
         "download" => CudaLane::Download,
+        "optimizer" => CudaLane::Optimizer,
         _ => CudaLane::Compute,
     }
 }
@@ -223,8 +230,8 @@ fn forgets_a_wait() {
         forgotten: true,
     });
     let boundaries = Some(Tier::Host);
-    let config =
-        Config { device: base.device, slots: Some(1), boundaries, cuda_fault: fault, ..homes(Tier::Disk) };
+    let tier = if forgotten.starts_with("optimizer") { Tier::Device } else { Tier::Disk };
+    let config = Config { device: base.device, slots: Some(1), boundaries, cuda_fault: fault, ..homes(tier) };
     // Wrong numbers may stop it.
     let _ = train(config, BLOCKS, 1);
 }
@@ -249,7 +256,7 @@ fn a_wait_that_is_forgotten_is_seen() {
         std::fs::metadata(races).is_ok_and(|file| file.len() > 0)
     };
     assert!(!sees("none"), "no wait is forgotten");
-    for name in ["compute", "upload", "download"] {
+    for name in ["compute", "upload", "download", "optimizer"] {
         let seen: Vec<usize> = (0..12).filter(|index| sees(&format!("{name} {index}"))).collect();
         println!("forgotten waits of the {name} stream that were seen: {seen:?} of 12");
         assert!(!seen.is_empty(), "{name}");

@@ -25,6 +25,13 @@ pub enum Lane {
     Upload,
     /// Device to host.
     Download,
+    /// The optimizer's.
+    Optimizer,
+}
+
+impl Lane {
+    /// All lanes.
+    pub const ALL: [Self; 4] = [Self::Compute, Self::Upload, Self::Download, Self::Optimizer];
 }
 
 /// A kind of call of the driver's, for faults.
@@ -42,12 +49,13 @@ pub enum Call {
 
 impl Call {
     /// All calls that can be made to fail.
-    pub const ALL: [Self; 6] = [
+    pub const ALL: [Self; 7] = [
         Self::Copy,
         Self::Record,
         Self::Wait(Lane::Compute),
         Self::Wait(Lane::Upload),
         Self::Wait(Lane::Download),
+        Self::Wait(Lane::Optimizer),
         Self::Synchronize,
     ];
 }
@@ -113,17 +121,18 @@ pub struct Cuda {
     compute: Arc<CudaStream>,
     upload: Arc<CudaStream>,
     download: Arc<CudaStream>,
+    optimizer: Arc<CudaStream>,
     fault: Mutex<Option<CudaFault>>,
     pageable_copies: AtomicU64,
 }
 
 impl Cuda {
-    /// Puts two more streams beside the one that computes.
+    /// Puts more streams beside the one that computes.
     ///
     /// # Errors
     /// [`Error::Cuda`]; also when `compute` is a default stream, which other streams cannot run beside in order.
     pub fn new(compute: Arc<CudaStream>, fault: Option<CudaFault>) -> Result<Self, Error> {
-        let action = "two streams for copies";
+        let action = "streams for copies and for the optimizer";
         if (compute.cu_stream() as usize) < 3 {
             return Err(Error::Cuda {
                 action,
@@ -135,15 +144,24 @@ impl Cuda {
         // SAFETY: every access of another stream is ordered by hand, with `Done`.
         unsafe { compute.context().disable_event_tracking() };
         let stream = || compute.context().new_stream().map_err(failed(action));
-        let (upload, download) = (stream()?, stream()?);
-        Ok(Self { compute, upload, download, fault: Mutex::new(fault), pageable_copies: AtomicU64::new(0) })
+        let (upload, download, optimizer) = (stream()?, stream()?, stream()?);
+        Ok(Self {
+            compute,
+            upload,
+            download,
+            optimizer,
+            fault: Mutex::new(fault),
+            pageable_copies: AtomicU64::new(0),
+        })
     }
 
-    fn stream(&self, lane: Lane) -> &Arc<CudaStream> {
+    /// The stream of a lane.
+    pub fn stream(&self, lane: Lane) -> &Arc<CudaStream> {
         match lane {
             Lane::Compute => &self.compute,
             Lane::Upload => &self.upload,
             Lane::Download => &self.download,
+            Lane::Optimizer => &self.optimizer,
         }
     }
 
@@ -189,7 +207,7 @@ impl Cuda {
     /// # Errors
     /// As [`Self::synchronize`].
     pub fn synchronize_all(&self) -> Result<(), Error> {
-        [Lane::Compute, Lane::Upload, Lane::Download].into_iter().try_for_each(|lane| self.synchronize(lane))
+        Lane::ALL.into_iter().try_for_each(|lane| self.synchronize(lane))
     }
 
     /// Copies from host to device, and waits until the lease may change again.

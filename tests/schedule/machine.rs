@@ -209,6 +209,16 @@ impl Machine {
                 self.buffers[buffer.0] = Content::State { group, stream: Stream::Master, piece, updates };
                 Ok(())
             }
+            Operation::CopyUp { group, stream, piece, buffer, home } => {
+                let updates = self.state(buffer.0, group, stream, piece)?;
+                self.buffers[home.0] = Content::State { group, stream, piece, updates };
+                Ok(())
+            }
+            Operation::CopyDown { group, stream, piece, home, buffer } => {
+                let updates = self.state(home.0, group, stream, piece)?;
+                self.buffers[buffer.0] = Content::State { group, stream, piece, updates };
+                Ok(())
+            }
             Operation::Attach { slot } => self.expect_parameters(slot.0, self.layout.resident(), moment),
             Operation::Forward { call, slot, passage } => {
                 let (group, pieces, _) = self.layout.calls[call];
