@@ -94,7 +94,8 @@ fn what_overflows_at_every_scale_is_an_error() {
     let (mut trainer, model) = trainer(config(DType::F16, Tier::Host), 1).unwrap();
     // The gradient of the largest finite loss.
     let error = (0..40).find_map(|_| {
-        let step = trainer.step(|micro_batch| model.loss(&tokens(0, micro_batch))?.to_dtype(DType::F32)? * 1e8);
+        let step =
+            trainer.step(|micro_batch| model.loss(&tokens(0, micro_batch))?.to_dtype(DType::F32)? * 1e8);
         step.err()
     });
     let error = error.map(|error| error.to_string()).unwrap_or_default();
