@@ -11,7 +11,7 @@ use candle_core::{CpuStorage, DType, Device};
 use ferrozero_kernels::adamw::AdamWStep;
 use ferrozero_kernels::gradient::{Accumulate, GradientStatistics};
 use ferrozero_kernels::{Pool, convert};
-use ferrozero_offload::{Arena, Budget, Lease};
+use ferrozero_offload::{Arena, Budget, Lease, memory};
 use half::slice::{HalfBitsSliceExt, HalfFloatSliceExt};
 use half::{bf16, f16};
 use std::ops::Range;
@@ -169,6 +169,49 @@ impl ComputeDevice {
             return Ok(Arena::pinned_for_cuda(budget, bytes, &cuda.streams)?);
         }
         Ok(Arena::new(budget, bytes)?)
+    }
+
+    /// Bytes that are in use of the memory in which the model's tensors lie. 0 where nobody counts.
+    pub fn used_bytes(&self) -> u64 {
+        #[cfg(feature = "cuda")]
+        if let Some(cuda) = &self.cuda {
+            return cuda.streams.pool().map_or(0, |pool| pool.used_bytes());
+        }
+        memory::current_bytes()
+    }
+
+    /// The most of them at once since the last [`Self::reset_peak`].
+    pub fn peak_bytes(&self) -> u64 {
+        #[cfg(feature = "cuda")]
+        if let Some(cuda) = &self.cuda {
+            return cuda.streams.pool().map_or(0, |pool| pool.peak_bytes());
+        }
+        memory::peak_bytes()
+    }
+
+    /// Starts a new measurement of [`Self::peak_bytes`].
+    pub fn reset_peak(&self) {
+        #[cfg(feature = "cuda")]
+        if let Some(cuda) = &self.cuda {
+            if let Some(pool) = cuda.streams.pool() {
+                pool.reset_peak();
+            }
+            return;
+        }
+        memory::reset_peak();
+    }
+
+    /// Bytes that a run may use of the memory of a device that has its own, if nobody says how many: what is free, less a
+    /// tenth for the driver's own and for what lies between blocks.
+    ///
+    /// # Errors
+    /// Errors of the driver.
+    pub fn default_limit_bytes(&self) -> Result<Option<u64>> {
+        #[cfg(feature = "cuda")]
+        if let Some(cuda) = &self.cuda {
+            return Ok(Some(cuda.streams.free_bytes()? / 10 * 9));
+        }
+        Ok(None)
     }
 
     /// Copies so far that made the host wait because its memory was not pinned.

@@ -290,7 +290,10 @@ impl Engine {
         let device = DeviceKind { dtype: config.dtype, apart: self.device.is_apart() };
         let limits = Limits {
             memory_bytes: config.memory_bytes,
-            device_bytes: config.device_memory_bytes,
+            device_bytes: match config.device_memory_bytes {
+                Some(bytes) => Some(bytes),
+                None => self.device.default_limit_bytes()?,
+            },
             // Without a folder there is no disk to leave anything on.
             placement: match &config.placement {
                 Placement::Auto if !on_disk_possible => Placement::All(match device.holds_masters() {

@@ -145,6 +145,7 @@ impl Plan {
     /// Brings as many streams as fit from disk into memory, those first whose bytes cross most often.
     fn bring_closer(self, make: &dyn Fn(Vec<GroupPlacement>, Depths) -> Self, depths: Depths) -> Self {
         let mut best = self;
+        best = best.admit_groups(make, depths);
         for stream in [Stream::Gradient, Stream::Master, Stream::FirstMoment, Stream::SecondMoment] {
             if stream == Stream::Gradient && best.gradient_passes_through {
                 continue;
@@ -163,6 +164,26 @@ impl Plan {
                 if candidate.fits() {
                     best = candidate;
                 }
+            }
+        }
+        best
+    }
+
+    /// Brings as many groups as fit to a device that has memory of its own, with all of their states: it updates them itself,
+    /// and nothing of them crosses.
+    fn admit_groups(self, make: &dyn Fn(Vec<GroupPlacement>, Depths) -> Self, depths: Depths) -> Self {
+        let mut best = self;
+        // What the model's own tensors take must be known to say what fits beside them.
+        if !best.limits.device.apart || best.working_bytes.is_none() || best.limits.device_bytes.is_none() {
+            return best;
+        }
+        let resident = best.layout.resident();
+        for group in std::iter::once(resident).chain(0..resident) {
+            let mut placements = best.arrangement.placements.clone();
+            placements[group] = GroupPlacement::all(Tier::Device);
+            let candidate = make(placements, depths);
+            if candidate.fits() {
+                best = candidate;
             }
         }
         best
@@ -377,5 +398,72 @@ impl fmt::Display for Plan {
             Some(limit) => write!(f, "  memory in all {total} of {} granted", Bytes(limit)),
             None => write!(f, "  memory in all {total}, no limit granted"),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::layout::{ALIGNMENT_ELEMENTS, Group};
+    use candle_core::DType;
+
+    const GROUPS: usize = 4;
+    /// Bytes of one group's parameters in f32.
+    const GROUP_BYTES: u64 = 4 * 8 * ALIGNMENT_ELEMENTS as u64;
+
+    /// A plan for a device with memory of its own, of which `device_bytes` are granted.
+    fn plan(working_bytes: Option<u64>, device_bytes: Option<u64>, clip: Option<f64>) -> Result<Plan> {
+        let group = |index: usize| {
+            let table = vec![(index, format!("p.{index}"), vec![8 * ALIGNMENT_ELEMENTS], true, true)];
+            Group::new(format!("h.{index}"), index == GROUPS, table)
+        };
+        let groups = (0..=GROUPS).map(group).collect();
+        let layout = Arc::new(Layout { groups, piece_elements: 4 * ALIGNMENT_ELEMENTS });
+        let call = |group| Call { group, boundary_elements: 0, boundary_moves: false };
+        let observed = Observed { calls: (0..GROUPS).map(call).collect(), working_bytes };
+        let limits = Limits {
+            memory_bytes: None,
+            device_bytes,
+            placement: Placement::Auto,
+            boundaries: None,
+            slots: None,
+            look_ahead: None,
+            device: DeviceKind { dtype: DType::BF16, apart: true },
+        };
+        Plan::make(layout, observed, limits, AdamW::default(), (1, clip), Tier::Device)
+    }
+
+    fn on_device(plan: &Plan) -> usize {
+        let whole = GroupPlacement::all(Tier::Device);
+        plan.placements().iter().filter(|&&placement| placement == whole).count()
+    }
+
+    #[test]
+    fn a_device_of_its_own_takes_as_many_whole_groups_as_fit_and_the_host_has_the_others() {
+        let none = on_device(&plan(Some(0), Some(4 * GROUP_BYTES), Some(1.0)).unwrap());
+        assert_eq!(none, 0);
+        let mut before = 0;
+        for groups in 4..40 {
+            let limit = groups * GROUP_BYTES;
+            let plan = plan(Some(0), Some(limit), Some(1.0)).unwrap();
+            assert!(plan.device_bytes() <= limit);
+            assert!(on_device(&plan) >= before, "{groups}");
+            before = on_device(&plan);
+            let host = GroupPlacement::all(Tier::Host);
+            assert!(plan.placements().iter().all(|&p| p == host || p == GroupPlacement::all(Tier::Device)));
+        }
+        assert_eq!(before, GROUPS + 1);
+    }
+
+    #[test]
+    fn where_the_models_own_tensors_are_not_counted_nothing_is_put_beside_them() {
+        assert_eq!(on_device(&plan(None, Some(1 << 40), None).unwrap()), 0);
+        assert_eq!(on_device(&plan(Some(0), None, None).unwrap()), 0);
+    }
+
+    #[test]
+    fn a_device_that_is_too_small_is_told_apart_from_a_host_that_is() {
+        let error = plan(Some(0), Some(GROUP_BYTES), None).unwrap_err();
+        assert!(matches!(error, Error::BudgetTooSmall { tier: Tier::Device, .. }), "{error}");
     }
 }

@@ -10,7 +10,6 @@ use crate::pass::{GradientSink, Observed, lock};
 use crate::registry::GroupTensors;
 use crate::vacancy::{self, DeviceRun};
 use candle_core::{DType, Shape, Tensor};
-use ferrozero_offload::memory;
 use std::collections::{BTreeSet, HashMap};
 use std::sync::{Arc, Mutex};
 
@@ -71,13 +70,13 @@ impl Rehearsal {
     ) -> Result<Observed> {
         let resident = layout.resident();
         tensors.fill(resident, device.zeros(&layout.groups[resident])?)?;
-        memory::reset_peak();
+        device.reset_peak();
         let this = Arc::new(Self {
             layout: layout.clone(),
             tensors: tensors.clone(),
             device: device.clone(),
             moves_boundaries,
-            base_bytes: memory::current_bytes(),
+            base_bytes: device.used_bytes(),
             findings: Mutex::default(),
             resident_gradients: Mutex::default(),
         });
@@ -90,8 +89,7 @@ impl Rehearsal {
         }
         Ok(Observed {
             calls: findings.calls.iter().map(|(call, _)| call.clone()).collect(),
-            // The memory of another device is not counted.
-            working_bytes: (findings.peak_bytes > 0 && !device.is_apart()).then_some(findings.peak_bytes),
+            working_bytes: (findings.peak_bytes > 0).then_some(findings.peak_bytes),
         })
     }
 
@@ -128,7 +126,7 @@ impl Rehearsal {
 
     /// Notes the memory that was needed since the last segment.
     fn note_peak(&self) {
-        let needed = memory::peak_bytes().saturating_sub(self.base_bytes);
+        let needed = self.device.peak_bytes().saturating_sub(self.base_bytes);
         let mut findings = lock(&self.findings);
         findings.peak_bytes = findings.peak_bytes.max(needed);
     }
@@ -248,12 +246,12 @@ impl Trial {
     /// Runs something with parameters of zero in place, and measures what it needs beyond them.
     fn measured<T>(&self, run: impl FnOnce() -> candle_core::Result<T>) -> Result<(T, u64)> {
         let Rehearsal { layout, tensors, device, base_bytes, .. } = &*self.rehearsal;
-        let before_bytes = memory::current_bytes();
+        let before_bytes = device.used_bytes();
         tensors.fill(self.group, device.zeros(&layout.groups[self.group])?)?;
-        let with_parameters_bytes = memory::current_bytes();
-        memory::reset_peak();
+        let with_parameters_bytes = device.used_bytes();
+        device.reset_peak();
         let result = run();
-        let bytes = memory::peak_bytes().saturating_sub(with_parameters_bytes);
+        let bytes = device.peak_bytes().saturating_sub(with_parameters_bytes);
         drop(tensors.take(self.group)?);
         let needed = before_bytes.saturating_sub(*base_bytes) + bytes;
         let mut findings = lock(&self.rehearsal.findings);
@@ -263,7 +261,7 @@ impl Trial {
 
     /// Counts a segment that is skipped as if it had run now.
     fn count(&self, bytes: impl FnOnce(&Known) -> u64) {
-        let now = memory::current_bytes().saturating_sub(self.rehearsal.base_bytes);
+        let now = self.rehearsal.device.used_bytes().saturating_sub(self.rehearsal.base_bytes);
         let mut findings = lock(&self.rehearsal.findings);
         let needed = now + findings.known.get(&self.kind).map_or(0, bytes);
         findings.peak_bytes = findings.peak_bytes.max(needed);
@@ -274,7 +272,7 @@ impl Trial {
         if self.known {
             self.count(|known| known.backward_bytes.unwrap_or(known.forward_bytes));
         }
-        memory::reset_peak();
+        self.rehearsal.device.reset_peak();
         Ok(())
     }
 }

@@ -103,8 +103,8 @@ impl Trainer {
         stores: Stores,
         compute: Arc<ComputeDevice>,
     ) -> Result<Self> {
-        memory::reset_peak();
-        let base_heap_bytes = memory::current_bytes();
+        compute.reset_peak();
+        let base_heap_bytes = compute.used_bytes();
         // Freed tensors are kept for the next step, within what the plan grants.
         if !compute.is_apart() {
             memory::set_cache_limit_bytes(base_heap_bytes + plan.heap_bytes());
@@ -490,11 +490,8 @@ impl Trainer {
     }
 
     fn note_heap(&mut self) {
-        if self.compute.is_apart() {
-            return;
-        }
         self.peak_heap_bytes =
-            self.peak_heap_bytes.max(memory::peak_bytes().saturating_sub(self.base_heap_bytes));
+            self.peak_heap_bytes.max(self.compute.peak_bytes().saturating_sub(self.base_heap_bytes));
     }
 
     /// Peak bytes so far against those of the plan.
@@ -503,7 +500,9 @@ impl Trainer {
         Usage {
             peak_host_bytes: self.host.peak_bytes(),
             planned_host_bytes: self.plan.host_bytes(),
-            peak_device_bytes: self.device.peak_bytes() + self.peak_heap_bytes,
+            // A device with memory of its own counts what is leased with all else.
+            peak_device_bytes: self.peak_heap_bytes
+                + if self.compute.is_apart() { 0 } else { self.device.peak_bytes() },
             planned_device_bytes: self.plan.device_bytes(),
             disk_bytes: self.stores.disk_bytes(),
             written_bytes,

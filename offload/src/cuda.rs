@@ -5,11 +5,11 @@
 //! cudarc's own tracking of events is off: it never sees what candle's kernels write.
 
 use crate::{Error, Lease, PAGE_BYTES, locked};
-use cudarc::driver::sys::CUdeviceptr;
+use cudarc::driver::sys::{self, CUdeviceptr};
 use cudarc::driver::{
     CudaContext, CudaEvent, CudaSlice, CudaStream, DevicePtr, DevicePtrMut, DriverError, result,
 };
-use std::ffi::c_void;
+use std::ffi::{CStr, c_void};
 use std::marker::PhantomData;
 use std::ops::Range;
 use std::ptr::NonNull;
@@ -122,6 +122,7 @@ pub struct Cuda {
     upload: Arc<CudaStream>,
     download: Arc<CudaStream>,
     optimizer: Arc<CudaStream>,
+    pool: Option<Pool>,
     fault: Mutex<Option<CudaFault>>,
     pageable_copies: AtomicU64,
 }
@@ -146,6 +147,7 @@ impl Cuda {
         let stream = || compute.context().new_stream().map_err(failed(action));
         let (upload, download, optimizer) = (stream()?, stream()?, stream()?);
         Ok(Self {
+            pool: Pool::of(compute.context()),
             compute,
             upload,
             download,
@@ -266,6 +268,22 @@ impl Cuda {
         enqueued.and(done)
     }
 
+    /// Bytes of the device's memory that nobody uses.
+    ///
+    /// # Errors
+    /// [`Error::Cuda`].
+    pub fn free_bytes(&self) -> Result<u64, Error> {
+        let action = "ask for free memory";
+        self.context().bind_to_thread().map_err(failed(action))?;
+        let (free, _) = result::mem_get_info().map_err(failed(action))?;
+        Ok(free as u64)
+    }
+
+    /// What the driver counts of the memory that this process has taken from the device; none where it does not count.
+    pub fn pool(&self) -> Option<&Pool> {
+        self.pool.as_ref()
+    }
+
     /// Copies so far from or to memory that was not pinned: each of them made the host wait, and nothing ran beside it.
     pub fn pageable_copies(&self) -> u64 {
         self.pageable_copies.load(Ordering::Relaxed)
@@ -297,6 +315,76 @@ impl Cuda {
 
 fn failed(action: &'static str) -> impl FnOnce(DriverError) -> Error {
     move |error| Error::Cuda { action, reason: error.to_string() }
+}
+
+/// The pool that a device's memory is allocated from, and what the driver counts of it.
+#[derive(Debug)]
+pub struct Pool {
+    handle: sys::CUmemoryPool,
+    attribute: GetAttribute,
+    set_attribute: GetAttribute,
+}
+
+// SAFETY: the handle is the device's default pool, which lives as long as the driver, and which every thread may ask.
+unsafe impl Send for Pool {}
+// SAFETY: as above.
+unsafe impl Sync for Pool {}
+
+/// `cuMemPoolGetAttribute`, and `cuMemPoolSetAttribute` too.
+type GetAttribute =
+    unsafe extern "C" fn(sys::CUmemoryPool, sys::CUmemPool_attribute, *mut c_void) -> sys::CUresult;
+/// `cuDeviceGetDefaultMemPool`.
+type DefaultPool = unsafe extern "C" fn(*mut sys::CUmemoryPool, sys::CUdevice) -> sys::CUresult;
+
+impl Pool {
+    /// The device's pool. Looked up by name, so that a driver that counts nothing will do.
+    fn of(context: &Arc<CudaContext>) -> Option<Self> {
+        let symbol = |name: &CStr| {
+            // SAFETY: a look-up in what is loaded, of a name that ends with a zero byte.
+            let symbol = unsafe { libc::dlsym(libc::RTLD_DEFAULT, name.as_ptr()) };
+            (!symbol.is_null()).then_some(symbol)
+        };
+        let default_pool = symbol(c"cuDeviceGetDefaultMemPool")?;
+        let (get, set) = (symbol(c"cuMemPoolGetAttribute")?, symbol(c"cuMemPoolSetAttribute")?);
+        // SAFETY: these are the driver's functions of these names, whose types are those of cuda.h.
+        let (default_pool, attribute, set_attribute) = unsafe {
+            (
+                std::mem::transmute::<*mut c_void, DefaultPool>(default_pool),
+                std::mem::transmute::<*mut c_void, GetAttribute>(get),
+                std::mem::transmute::<*mut c_void, GetAttribute>(set),
+            )
+        };
+        let mut handle = std::ptr::null_mut();
+        // SAFETY: `handle` is written to, and the device is the context's.
+        let result = unsafe { default_pool(&mut handle, context.cu_device()) };
+        (result == sys::CUresult::CUDA_SUCCESS).then_some(Self { handle, attribute, set_attribute })
+    }
+
+    fn bytes(&self, attribute: sys::CUmemPool_attribute) -> u64 {
+        let mut bytes = 0_u64;
+        // SAFETY: both attributes that are asked for are numbers of 64 bits.
+        let result = unsafe { (self.attribute)(self.handle, attribute, (&raw mut bytes).cast()) };
+        if result == sys::CUresult::CUDA_SUCCESS { bytes } else { 0 }
+    }
+
+    /// Bytes in use.
+    pub fn used_bytes(&self) -> u64 {
+        self.bytes(sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_USED_MEM_CURRENT)
+    }
+
+    /// The most bytes in use at once since the last [`Self::reset_peak`].
+    pub fn peak_bytes(&self) -> u64 {
+        self.bytes(sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_USED_MEM_HIGH)
+    }
+
+    /// Starts a new measurement of [`Self::peak_bytes`] from what is in use now.
+    pub fn reset_peak(&self) {
+        let mut zero = 0_u64;
+        let high = sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_USED_MEM_HIGH;
+        // SAFETY: the attribute is a number of 64 bits, and zero is the only value that it can be set to. Where that fails the
+        // peak stays, which is on the safe side.
+        let _ = unsafe { (self.set_attribute)(self.handle, high, (&raw mut zero).cast()) };
+    }
 }
 
 /// Page-locked memory that the device copies from and to while the host goes on. Disks read and write it too.
