@@ -201,17 +201,34 @@ impl ComputeDevice {
         memory::reset_peak();
     }
 
+    /// The error of a device that has no memory left, in its own words and with what the plan counts.
+    pub fn explain(&self, error: Error, planned_bytes: u64) -> Error {
+        match error {
+            Error::Candle(source) if self.is_apart() && source.to_string().contains("OUT_OF_MEMORY") => {
+                // Where not even that is known, there is nothing to be told.
+                let free_bytes = self.free_bytes().ok().flatten().unwrap_or(0);
+                Error::DeviceMemory { planned_bytes, free_bytes, source }
+            }
+            error => error,
+        }
+    }
+
+    /// Bytes of the memory of a device that has its own which nobody uses.
+    fn free_bytes(&self) -> Result<Option<u64>> {
+        #[cfg(feature = "cuda")]
+        if let Some(cuda) = &self.cuda {
+            return Ok(Some(cuda.streams.free_bytes()?));
+        }
+        Ok(None)
+    }
+
     /// Bytes that a run may use of the memory of a device that has its own, if nobody says how many: what is free, less a
     /// tenth for the driver's own and for what lies between blocks.
     ///
     /// # Errors
     /// Errors of the driver.
     pub fn default_limit_bytes(&self) -> Result<Option<u64>> {
-        #[cfg(feature = "cuda")]
-        if let Some(cuda) = &self.cuda {
-            return Ok(Some(cuda.streams.free_bytes()? / 10 * 9));
-        }
-        Ok(None)
+        Ok(self.free_bytes()?.map(|bytes| bytes / 10 * 9))
     }
 
     /// Copies so far that made the host wait because its memory was not pinned.

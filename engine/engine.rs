@@ -276,6 +276,7 @@ impl Engine {
             };
             self.passes.within(Mode::Rehearsal(rehearsal.clone()), pass)
         })
+        .map_err(|error| self.device.explain(error, 0))
     }
 
     fn plan_with(

@@ -32,8 +32,10 @@ pub enum Error {
     /// The plan does not fit the budget.
     #[error(
         "the plan needs {needed_bytes} bytes of {tier} memory and the budget is {budget_bytes} bytes. \
-         {culprit}. The least that works is {least_bytes} bytes ({least_mib} MiB): raise --memory to that, \
-         or make the model, the batch or the sequence smaller", least_mib = .least_bytes.div_ceil(1 << 20)
+         {culprit}. The least that works is {least_bytes} bytes ({least_mib} MiB): raise {} to that, \
+         or make the model, the batch or the sequence smaller",
+        if *.tier == ferrozero_offload::Tier::Device { "--device-memory" } else { "--memory" },
+        least_mib = .least_bytes.div_ceil(1 << 20)
     )]
     BudgetTooSmall {
         /// Tier whose budget is too small.
@@ -46,6 +48,20 @@ pub enum Error {
         least_bytes: u64,
         /// What takes the most memory, by name.
         culprit: String,
+    },
+    /// A device with memory of its own has none left.
+    #[error(
+        "the device is out of memory ({source}): the plan counts {planned_bytes} bytes there, and {free_bytes} are free. \
+         The last commit is intact: go on from it with a smaller batch or sequence, with boundaries on host or disk, or with a \
+         lower --device-memory, which leaves more to the model's own tensors"
+    )]
+    DeviceMemory {
+        /// Bytes of the device that the plan counts; 0 where there is none yet.
+        planned_bytes: u64,
+        /// Bytes that were free when it happened.
+        free_bytes: u64,
+        /// What the driver said.
+        source: candle_core::Error,
     },
     /// Trainable parameters that received no gradient in a backward pass.
     #[error(

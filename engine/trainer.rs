@@ -280,11 +280,15 @@ impl Trainer {
     /// [`Error::OrderChanged`], and errors of the tiers. After an error the trainer is stopped: the last commit
     /// is where to go on.
     pub fn step(&mut self, loss: impl FnMut(usize) -> candle_core::Result<Tensor>) -> Result<StepReport> {
-        let result = self.try_step(loss);
+        let result = self.try_step(loss).map_err(|error| self.explain(error));
         if let Err(error) = &result {
             self.executor.stop(&error.to_string())?;
         }
         result
+    }
+
+    fn explain(&self, error: Error) -> Error {
+        self.compute.explain(error, self.plan.device_bytes())
     }
 
     fn try_step(&mut self, mut loss: impl FnMut(usize) -> candle_core::Result<Tensor>) -> Result<StepReport> {
@@ -384,7 +388,7 @@ impl Trainer {
     /// # Errors
     /// As [`Self::step`].
     pub fn evaluate<T>(&mut self, pass: impl FnOnce() -> candle_core::Result<T>) -> Result<T> {
-        let result = self.try_evaluate(pass);
+        let result = self.try_evaluate(pass).map_err(|error| self.explain(error));
         if let Err(error) = &result {
             self.executor.stop(&error.to_string())?;
         }

@@ -201,6 +201,23 @@ fn a_failing_driver_is_an_error_and_leaves_the_last_commit() {
 }
 
 #[test]
+fn a_device_without_memory_is_an_error_with_what_the_plan_counts() {
+    let Some(base) = on_cuda() else { return };
+    let device = base.device.clone();
+    let (mut trainer, model) = trainer(base, 1).unwrap();
+    trainer.step(|micro_batch| model.loss(&tokens(0, micro_batch))).unwrap();
+    // More than any device has.
+    let large = |_| candle_core::Tensor::zeros(1 << 46, DType::F32, &device);
+    match trainer.step(large) {
+        Err(ferrozero::Error::DeviceMemory { planned_bytes, free_bytes, .. }) => {
+            assert_eq!(planned_bytes, trainer.plan().device_bytes());
+            assert!(free_bytes > 0);
+        }
+        other => panic!("{:?}", other.map(|report| report.loss)),
+    }
+}
+
+#[test]
 fn parameters_of_another_device_than_the_engines_are_refused() {
     let Some(base) = on_cuda() else { return };
     let engine = ferrozero::Engine::new(base).unwrap();
@@ -254,6 +271,8 @@ fn a_wait_that_is_forgotten_is_seen() {
         let child = std::process::Command::new(std::env::current_exe().unwrap())
             .args(["--exact", "forgets_a_wait", "--ignored"])
             .env(FORGOTTEN, forgotten)
+            // Each operation runs when it is enqueued: the driver then takes least for ordered that only happened to be.
+            .env("SIMCUDA_MODE", "eager")
             .env(RACES, &races)
             .output()
             .unwrap();
