@@ -2,7 +2,7 @@
 
 use std::{io, path::PathBuf};
 
-use crate::{SlotState, Tier};
+use crate::Tier;
 
 /// Everything that can go wrong in this crate. Messages name the place and the cure.
 #[derive(Debug, thiserror::Error)]
@@ -54,19 +54,6 @@ pub enum Error {
         free_bytes: usize,
         /// Bytes of the longest free run.
         largest_free_bytes: usize,
-    },
-
-    /// A slot was asked for a transition that its state does not allow.
-    #[error("slot {slot} is {state} (group {group:?}) and cannot {operation}")]
-    SlotOrder {
-        /// Name of the slot.
-        slot: String,
-        /// Its state when it was asked.
-        state: SlotState,
-        /// The group that it holds, if any.
-        group: Option<usize>,
-        /// What it was asked to do.
-        operation: String,
     },
 
     /// The two ends of a device copy differ in length.

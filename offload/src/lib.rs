@@ -1,4 +1,4 @@
-//! Bytes and completion for ferrozero: budgets, leases, slots, device copies and a checked disk store.
+//! Bytes and completion for ferrozero: budgets, leases, CUDA streams and a checked disk store.
 //!
 //! This crate moves bytes between tiers and says when they have arrived. It knows no tensors. A training step
 //! of the engine is a schedule over the words below.
@@ -6,7 +6,6 @@
 //! | memory | who owns it | bounded by |
 //! |---|---|---|
 //! | [`Arena`]: one pinned mapping of host memory | whoever holds a [`Lease`] of it | a [`Budget`] |
-//! | [`Slot`]: device storage that groups take turns in | the slot, or whoever took the storage out | its maker |
 //! | [`Store`]: files with two places for each piece of state | its directories' one process | the sizes of its extents |
 //!
 //! A lease moves into a transfer and comes back in its [`Completion`], also after an error, so nothing can free
@@ -38,7 +37,7 @@
 //! # }
 //! ```
 //!
-//! Modules, from the bottom: `budget`, `arena`, `slot` and `copy` are memory; [`io`] is the trait of disk
+//! Modules, from the bottom: `budget` and `arena` are memory, and with the feature `cuda` the module of that name copies between it and a device; [`io`] is the trait of disk
 //! backends with its backends and wrappers; `store` gives pieces, checksums and commits; [`memory`] counts what
 //! the rest of a process allocates.
 
@@ -49,7 +48,6 @@
 mod arena;
 mod budget;
 mod clock;
-mod copy;
 #[cfg(feature = "cuda")]
 #[allow(unsafe_code)]
 pub mod cuda;
@@ -58,16 +56,13 @@ pub mod io;
 #[allow(unsafe_code)]
 pub mod memory;
 mod notice;
-mod slot;
 mod store;
 
 pub use arena::{Arena, Lease, PAGE_BYTES, padded_bytes};
 pub use budget::{Budget, Reservation, Tier};
-pub use copy::{CpuCopy, DeviceCopy, ThrottledCopy};
 pub use error::Error;
 pub use io::{Completion, Ticket};
 pub use notice::Notice;
-pub use slot::{Slot, SlotState};
 pub use store::{
     BackendChoice, Commit, Extent, ExtentId, ExtentKind, ExtentSpec, Store, StoreOptions, Throttle, Traffic,
 };
