@@ -2,6 +2,9 @@
 //! waited for. On the CPU device a crossing is a copy, done when it returns. On a CUDA device every queue has a stream,
 //! and what one queue leaves for another comes with a [`Done`].
 
+#[cfg(feature = "cuda")]
+mod cuda;
+
 use crate::error::{Error, Result};
 use crate::layout::{Group, Run};
 use crate::schedule::Queue;
@@ -247,7 +250,7 @@ impl ComputeDevice {
     )]
     pub fn wait(&self, queue: Queue, earlier: &[Done]) -> Result<()> {
         #[cfg(feature = "cuda")]
-        if let (Some(cuda), Some(lane)) = (&self.cuda, lane(queue)) {
+        if let (Some(cuda), Some(lane)) = (&self.cuda, cuda::lane(queue)) {
             cuda.streams.wait(lane, earlier)?;
         }
         Ok(())
@@ -260,7 +263,7 @@ impl ComputeDevice {
     )]
     pub fn record(&self, queue: Queue) -> Result<Option<Done>> {
         #[cfg(feature = "cuda")]
-        if let (Some(cuda), Some(lane)) = (&self.cuda, lane(queue)) {
+        if let (Some(cuda), Some(lane)) = (&self.cuda, cuda::lane(queue)) {
             return Ok(Some(cuda.streams.record(lane)?));
         }
         Ok(None)
@@ -290,7 +293,7 @@ impl ComputeDevice {
             let staged = match staging {
                 Some(staging) => {
                     let elements = runs.last().map_or(0, |run| run.piece_start + run.elements);
-                    narrow_into(pool, &values.as_f32()[..elements], self.dtype, staging)?;
+                    cuda::narrow_into(pool, &values.as_f32()[..elements], self.dtype, staging)?;
                     &*staging
                 }
                 None => values,
@@ -494,177 +497,4 @@ pub enum Gradient<'a> {
 
 fn kernel(error: ferrozero_kernels::Error) -> Error {
     Error::Kernel(error.to_string())
-}
-
-#[cfg(feature = "cuda")]
-fn narrow_into(pool: &Pool, from: &[f32], dtype: DType, staging: &mut Lease) -> Result<()> {
-    let to = &mut staging.as_u16_mut()[..from.len()];
-    match dtype {
-        DType::BF16 => convert::narrow(pool, from, to.reinterpret_cast_mut::<bf16>()),
-        _ => convert::narrow(pool, from, to.reinterpret_cast_mut::<f16>()),
-    }
-    .map_err(kernel)
-}
-
-#[cfg(feature = "cuda")]
-use ferrozero_offload::cuda::Lane;
-
-/// The stream that a queue uses.
-#[cfg(feature = "cuda")]
-fn lane(queue: Queue) -> Option<Lane> {
-    match queue {
-        Queue::Compute => Some(Lane::Compute),
-        Queue::Upload => Some(Lane::Upload),
-        Queue::Download => Some(Lane::Download),
-        Queue::Optimizer => Some(Lane::Optimizer),
-        _ => None,
-    }
-}
-
-#[cfg(feature = "cuda")]
-mod cuda {
-    use super::*;
-    use crate::pass::lock;
-    use candle_core::CudaDevice;
-    use candle_core::cuda_backend::CudaStorageSlice;
-    use candle_core::cuda_backend::cudarc::driver::{CudaSlice, CudaView};
-    use ferrozero_kernels::cuda::{CudaError, DeviceStatistics, HalfElement, Kernels, RunState};
-    use ferrozero_offload::cuda::{Cuda, CudaCopy, DeviceRange};
-    use std::sync::Mutex;
-
-    /// What a CUDA device needs beside candle.
-    #[derive(Debug)]
-    pub(super) struct Parts {
-        pub(super) streams: Cuda,
-        kernels: Kernels,
-        /// What the gradients of the group that is being accumulated measure.
-        statistics: Mutex<Option<DeviceStatistics>>,
-    }
-
-    impl Parts {
-        pub(super) fn new(device: &CudaDevice, fault: Option<CudaFault>) -> Result<Self> {
-            let streams = Cuda::new(device.cuda_stream(), fault)?;
-            let kernels = Kernels::load(streams.context()).map_err(cuda_kernel)?;
-            Ok(Self { streams, kernels, statistics: Mutex::new(None) })
-        }
-
-        pub(super) fn enter(&self, masters: &DeviceRun, slot: &mut DeviceRun, run: &Run) -> Result<()> {
-            let from = f32_of(masters)?.slice(run.piece_start..run.piece_start + run.elements);
-            let within = run.entry_start..run.entry_start + run.elements;
-            let stream = self.streams.stream(Lane::Upload);
-            match slot.as_cuda_mut().map(|slot| &mut slot.slice) {
-                Some(CudaStorageSlice::F32(to)) => stream
-                    .memcpy_dtod(&from, &mut to.slice_mut(within))
-                    .map_err(|error| Error::Kernel(format!("copying masters on the device: {error}"))),
-                Some(CudaStorageSlice::BF16(to)) => self.narrow(&from, to, within),
-                Some(CudaStorageSlice::F16(to)) => self.narrow(&from, to, within),
-                _ => Err(internal("a slot of another type")),
-            }
-        }
-
-        fn narrow<E: HalfElement>(
-            &self,
-            from: &CudaView<f32>,
-            to: &mut CudaSlice<E>,
-            within: Range<usize>,
-        ) -> Result<()> {
-            let stream = self.streams.stream(Lane::Upload);
-            self.kernels.narrow(stream, from, &mut to.slice_mut(within)).map_err(cuda_kernel)
-        }
-
-        pub(super) fn accumulate(
-            &self,
-            gradients: &[DeviceRun],
-            runs: &[Run],
-            target: &mut DeviceRun,
-            (scale, how, first): (f32, Accumulate, bool),
-            piece_elements: usize,
-        ) -> Result<GradientStatistics> {
-            let stream = self.streams.stream(Lane::Download);
-            let mut statistics = lock(&self.statistics);
-            let of_group = match &mut *statistics {
-                Some(of_group) => of_group,
-                none => none.insert(DeviceStatistics::new(stream, piece_elements).map_err(cuda_kernel)?),
-            };
-            if first {
-                of_group.reset(stream).map_err(cuda_kernel)?;
-            }
-            let target = f32_of_mut(target)?;
-            for run in runs {
-                let within = run.entry_start..run.entry_start + run.elements;
-                let mut to = target.slice_mut(run.piece_start..run.piece_start + run.elements);
-                match gradients[run.entry].as_cuda().map(|gradient| &gradient.slice) {
-                    Some(CudaStorageSlice::F32(from)) => {
-                        self.kernels.accumulate(stream, &mut to, &from.slice(within), scale, how, of_group)
-                    }
-                    Some(CudaStorageSlice::BF16(from)) => {
-                        self.kernels.accumulate(stream, &mut to, &from.slice(within), scale, how, of_group)
-                    }
-                    Some(CudaStorageSlice::F16(from)) => {
-                        self.kernels.accumulate(stream, &mut to, &from.slice(within), scale, how, of_group)
-                    }
-                    _ => return Err(internal("a gradient of another type")),
-                }
-                .map_err(cuda_kernel)?;
-            }
-            // The gradients may be freed after this, so it waits.
-            of_group.read(stream).map_err(cuda_kernel)
-        }
-
-        pub(super) fn update(
-            &self,
-            step: &AdamWStep,
-            [master, first_moment, second_moment, gradient]: [&mut DeviceRun; 4],
-            range: Range<usize>,
-        ) -> Result<()> {
-            let state = RunState {
-                master: f32_of_mut(master)?.slice_mut(range.clone()),
-                first_moment: f32_of_mut(first_moment)?.slice_mut(range.clone()),
-                second_moment: f32_of_mut(second_moment)?.slice_mut(range.clone()),
-            };
-            let gradient = f32_of(gradient)?.slice(range);
-            let stream = self.streams.stream(Lane::Optimizer);
-            self.kernels.adamw(stream, step, state, &gradient, None).map_err(cuda_kernel)
-        }
-    }
-
-    fn cuda_kernel(error: CudaError) -> Error {
-        Error::Kernel(error.to_string())
-    }
-
-    fn f32_of(run: &DeviceRun) -> Result<&CudaSlice<f32>> {
-        match run.as_cuda().map(|storage| &storage.slice) {
-            Some(CudaStorageSlice::F32(values)) => Ok(values),
-            _ => Err(internal("a state on the device that is not f32")),
-        }
-    }
-
-    fn f32_of_mut(run: &mut DeviceRun) -> Result<&mut CudaSlice<f32>> {
-        match run.as_cuda_mut().map(|storage| &mut storage.slice) {
-            Some(CudaStorageSlice::F32(values)) => Ok(values),
-            _ => Err(internal("a state on the device that is not f32")),
-        }
-    }
-
-    /// What is copied between a lease, which holds a piece in elements of `size` bytes, and storage of the device.
-    pub(super) fn copies_into<'a>(
-        storage: &'a mut [DeviceRun],
-        runs: &[Run],
-        size: usize,
-    ) -> Result<Vec<CudaCopy<'a>>> {
-        let mut storage: Vec<Option<&mut DeviceRun>> = storage.iter_mut().map(Some).collect();
-        let copies = runs.iter().map(|run| {
-            let device = storage.get_mut(run.entry).and_then(Option::take).and_then(DeviceRun::as_cuda_mut);
-            let within = run.entry_start..run.entry_start + run.elements;
-            let device = match device.map(|storage| &mut storage.slice) {
-                Some(CudaStorageSlice::F32(values)) => DeviceRange::of_mut(values, within),
-                Some(CudaStorageSlice::BF16(values)) => DeviceRange::of_mut(values, within),
-                Some(CudaStorageSlice::F16(values)) => DeviceRange::of_mut(values, within),
-                _ => return Err(internal("device storage of another type, or twice in one piece")),
-            };
-            let host = run.piece_start * size..(run.piece_start + run.elements) * size;
-            Ok(CudaCopy { host, device })
-        });
-        copies.collect()
-    }
 }
