@@ -13,11 +13,17 @@
 //! | [`causal_attention`] | `[B, T, 3·C] → [B, T, C]` | attention on packed q, k, v; no T×T matrix is kept |
 //! | [`cross_entropy`], [`linear_cross_entropy`] | `[N, C] → []` | log-softmax and mean; no full logits in the latter |
 //!
-//! **Devices and dtypes.** On the CPU the elements are `f32`; every other dtype and device is refused with an
-//! [`OpError`] that says what to do. Inputs need not be contiguous (they are made so first).
+//! **Devices and dtypes.** On the CPU the elements are `f32`. On a CUDA device (feature `cuda`) they are `f32`, `bf16` or `f16`,
+//! one type for all inputs, and arithmetic is `f32` in any case; losses are `f32` there whatever the logits are. Every other
+//! dtype and device is refused with an [`OpError`] that says what to do. Inputs need not be contiguous (they are made so
+//! first).
 //!
 //! **Reproducibility.** Work is split in chunks that depend on shapes alone, and partial sums are combined in a
-//! fixed order: on one machine the bits are the same from run to run and for any number of rayon threads.
+//! fixed order: on one machine the bits are the same from run to run and for any number of rayon threads. CUDA kernels use no
+//! atomics, so that a device gives the same bits each time; they are not the CPU's.
+//!
+//! **Waiting.** Work on a CUDA device is enqueued on candle's stream. The losses alone wait: they fetch the targets, because an
+//! index out of range is an error and not a wrong address.
 
 mod activation;
 mod attention;
