@@ -170,6 +170,8 @@ fn a_target_out_of_range_is_named() {
         let expected = OpError::TargetOutOfRange { op, row: 1, target: 9, vocabulary_size: 9 };
         assert_eq!(message(result), expected.to_string());
     }
+    let expected = OpError::TokenOutOfRange { op: "embedding", position: 1, token: 9, vocabulary_size: 9 };
+    assert_eq!(message(ops::embedding(&weight, &targets)), expected.to_string());
 }
 
 #[test]

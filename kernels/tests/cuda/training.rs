@@ -43,7 +43,7 @@ impl Model {
     }
 
     fn loss(&self, tokens: &Tensor, targets: &Tensor) -> Result<Tensor> {
-        let mut xs = self.embedding.index_select(tokens, 0)?.reshape((TOKENS[0], TOKENS[1], WIDTH))?;
+        let mut xs = ops::embedding(&self.embedding, &tokens.reshape((TOKENS[0], TOKENS[1]))?)?;
         for [gain, shift, qkv, qkv_bias, out, gate_and_up, down, root] in &self.blocks {
             let normed = ops::layer_norm(&xs, &(gain.as_tensor() + 1.0)?, shift, 1e-5)?;
             let attended = ops::causal_attention(&ops::linear(&normed, qkv, Some(qkv_bias))?, HEADS)?;

@@ -7,6 +7,7 @@
 pub(super) mod activation;
 pub(super) mod attention;
 pub(super) mod cross_entropy;
+pub(super) mod embedding;
 mod launch;
 pub(super) mod linear;
 mod matrix;
