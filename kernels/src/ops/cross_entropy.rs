@@ -40,6 +40,8 @@ pub fn cross_entropy(logits: &Tensor, targets: &Tensor) -> Result<Tensor> {
 /// and with `d` the gradient of a tile adds `d·weight` to `d hidden` and `dᵀ·hidden` to `d weight`. Gradients of
 /// inputs that are not tracked are not computed.
 ///
+/// In f16 the gradient of a logit, at most `dy/N`, soon is too small for its type: scale the loss.
+///
 /// # Errors
 /// As [`cross_entropy`].
 pub fn linear_cross_entropy(hidden: &Tensor, weight: &Tensor, targets: &Tensor) -> Result<Tensor> {
