@@ -56,21 +56,44 @@ __device__ __forceinline__ void backward(T *dx, const T *xs, const T *dy, unsign
 
 // Rows of `width` elements from rows of twice that: gates, then what they let through.
 template <class T>
-__device__ __forceinline__ void swiglu_forward(T *out, const T *xs, unsigned long long elements, unsigned long long width) {
-    for (unsigned long long at = first_index(); at < elements; at += index_stride()) {
-        unsigned long long gate = at + at / width * width;
-        out[at] = narrow<T>(silu(widen(xs[gate])) * widen(xs[gate + width]));
+__device__ __forceinline__ void swiglu_forward(T *out, const T *xs, unsigned long long elements, unsigned width) {
+    if (width % 4 == 0 && four_aligned(out) && four_aligned(xs)) {
+        for (unsigned long long at = 4 * first_index(); at < elements; at += 4 * index_stride()) {
+            unsigned long long gate = at + divide(at, width) * width;
+            Four<T> x = load_four(xs + gate), up = load_four(xs + gate + width);
+            for (int i = 0; i < 4; i++) x.at[i] = narrow<T>(silu(widen(x.at[i])) * widen(up.at[i]));
+            store_four(out + at, x);
+        }
+    } else {
+        for (unsigned long long at = first_index(); at < elements; at += index_stride()) {
+            unsigned long long gate = at + divide(at, width) * width;
+            out[at] = narrow<T>(silu(widen(xs[gate])) * widen(xs[gate + width]));
+        }
     }
 }
 
 template <class T>
 __device__ __forceinline__ void swiglu_backward(T *dx, const T *xs, const T *dy, unsigned long long elements,
-                                                unsigned long long width) {
-    for (unsigned long long at = first_index(); at < elements; at += index_stride()) {
-        unsigned long long gate = at + at / width * width;
-        float x = widen(xs[gate]), g = widen(dy[at]);
-        dx[gate] = narrow<T>(g * widen(xs[gate + width]) * silu_slope(x));
-        dx[gate + width] = narrow<T>(g * silu(x));
+                                                unsigned width) {
+    if (width % 4 == 0 && four_aligned(dx) && four_aligned(xs) && four_aligned(dy)) {
+        for (unsigned long long at = 4 * first_index(); at < elements; at += 4 * index_stride()) {
+            unsigned long long gate = at + divide(at, width) * width;
+            Four<T> x = load_four(xs + gate), up = load_four(xs + gate + width), g = load_four(dy + at);
+            for (int i = 0; i < 4; i++) {
+                float value = widen(x.at[i]), upstream = widen(g.at[i]);
+                x.at[i] = narrow<T>(upstream * widen(up.at[i]) * silu_slope(value));
+                up.at[i] = narrow<T>(upstream * silu(value));
+            }
+            store_four(dx + gate, x);
+            store_four(dx + gate + width, up);
+        }
+    } else {
+        for (unsigned long long at = first_index(); at < elements; at += index_stride()) {
+            unsigned long long gate = at + divide(at, width) * width;
+            float value = widen(xs[gate]), upstream = widen(dy[at]);
+            dx[gate] = narrow<T>(upstream * widen(xs[gate + width]) * silu_slope(value));
+            dx[gate + width] = narrow<T>(upstream * silu(value));
+        }
     }
 }
 
@@ -88,11 +111,11 @@ __device__ __forceinline__ void swiglu_backward(T *dx, const T *xs, const T *dy,
         backward(dx, xs, dy, elements, silu_slope);                                                                    \
     }                                                                                                                  \
     extern "C" __global__ void swiglu_forward_##SUFFIX(T *out, const T *xs, unsigned long long elements,               \
-                                                       unsigned long long width) {                                     \
+                                                       unsigned width) {                                               \
         swiglu_forward(out, xs, elements, width);                                                                      \
     }                                                                                                                  \
     extern "C" __global__ void swiglu_backward_##SUFFIX(T *dx, const T *xs, const T *dy, unsigned long long elements,  \
-                                                        unsigned long long width) {                                    \
+                                                        unsigned width) {                                              \
         swiglu_backward(dx, xs, dy, elements, width);                                                                  \
     }
 

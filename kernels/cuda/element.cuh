@@ -68,6 +68,11 @@ template <class T> __device__ __forceinline__ void store_four(T *to, const Four<
     *reinterpret_cast<Four<T> *>(to) = four;
 }
 
+// A division that takes the short way where it can: most sizes need 32 bits, and 64-bit division is a loop of instructions.
+__device__ __forceinline__ unsigned long long divide(unsigned long long dividend, unsigned divisor) {
+    return dividend >> 32 ? dividend / divisor : (unsigned)dividend / divisor;
+}
+
 __device__ __forceinline__ unsigned long long first_index() {
     return (unsigned long long)blockIdx.x * blockDim.x + threadIdx.x;
 }

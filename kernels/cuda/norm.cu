@@ -133,7 +133,9 @@ __device__ __forceinline__ void column_totals(T *totals, const float *sums, unsi
 // Every row of `out` becomes the bias.
 template <class T>
 __device__ __forceinline__ void repeat_row(T *out, const T *row, unsigned long long elements, unsigned width) {
-    for (unsigned long long at = first_index(); at < elements; at += index_stride()) out[at] = row[at % width];
+    for (unsigned long long at = first_index(); at < elements; at += index_stride()) {
+        out[at] = row[at - divide(at, width) * width];
+    }
 }
 
 #define NORMS(SUFFIX, T)                                                                                               \

@@ -32,3 +32,9 @@ __device__ __forceinline__ double block_sum(double value) {
 __device__ __forceinline__ float block_maximum(float value) {
     return block_reduce(value, -INFINITY, [](float a, float b) { return a > b ? a : b; });
 }
+
+// Whether it holds for any thread. In blocks of several warps, what threads wrote to shared memory before is there for all of
+// them after.
+__device__ __forceinline__ bool block_any(int holds) {
+    return block_reduce(holds, 0, [](int a, int b) { return a | b; });
+}

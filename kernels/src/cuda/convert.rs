@@ -1,4 +1,6 @@
-//! Conversions between f32 and the 16-bit types.
+//! Conversions between f32 and the 16-bit types, and block-wise 8-bit numbers.
+
+mod quantize;
 
 use std::sync::Arc;
 

@@ -21,7 +21,6 @@ mod convert;
 mod error;
 mod gradient;
 mod module;
-mod quantize;
 
 pub use adamw::{RunCopy, RunState};
 pub use convert::HalfElement;

@@ -18,7 +18,7 @@ use super::vector::{chunk_elements, sigmoid, vectorized};
 /// for negative `x`. Backward: `dx = dy·(s + x·s·(1 − s)·2u')`.
 ///
 /// # Errors
-/// [`OpError::DType`](super::OpError::DType) unless the elements are `f32`.
+/// [`OpError::DType`](super::OpError::DType) for a dtype that the device does not compute in.
 pub fn gelu(xs: &Tensor) -> Result<Tensor> {
     xs.contiguous()?.apply_op1(GELU)
 }
@@ -28,7 +28,7 @@ pub fn gelu(xs: &Tensor) -> Result<Tensor> {
 /// Backward: `dx = dy·s·(1 + x·(1 − s))` with `s = sigmoid(x)`.
 ///
 /// # Errors
-/// [`OpError::DType`](super::OpError::DType) unless the elements are `f32`.
+/// [`OpError::DType`](super::OpError::DType) for a dtype that the device does not compute in.
 pub fn silu(xs: &Tensor) -> Result<Tensor> {
     xs.contiguous()?.apply_op1(SILU)
 }
@@ -37,7 +37,7 @@ pub fn silu(xs: &Tensor) -> Result<Tensor> {
 /// [`candle_nn::ops::swiglu`] (Shazeer, arXiv 2002.05202).
 ///
 /// # Errors
-/// [`OpError::DType`](super::OpError::DType) unless the elements are `f32`;
+/// [`OpError::DType`](super::OpError::DType) for a dtype that the device does not compute in;
 /// [`OpError::Shapes`](super::OpError::Shapes) unless the last dimension is even.
 pub fn swiglu(xs: &Tensor) -> Result<Tensor> {
     if xs.rank() == 0 || !xs.dim(D::Minus1)?.is_multiple_of(2) {

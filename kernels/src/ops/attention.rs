@@ -22,7 +22,7 @@ use super::softmax::{Rows, softmax_rows, softmax_rows_backward};
 /// `o` the result: `dv = pᵀ·do`, `dp = do·vᵀ`, `ds = p·(dp − Σ dp·p)/√D`, `dq = ds·k`, `dk = dsᵀ·q`.
 ///
 /// # Errors
-/// [`OpError::DType`](super::OpError::DType) unless the elements are `f32`;
+/// [`OpError::DType`](super::OpError::DType) for a dtype that the device does not compute in;
 /// [`OpError::Shapes`](super::OpError::Shapes) unless `qkv` has three dimensions and the last one is a multiple of
 /// `3·heads`.
 pub fn causal_attention(qkv: &Tensor, heads: usize) -> Result<Tensor> {

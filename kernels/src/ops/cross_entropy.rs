@@ -18,7 +18,8 @@ use super::vector::{chunk_elements, exp, maximum, sum_by, vectorized};
 /// rows. Backward: `d logits = dy·(softmax(logits) − one_hot(targets))/N`, made in one pass in its own memory.
 ///
 /// # Errors
-/// [`OpError::DType`](super::OpError::DType) unless the logits are `f32` and the targets `u32`;
+/// [`OpError::DType`](super::OpError::DType) for logits in a dtype that the device does not compute in, or targets that are
+/// not `u32`;
 /// [`OpError::Shapes`](super::OpError::Shapes) unless the shapes are as above with `N > 0`;
 /// [`OpError::TargetOutOfRange`](super::OpError::TargetOutOfRange) for a target of `V` or more.
 pub fn cross_entropy(logits: &Tensor, targets: &Tensor) -> Result<Tensor> {
@@ -34,10 +35,12 @@ pub fn cross_entropy(logits: &Tensor, targets: &Tensor) -> Result<Tensor> {
 /// [`cross_entropy`] of the logits `hidden·weightᵀ`, of which only a tile exists at a time.
 ///
 /// `hidden` `[N, C]`, `weight` `[V, C]`, `targets` `[N]` of `u32`, result a scalar. A tile has at most 8 MiB (1024 rows by
-/// 2048 entries of the vocabulary, say); the sums of a row run over its tiles as in Milakov and Gimelshein,
+/// 2048 entries of the vocabulary, say), on a CUDA device 16 Mi logits of all rows; the sums of a row run over its tiles as in Milakov and Gimelshein,
 /// *Online normalizer calculation for softmax* (arXiv 1805.02867). The backward recomputes the logits tile by tile,
 /// and with `d` the gradient of a tile adds `d·weight` to `d hidden` and `dᵀ·hidden` to `d weight`. Gradients of
 /// inputs that are not tracked are not computed.
+///
+/// In f16 the gradient of a logit, at most `dy/N`, soon is too small for its type: scale the loss.
 ///
 /// # Errors
 /// As [`cross_entropy`].

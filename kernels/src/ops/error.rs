@@ -58,6 +58,21 @@ pub enum OpError {
         /// The number of entries.
         vocabulary_size: usize,
     },
+    /// A token names no row of the table.
+    #[error(
+        "{op}: token {token} at position {position} is out of range for a vocabulary of {vocabulary_size}: check the \
+         tokenizer against the model's vocabulary size"
+    )]
+    TokenOutOfRange {
+        /// The operation that refused.
+        op: &'static str,
+        /// The position of the first such token, counting over all dimensions.
+        position: usize,
+        /// The token found there.
+        token: u32,
+        /// The number of rows.
+        vocabulary_size: usize,
+    },
     /// An input that the operation treats as a constant is tracked for gradients.
     #[error("{op}: {input} receives no gradient from this operation: detach it, or compose the operation")]
     TrackedConstant {
@@ -69,6 +84,16 @@ pub enum OpError {
 }
 
 impl OpError {
+    /// Refuses the first token that names no row.
+    pub(super) fn check_tokens(op: &'static str, tokens: &[u32], vocabulary_size: usize) -> Result<(), Self> {
+        match tokens.iter().position(|&token| token as usize >= vocabulary_size) {
+            Some(position) => {
+                Err(Self::TokenOutOfRange { op, position, token: tokens[position], vocabulary_size })
+            }
+            None => Ok(()),
+        }
+    }
+
     /// Refuses the first target that names no entry.
     pub(super) fn check_targets(
         op: &'static str,

@@ -19,7 +19,7 @@ use super::vector::vectorized;
 /// are not tracked, such as a frozen weight or the first layer's input, are not computed.
 ///
 /// # Errors
-/// [`OpError::DType`](super::OpError::DType) unless all elements are `f32`;
+/// [`OpError::DType`](super::OpError::DType) for a dtype that the device does not compute in, or more than one;
 /// [`OpError::Shapes`](super::OpError::Shapes) unless the shapes are as above.
 pub fn linear(xs: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
     let (out_width, in_width) = weight.dims2().unwrap_or((0, 0));

@@ -5,6 +5,7 @@
 //!
 //! | operation | shapes | what it fuses |
 //! |---|---|---|
+//! | [`embedding`] | `[V, C], [..] → [.., C]` | gradients of a row, in the order of its tokens |
 //! | [`linear`] | `[.., in] → [.., out]` | product and bias; weight gradient laid out like the weight |
 //! | [`layer_norm`], [`rms_norm`] | `[.., C] → [.., C]` | statistics, scale and shift |
 //! | [`gelu`], [`silu`], [`swiglu`] | element by element | the whole formula, one pass each way |
@@ -13,17 +14,24 @@
 //! | [`causal_attention`] | `[B, T, 3·C] → [B, T, C]` | attention on packed q, k, v; no T×T matrix is kept |
 //! | [`cross_entropy`], [`linear_cross_entropy`] | `[N, C] → []` | log-softmax and mean; no full logits in the latter |
 //!
-//! **Devices and dtypes.** On the CPU the elements are `f32`; every other dtype and device is refused with an
-//! [`OpError`] that says what to do. Inputs need not be contiguous (they are made so first).
+//! **Devices and dtypes.** On the CPU the elements are `f32`. On a CUDA device (feature `cuda`) they are `f32`, `bf16` or `f16`,
+//! one type for all inputs, and arithmetic is `f32` in any case; losses are `f32` there whatever the logits are. Every other
+//! dtype and device is refused with an [`OpError`] that says what to do. Inputs need not be contiguous (they are made so
+//! first).
 //!
 //! **Reproducibility.** Work is split in chunks that depend on shapes alone, and partial sums are combined in a
-//! fixed order: on one machine the bits are the same from run to run and for any number of rayon threads.
+//! fixed order: on one machine the bits are the same from run to run and for any number of rayon threads. CUDA kernels use no
+//! atomics, so that a device gives the same bits each time; they are not the CPU's.
+//!
+//! **Waiting.** Work on a CUDA device is enqueued on candle's stream. Only the losses and
+//! [`embedding`] wait: they fetch targets and tokens, because an index out of range is an error and not a wrong address.
 
 mod activation;
 mod attention;
 mod cross_entropy;
 #[cfg(feature = "cuda")]
 mod cuda;
+mod embedding;
 mod error;
 mod input;
 mod linear;
@@ -36,6 +44,7 @@ mod vector;
 pub use activation::{gelu, silu, swiglu};
 pub use attention::causal_attention;
 pub use cross_entropy::{cross_entropy, linear_cross_entropy};
+pub use embedding::embedding;
 pub use error::OpError;
 pub use linear::linear;
 pub use norm::{layer_norm, rms_norm};

@@ -18,7 +18,7 @@ use super::vector::{chunk_elements, sum_by, sum_by2, sum_by3, vectorized};
 /// backward is `dx = r·(g − mean(g) − x̂·mean(g·x̂))`, `d weight = Σ dy·x̂`, `d bias = Σ dy` over the rows.
 ///
 /// # Errors
-/// [`OpError::DType`](super::OpError::DType) unless all elements are `f32`;
+/// [`OpError::DType`](super::OpError::DType) for a dtype that the device does not compute in, or more than one;
 /// [`OpError::Shapes`](super::OpError::Shapes) unless the shapes are as above.
 pub fn layer_norm(xs: &Tensor, weight: &Tensor, bias: &Tensor, eps: f32) -> Result<Tensor> {
     let width = last_dimension(xs);
@@ -35,7 +35,7 @@ pub fn layer_norm(xs: &Tensor, weight: &Tensor, bias: &Tensor, eps: f32) -> Resu
 /// backward is that of [`layer_norm`] without the means of `x` and `g`.
 ///
 /// # Errors
-/// [`OpError::DType`](super::OpError::DType) unless all elements are `f32`;
+/// [`OpError::DType`](super::OpError::DType) for a dtype that the device does not compute in, or more than one;
 /// [`OpError::Shapes`](super::OpError::Shapes) unless the shapes are as above.
 pub fn rms_norm(xs: &Tensor, weight: &Tensor, eps: f32) -> Result<Tensor> {
     let width = last_dimension(xs);

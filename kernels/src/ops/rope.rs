@@ -18,7 +18,7 @@ use super::vector::{chunk_elements, vectorized};
 /// used; result like `xs`. Arguments as [`candle_nn::rotary_emb::rope`]. The backward rotates by the opposite angle.
 ///
 /// # Errors
-/// [`OpError::DType`](super::OpError::DType) unless all elements are `f32`;
+/// [`OpError::DType`](super::OpError::DType) for a dtype that the device does not compute in, or more than one;
 /// [`OpError::Shapes`](super::OpError::Shapes) unless the shapes are as above;
 /// [`OpError::TrackedConstant`](super::OpError::TrackedConstant) if `cos` or `sin` is tracked for gradients.
 pub fn rope(xs: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<Tensor> {

@@ -16,7 +16,7 @@ use super::vector::{chunk_elements, exp, maximum, sum_by, sum_by2, vectorized};
 /// Any shape of rank 1 or more. Backward: `dx = y·(dy − Σ dy·y)`.
 ///
 /// # Errors
-/// [`OpError::DType`](super::OpError::DType) unless the elements are `f32`;
+/// [`OpError::DType`](super::OpError::DType) for a dtype that the device does not compute in;
 /// [`OpError::Shapes`](super::OpError::Shapes) for a scalar.
 pub fn softmax_last_dim(xs: &Tensor) -> Result<Tensor> {
     let Some(&columns) = xs.dims().last() else {
@@ -33,7 +33,7 @@ pub fn softmax_last_dim(xs: &Tensor) -> Result<Tensor> {
 /// scores are not read. Backward: `d scores = scale·y·(dy − Σ dy·y)`.
 ///
 /// # Errors
-/// [`OpError::DType`](super::OpError::DType) unless the elements are `f32`;
+/// [`OpError::DType`](super::OpError::DType) for a dtype that the device does not compute in;
 /// [`OpError::Shapes`](super::OpError::Shapes) unless `S ≥ T`.
 pub fn causal_softmax(scores: &Tensor, scale: f32) -> Result<Tensor> {
     const NAME: &str = "causal_softmax";

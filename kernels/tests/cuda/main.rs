@@ -5,6 +5,7 @@
 mod cases;
 mod operations;
 mod runs;
+mod training;
 
 use candle_core::Device;
 

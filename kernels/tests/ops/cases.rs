@@ -80,6 +80,9 @@ pub fn small() -> Vec<Case> {
     for (batch, positions, heads, head_width) in [(1, 1, 1, 1), (2, 3, 3, 2), (1, 17, 2, 5), (1, 67, 1, 1)] {
         cases.push(causal_attention(batch, positions, heads, head_width));
     }
+    for (rows, width, vocabulary_size) in [(1, 1, 1), (3, 17, 5), (40, 3, 7), (17, 2, 33)] {
+        cases.push(embedding(rows, width, vocabulary_size));
+    }
     for (rows, vocabulary_size) in [(1, 1), (3, 17), (17, 33)] {
         cases.push(cross_entropy(rows, vocabulary_size));
         cases.push(linear_cross_entropy(rows, 3, vocabulary_size));
@@ -97,6 +100,7 @@ pub fn large() -> Vec<Case> {
     cases.extend(rope_cases(2, 3, 129, 33, true));
     cases.extend(linear_cases(301, 193, 257));
     cases.push(causal_attention(2, 150, 3, 17));
+    cases.push(embedding(1101, 301, 193));
     cases.push(cross_entropy(301, 193));
     cases.push(linear_cross_entropy(1101, 17, 2100));
     cases
@@ -230,6 +234,15 @@ fn causal_attention(batch: usize, positions: usize, heads: usize, head_width: us
         ours,
         composed,
     )
+}
+
+fn embedding(rows: usize, width: usize, vocabulary_size: usize) -> Case {
+    // Some tokens more than once, some never.
+    let tokens = (targets(rows, vocabulary_size) / 2.0).unwrap();
+    let same_tokens = tokens.clone();
+    let composed = move |x: &[Tensor]| x[0].index_select(&same_tokens, 0);
+    let ours = move |x: &[Tensor]| ops::embedding(&x[0], &beside(&x[0], &tokens)?);
+    Case::new(&format!("embedding of {rows}"), &[&[vocabulary_size, width]], ours, composed)
 }
 
 fn cross_entropy(rows: usize, vocabulary_size: usize) -> Case {

@@ -243,6 +243,21 @@ fn a_target_out_of_range_is_named() {
 }
 
 #[test]
+fn a_token_out_of_range_is_named() {
+    let tokens = Tensor::new(&[[1u32, 8], [9, 12]], &Device::Cpu).unwrap();
+    let expected = OpError::TokenOutOfRange { op: "embedding", position: 2, token: 9, vocabulary_size: 9 };
+    assert_eq!(message(ops::embedding(&random(&[9, 4], 1), &tokens)), expected.to_string());
+}
+
+#[test]
+fn an_embedding_has_the_shape_of_its_tokens() {
+    let tokens = Tensor::new(&[[1u32, 8, 0], [2, 2, 2]], &Device::Cpu).unwrap();
+    assert_eq!(ops::embedding(&random(&[9, 4], 1), &tokens).unwrap().dims(), [2, 3, 4]);
+    let none = Tensor::zeros((2, 0), DType::U32, &Device::Cpu).unwrap();
+    assert_eq!(ops::embedding(&random(&[9, 4], 1), &none).unwrap().dims(), [2, 0, 4]);
+}
+
+#[test]
 fn other_dtypes_are_refused_with_the_cure() {
     for case in small() {
         for dtype in [DType::BF16, DType::F16, DType::F64] {
@@ -264,6 +279,7 @@ fn shapes_that_do_not_fit_are_refused() {
         ops::layer_norm(&scalar, &row, &row, 1e-5),
         ops::rms_norm(&matrix, &row, 1e-5),
         ops::swiglu(&row),
+        ops::embedding(&row, &targets),
         ops::softmax_last_dim(&scalar),
         ops::causal_softmax(&random(&[3, 2], 1), 1.0),
         ops::linear(&row, &matrix, None),

@@ -4,7 +4,7 @@ use candle_core::backend::BackendStorage;
 use candle_core::cuda_backend::cudarc::driver::PushKernelArg;
 use candle_core::{CudaStorage, Layout, Result, Shape, Tensor};
 
-use super::launch::{allocate, by_dtype, enqueue, module, result, tensor, threads, view};
+use super::launch::{allocate, by_dtype, enqueue, module, result, size, tensor, threads, view};
 use crate::ops::input::Input;
 
 module!("activation");
@@ -60,12 +60,12 @@ pub(in crate::ops) fn swiglu_forward(
         let count = x.len() / 2;
         let mut out = allocate::<T>(&xs.device, count)?;
         let kernel = kernel::<T>(&xs.device, "swiglu_forward")?;
-        let (elements, width) = (count as u64, width as u64);
+        let (elements, width) = (count as u64, size::<u32>(SWIGLU, width)?);
         let mut launch = kernel.builder();
         launch.arg(&mut out).arg(&x).arg(&elements).arg(&width);
         // SAFETY: the arguments are those of the kernel; the input has twice the `elements` of the output, in rows of twice
         // the width.
-        unsafe { enqueue(&mut launch, threads(count)) }?;
+        unsafe { enqueue(&mut launch, threads(count.div_ceil(4))) }?;
         Ok(result(&xs.device, out, out_shape))
     })
 }
@@ -79,12 +79,12 @@ pub(in crate::ops) fn swiglu_backward(xs: &Tensor, grad: &Tensor, width: usize) 
         let (x, dy) = (input.view::<T>()?, upstream.view::<T>()?);
         let mut dx = allocate::<T>(device, x.len())?;
         let kernel = kernel::<T>(device, "swiglu_backward")?;
-        let (elements, width) = (dy.len() as u64, width as u64);
+        let (elements, width) = (dy.len() as u64, size::<u32>(SWIGLU, width)?);
         let mut launch = kernel.builder();
         launch.arg(&mut dx).arg(&x).arg(&dy).arg(&elements).arg(&width);
         // SAFETY: the arguments are those of the kernel; input and its gradient have twice the `elements` of the upstream
         // gradient, in rows of twice the width.
-        unsafe { enqueue(&mut launch, threads(dy.len())) }?;
+        unsafe { enqueue(&mut launch, threads(dy.len().div_ceil(4))) }?;
         Ok(tensor(device, dx, xs.shape()))
     })
 }

@@ -57,8 +57,8 @@ impl Shape {
     }
 }
 
-/// `destination = a · b` for each of `batches`, or `destination += a · b` when `accumulate`. Sums are f32, and rounded once to the type
-/// of the elements. f32 products use TF32 if candle's `set_gemm_reduced_precision_f32` says so.
+/// `destination = a · b` for each of `batches`, or `destination += a · b` when `accumulate`. Sums are f32, and rounded to the
+/// type of the elements. f32 products use TF32 if candle's `set_gemm_reduced_precision_f32` says so.
 ///
 /// # Panics
 /// If the shapes do not fit each other or the elements: the operations check theirs.

@@ -7,9 +7,23 @@
 pub(super) mod activation;
 pub(super) mod attention;
 pub(super) mod cross_entropy;
+pub(super) mod embedding;
 mod launch;
 pub(super) mod linear;
 mod matrix;
 pub(super) mod norm;
 pub(super) mod rope;
 pub(super) mod softmax;
+
+/// The first CUDA device, or nothing where the machine has none. Any other failure is one of the test.
+#[cfg(test)]
+fn first_device() -> Option<candle_core::Device> {
+    match candle_core::Device::new_cuda_with_stream(0) {
+        Ok(device) => Some(device),
+        Err(error) if error.to_string().contains("CUDA_ERROR_NO_DEVICE") => {
+            eprintln!("skipped: this machine has no CUDA device");
+            None
+        }
+        Err(error) => panic!("{error}"),
+    }
+}

@@ -59,9 +59,10 @@ impl Rotation {
         let (heads, positions, pairs, table_rows) = (heads?, positions?, pairs?, table_rows?);
         let mut out = allocate::<T>(device, xs.len())?;
         let kernel = kernel::<T>(device, "rope")?;
-        let (pair_count, interleaved) = (xs.len() as u64 / 2, i32::from(self.interleaved));
+        let row_count = xs.len() / head_width.max(1);
+        let (count, interleaved) = (row_count as u64, i32::from(self.interleaved));
         let mut launch = kernel.builder();
-        launch.arg(&mut out).arg(xs).arg(cos).arg(sin).arg(&pair_count);
+        launch.arg(&mut out).arg(xs).arg(cos).arg(sin).arg(&count);
         launch
             .arg(&heads)
             .arg(&positions)
@@ -71,7 +72,7 @@ impl Rotation {
             .arg(&interleaved);
         // SAFETY: the arguments are those of the kernel, and `Sizes` has checked that the tables have a row for every row of
         // the input.
-        unsafe { enqueue(&mut launch, threads(xs.len() / 2)) }?;
+        unsafe { enqueue(&mut launch, threads(32 * row_count)) }?;
         drop(launch);
         Ok(out)
     }

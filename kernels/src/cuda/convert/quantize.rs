@@ -4,9 +4,9 @@ use std::sync::Arc;
 
 use candle_core::cuda_backend::cudarc::driver::{CudaStream, CudaView, CudaViewMut, PushKernelArg};
 
-use super::Kernels;
-use super::error::{CudaError, Doing};
-use super::module::function;
+use crate::cuda::Kernels;
+use crate::cuda::error::{CudaError, Doing};
+use crate::cuda::module::function;
 use crate::quantize::{BLOCK_ELEMENTS, Code, check_lengths};
 
 /// What the names of a code's kernels end with.
