@@ -107,7 +107,7 @@ impl SafetensorsFile {
         let metadata: Metadata = serde_json::from_slice(&header)
             .map_err(|error| damaged(format!("its table of contents cannot be read: {error}")))?;
         let data_start = 8 + header_bytes;
-        let needed_bytes = data_start + metadata.data_len() as u64;
+        let needed_bytes = data_start.saturating_add(metadata.data_len() as u64);
         if file_bytes < needed_bytes {
             let last = metadata.tensors().into_iter().max_by_key(|(_, info)| info.data_offsets.1);
             let name = last.map_or(String::new(), |(name, _)| name);
@@ -115,7 +115,17 @@ impl SafetensorsFile {
                 "it has {file_bytes} bytes and {needed_bytes} are needed for {name}"
             )));
         }
-        let tensors = metadata.tensors().into_iter().map(|(name, info)| (name, info.clone())).collect();
+        let tensors: HashMap<String, TensorInfo> =
+            metadata.tensors().into_iter().map(|(name, info)| (name, info.clone())).collect();
+        if let Some((name, info)) =
+            tensors.iter().find(|(_, info)| !is_in_place(info, file_bytes - data_start))
+        {
+            let (start, end) = info.data_offsets;
+            return Err(damaged(format!(
+                "bytes {start} to {end} cannot be {name} of shape {:?} in {:?}",
+                info.shape, info.dtype
+            )));
+        }
         Ok(Self { path: path.to_owned(), file, data_start, tensors })
     }
 
@@ -138,6 +148,16 @@ impl SafetensorsFile {
             other => Err(damaged(format!("{name} is of type {other:?}; F32, BF16 and F16 can be imported"))),
         }
     }
+}
+
+/// Whether a tensor's bytes are as many as its shape says, and within the `data_bytes` of its file.
+fn is_in_place(info: &TensorInfo, data_bytes: u64) -> bool {
+    let (start, end) = info.data_offsets;
+    let elements = info.shape.iter().try_fold(1_usize, |elements, &size| elements.checked_mul(size));
+    let bits = elements.and_then(|elements| elements.checked_mul(info.dtype.bitsize()));
+    let bytes = end.checked_sub(start);
+    end as u64 <= data_bytes
+        && bits.is_some_and(|bits| bytes.and_then(|bytes| bytes.checked_mul(8)) == Some(bits))
 }
 
 /// Makes a checkpoint of a safetensors file: its tensors are the parameters, the moments are zero, and no step is made. Parameters under a
@@ -183,6 +203,31 @@ fn number_in(group: &str) -> (String, u64) {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_table_of_contents_that_cannot_be_is_an_error_and_no_panic() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("model.safetensors");
+        let open = |entry: &str| {
+            let header = format!("{{\"w\":{entry}}}");
+            let mut bytes = (header.len() as u64).to_le_bytes().to_vec();
+            bytes.extend(header.bytes());
+            bytes.extend([0; 16]);
+            std::fs::write(&path, bytes).unwrap();
+            SafetensorsFile::open(&path).and_then(|file| file.values("w"))
+        };
+        assert_eq!(open(r#"{"dtype":"F32","shape":[2,2],"data_offsets":[0,16]}"#).unwrap(), [0.0; 4]);
+        for entry in [
+            r#"{"dtype":"F32","shape":[2,2],"data_offsets":[16,0]}"#,
+            r#"{"dtype":"F32","shape":[2,2],"data_offsets":[0,12]}"#,
+            r#"{"dtype":"F32","shape":[2,2],"data_offsets":[8,24]}"#,
+            r#"{"dtype":"F32","shape":[4294967296,4294967296],"data_offsets":[0,16]}"#,
+            r#"{"dtype":"F32","shape":[2,2],"data_offsets":[0,18446744073709551615]}"#,
+        ] {
+            let error = open(entry).unwrap_err().to_string();
+            assert!(error.contains("model.safetensors"), "{entry}: {error}");
+        }
+    }
 
     #[test]
     fn groups_are_named_after_the_first_number() {

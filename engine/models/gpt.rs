@@ -154,9 +154,8 @@ impl<B: Module> Gpt<B> {
     /// For more tokens than the sequence has, and what the blocks say.
     pub fn hidden(&self, tokens: &Tensor) -> Result<Tensor> {
         let tokens = tokens.to_device(self.wte.device())?;
-        let (b, t) = tokens.dims2()?;
-        let c = self.wte.dim(1)?;
-        let embedded = self.wte.index_select(&tokens.flatten_all()?, 0)?.reshape((b, t, c))?; // [B, T, C]
+        let t = tokens.dim(1)?;
+        let embedded = ops::embedding(&self.wte, &tokens)?; // [B, T, C]
         let mut xs = embedded.broadcast_add(&self.wpe.narrow(0, 0, t)?)?; // [B, T, C]
         for block in &self.blocks {
             xs = block.forward(&xs)?;
