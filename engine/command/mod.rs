@@ -2,6 +2,7 @@
 
 mod bench;
 mod checkpoint;
+mod probe;
 mod settings;
 mod train;
 
@@ -37,10 +38,18 @@ enum Command {
     Export(checkpoint::ExportArguments),
     /// Make a run's folder of a safetensors file: its parameters, no step, moments of zero.
     Import(checkpoint::ImportArguments),
+    /// Measure this machine, in about 10 seconds, and write machine.json for `ferrozero plan`.
+    #[command(after_help = PROBE_EXAMPLES)]
+    Probe(probe::ProbeArguments),
     /// Measure against a reference that runs in the same process.
     #[command(subcommand)]
     Bench(bench::Bench),
 }
+
+const PROBE_EXAMPLES: &str = "\
+Examples:
+  ferrozero probe
+  ferrozero probe --dir /mnt/nvme/run --out workstation.json --again";
 
 const TRAIN_EXAMPLES: &str = "\
 Examples:
@@ -61,6 +70,7 @@ pub fn run() -> ExitCode {
         Command::Copy(arguments) => checkpoint::copy(arguments),
         Command::Export(arguments) => checkpoint::export(arguments),
         Command::Import(arguments) => checkpoint::import(arguments),
+        Command::Probe(arguments) => probe::run(arguments),
         Command::Bench(bench) => bench::run(bench),
     };
     match result {
