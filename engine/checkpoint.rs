@@ -276,7 +276,7 @@ impl Making {
                 }
             }
         }
-        let progress = Progress { step: 0, parameters: self.rows, homes: vec![] };
+        let progress = Progress { step: 0, parameters: self.rows, homes: vec![], loss_scale: None };
         self.store.commit(serde_json::json!({ "engine": progress, "user": null }))?;
         Ok(())
     }

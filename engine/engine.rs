@@ -309,7 +309,8 @@ impl Engine {
             observed,
             limits,
             adamw.clone(),
-            (config.accumulate, config.clip),
+            // Whether gradients of f16 have overflowed is known when all of them are, as the norm is.
+            (config.accumulate, config.clip.or((config.dtype == DType::F16).then_some(f64::INFINITY))),
             boundary_home,
         )?;
         if plan.uses_disk() && !on_disk_possible {

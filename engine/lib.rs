@@ -76,6 +76,7 @@ mod export;
 pub mod generate;
 pub mod layout;
 pub mod learning_rate;
+mod loss_scale;
 pub mod models;
 mod order;
 mod pass;

@@ -4,6 +4,7 @@ use crate::arrangement::GroupPlacement;
 use crate::engine::Config;
 use crate::error::{Error, Result};
 use crate::layout::{Group, Layout};
+use crate::loss_scale::LossScale;
 use crate::plan::Plan;
 use crate::schedule::{Extent, Stream};
 use ferrozero_offload::{BackendChoice, ExtentId, ExtentKind, ExtentSpec, Store, StoreOptions, Tier};
@@ -27,14 +28,17 @@ pub struct Progress {
     /// Homes of each group's states in the run that made the commit. A run that resumes has its own.
     #[serde(default)]
     pub homes: Vec<(String, GroupPlacement)>,
+    /// Scale of the loss of a run in f16.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub loss_scale: Option<LossScale>,
 }
 
 impl Progress {
     /// After `step` steps by `plan`.
-    pub fn of(step: u64, plan: &Plan) -> Self {
+    pub fn of(step: u64, plan: &Plan, loss_scale: Option<LossScale>) -> Self {
         let names = plan.layout().groups.iter().map(|group| group.name.clone());
         let homes = names.zip(plan.placements().iter().copied()).collect();
-        Self { step, parameters: parameter_rows(plan.layout()), homes }
+        Self { step, parameters: parameter_rows(plan.layout()), homes, loss_scale }
     }
 }
 

@@ -5,6 +5,7 @@ use crate::engine::Config;
 use crate::error::{Error, Result};
 use crate::executor::{ComputeRequest, Executor, Memory};
 use crate::export::export_safetensors;
+use crate::loss_scale::LossScale;
 use crate::pass::{GradientSink, Granted, Mode, Passes, ScheduledPass, lock};
 use crate::plan::Plan;
 use crate::registry::{GroupTensors, Parameter};
@@ -32,6 +33,8 @@ pub struct StepReport {
     pub loss: f32,
     /// Norm of all gradients before clipping.
     pub gradient_norm: f64,
+    /// Whether the gradients of f16 have overflowed, so that nothing was updated and the scale of the loss was halved.
+    pub skipped: bool,
     /// Learning rate of the step.
     pub learning_rate: f64,
     /// Seconds from call to return. Updates may go on behind it.
@@ -81,6 +84,8 @@ pub struct Trainer {
     learning_rate: f64,
     step: u64,
     committed: bool,
+    /// In f16.
+    loss_scale: Option<LossScale>,
     /// Numbers of the updates that the last step left pending.
     pending: Mutex<Option<AdamWStep>>,
     /// Schedules of a training step, without and with pending updates.
@@ -155,6 +160,13 @@ impl Trainer {
             learning_rate: plan.adamw.learning_rate,
             step: stores.resumed.as_ref().map_or(0, |progress| progress.step),
             committed: stores.resumed.is_some(),
+            loss_scale: (config.dtype == DType::F16).then(|| {
+                stores
+                    .resumed
+                    .as_ref()
+                    .and_then(|progress| progress.loss_scale)
+                    .unwrap_or_else(LossScale::new)
+            }),
             pending: Mutex::new(None),
             // Only clipping leaves updates pending.
             train_schedules: [false, plan.clip.is_some()]
@@ -198,7 +210,9 @@ impl Trainer {
                 gradient_scale: 1.0,
             },
             deferred: lock(&self.pending).take(),
-            gradient_scale: 1.0 / self.plan.accumulate as f32,
+            gradient_scale: 1.0
+                / (self.plan.accumulate as f32 * self.loss_scale.map_or(1.0, |scale| scale.scale)),
+            loss_scale: self.loss_scale.map(|scale| scale.scale),
             clip: self.plan.clip,
             norm: OnceLock::new(),
             collector: None,
@@ -246,6 +260,11 @@ impl Trainer {
         self.step
     }
 
+    /// Steps so far that were skipped because gradients of f16 had overflowed, those before a resume included.
+    pub fn skipped_steps(&self) -> u64 {
+        self.loss_scale.map_or(0, |scale| scale.skipped)
+    }
+
     /// Sets the learning rate of the steps to come.
     pub fn set_learning_rate(&mut self, learning_rate: f64) {
         self.learning_rate = learning_rate;
@@ -277,10 +296,13 @@ impl Trainer {
             sum += f64::from(self.micro_batch(&pass, || loss(micro_batch))?);
         }
         let (norm, trace) = self.executor.await_norm()?;
-        if self.plan.clip.is_some() {
-            let numbers = AdamWStep { gradient_scale: norm.factor, ..context.adamw.clone() };
+        if self.plan.clip.is_some() && !norm.overflow {
+            // A step that was skipped was none for the optimizer.
+            let step = context.adamw.step - self.skipped_steps();
+            let numbers = AdamWStep { gradient_scale: norm.factor, step, ..context.adamw.clone() };
             *lock(&self.pending) = Some(numbers);
         }
+        self.loss_scale = self.loss_scale.map(|scale| scale.after(norm.overflow));
         self.step += 1;
         self.note_heap();
         let step_s = started.elapsed().as_secs_f64();
@@ -288,6 +310,7 @@ impl Trainer {
             step: self.step,
             loss: (sum / self.plan.accumulate as f64) as f32,
             gradient_norm: norm.norm,
+            skipped: norm.overflow,
             learning_rate: self.learning_rate,
             step_s,
             exposed_stall: *lock(&pass.stall_s) / step_s,
@@ -320,7 +343,12 @@ impl Trainer {
             if !value.is_finite() {
                 return self.passes.report(Err(Error::NonFiniteLoss { step, loss: value }));
             }
-            Ok((value, loss.backward()?))
+            match self.loss_scale {
+                Some(scale) => {
+                    Ok((value, (loss.to_dtype(DType::F32)? * f64::from(scale.scale))?.backward()?))
+                }
+                None => Ok((value, loss.backward()?)),
+            }
         })?;
         let layout = &self.plan.layout;
         let mut sink = GradientSink::new(layout, &self.tensors, layout.resident(), &pass.resident_gradients);
@@ -398,7 +426,7 @@ impl Trainer {
             return Err(Error::Configuration("a commit needs a folder: set directory (--dir)".into()));
         };
         self.settle()?;
-        let progress = Progress::of(self.step, &self.plan);
+        let progress = Progress::of(self.step, &self.plan, self.loss_scale);
         let document = serde_json::json!({ "engine": progress, "user": user });
         let commit = Some(StateCommit { store: store.clone(), document });
         let schedule = self.plan.schedule(|builder| builder.commit(!self.committed));

@@ -60,6 +60,8 @@ pub struct Norm {
     pub norm: f64,
     /// What gradients are multiplied with: below one where clipping was needed.
     pub factor: f32,
+    /// Whether gradients of a scaled loss have overflowed, so that the step is skipped.
+    pub overflow: bool,
 }
 
 /// A piece of master parameters on its way to the caller.
@@ -80,6 +82,8 @@ pub struct StepContext {
     pub deferred: Option<AdamWStep>,
     /// Factor on every gradient, one over the number of micro-batches.
     pub gradient_scale: f32,
+    /// What the loss was multiplied with, if gradients may overflow for that.
+    pub loss_scale: Option<f32>,
     /// Largest gradient norm that is not scaled down.
     pub clip: Option<f64>,
     /// Filled in by [`Operation::Norm`].
@@ -310,7 +314,8 @@ impl Shared {
         }
         let Some(statistics) = statistics.as_mut().filter(|_| measure) else { return Ok(()) };
         statistics[group] = measured;
-        if measured.non_finite > 0 {
+        // The least scale cannot be halved.
+        if measured.non_finite > 0 && context.loss_scale.is_none_or(|scale| scale <= 1.0) {
             return Err(Error::NonFiniteGradient {
                 group: self.layout.groups[group].name.clone(),
                 step: context.adamw.step,
@@ -409,7 +414,8 @@ fn norm(held: &mut Held, context: &StepContext) -> Result<()> {
     let norm = statistics.iter().map(|group| group.squared_norm).sum::<f64>().sqrt();
     // As torch.nn.utils.clip_grad_norm_ does: the small term keeps a zero norm from dividing by zero.
     let factor = context.clip.map_or(1.0, |clip| (clip / (norm + 1e-6)).min(1.0)) as f32;
-    context.norm.set(Norm { norm, factor }).map_err(|_| internal("the norm was computed twice"))
+    let overflow = statistics.iter().any(|group| group.non_finite > 0);
+    context.norm.set(Norm { norm, factor, overflow }).map_err(|_| internal("the norm was computed twice"))
 }
 
 fn commit(context: &StepContext) -> Result<()> {

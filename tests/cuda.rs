@@ -80,6 +80,11 @@ fn one_digest_with_clipping_over_two_micro_batches() {
 }
 
 #[test]
+fn one_digest_in_f16() {
+    one_digest(DType::F16, None, 1);
+}
+
+#[test]
 fn one_digest_in_bf16() {
     one_digest(DType::BF16, Some(0.05), 1);
 }
@@ -89,7 +94,7 @@ fn ten_steps_have_the_losses_of_the_cpu_device() {
     let Some(base) = on_cuda() else { return };
     let (expected, _) = train(Config::default(), 2, 10).unwrap();
     assert!(expected[9] < expected[0]);
-    for (dtype, tolerance) in [(DType::F32, 1e-4), (DType::BF16, 2e-2)] {
+    for (dtype, tolerance) in [(DType::F32, 1e-4), (DType::BF16, 2e-2), (DType::F16, 2e-3)] {
         let config = Config { device: base.device.clone(), dtype, ..homes(Tier::Disk) };
         let (found, _) = train(config, 2, 10).unwrap();
         for (expected, found) in expected.iter().zip(&found) {

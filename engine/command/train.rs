@@ -259,6 +259,7 @@ impl Run {
                 "exposed_stall": report.exposed_stall,
                 "lr": report.learning_rate,
                 "grad_norm": report.gradient_norm,
+                "skipped": report.skipped,
             });
             if is_due(self.settings.eval_every) {
                 let loss = self.validate()?;
@@ -340,6 +341,10 @@ impl Run {
             say(format_args!("  train loss of the last step   {loss:.4}"));
         }
         say(format_args!("  validation loss               {validation_loss:.4}"));
+        let skipped = self.trainer.skipped_steps();
+        if skipped > 0 {
+            say(format_args!("  skipped, f16 had overflowed   {skipped} steps"));
+        }
         let tiers = [
             ("device", usage.peak_device_bytes, usage.planned_device_bytes),
             ("host", usage.peak_host_bytes, usage.planned_host_bytes),
@@ -373,6 +378,7 @@ impl Run {
         self.output.object(&json!({
             "summary": true,
             "step": steps,
+            "skipped_steps": self.trainer.skipped_steps(),
             "train_loss": train_loss,
             "validation_loss": validation_loss,
             "peak_host_bytes": usage.peak_host_bytes,
