@@ -250,6 +250,20 @@ impl Plan {
         self.arrangement.gradient_sets as u64 * largest * self.limits.device.element_bytes()
     }
 
+    /// Device bytes that grow with the groups: slots, and gradients on their way.
+    pub(crate) fn slot_and_gradient_bytes(&self) -> u64 {
+        self.slot_bytes() + self.gradient_bytes()
+    }
+
+    /// Bytes on disk of what no commit keeps: gradients and boundary activations.
+    pub(crate) fn scratch_disk_bytes(&self) -> u64 {
+        let boundaries = match self.arrangement.boundary_home {
+            Tier::Disk => self.calls.iter().map(|call| 4 * call.boundary_elements as u64).sum(),
+            _ => 0,
+        };
+        self.stream_bytes(Stream::Gradient, Tier::Disk) + boundaries
+    }
+
     /// Bytes of state that live on disk, once; a store with commits takes twice that.
     pub fn disk_home_bytes(&self) -> u64 {
         Stream::ALL.iter().map(|&stream| self.stream_bytes(stream, Tier::Disk)).sum()

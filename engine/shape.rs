@@ -12,6 +12,9 @@ use std::path::Path;
 /// and the gradients that are under way beside it. Counted over the engine's own blocks, whose attention keeps no scores.
 const WORKING_WIDTHS: u64 = 34;
 
+/// Logits that the engine's cross-entropy on the CPU device has at once: 8 MiB.
+const TILE_ELEMENTS: u64 = 2 << 20;
+
 /// What kind of blocks a model has.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -131,7 +134,9 @@ impl ModelShape {
             "gpt2" => (Family::Gpt, true),
             "llama" | "mistral" => (Family::Llama, false),
             other => {
-                return Err(wrong(format!("model_type {other:?} is not of the families gpt2, llama, mistral")));
+                return Err(wrong(format!(
+                    "model_type {other:?} is not of the families gpt2, llama, mistral"
+                )));
             }
         };
         let feed_forward = match (config.intermediate_size, family) {
@@ -261,15 +266,18 @@ impl ModelShape {
         (0..self.segments()).map(|group| Call { group, boundary_elements, boundary_moves: true }).collect()
     }
 
-    /// Bytes of the model's own tensors at their peak, boundaries apart: the backward of a block, or the loss.
-    ///
-    /// Beside the widths of a block's backward, one more for each of the perceptron's numbers that a gated one keeps; for the
-    /// loss the logits of one chunk of tokens, as the engine's fused cross-entropy makes them, with their gradient.
-    pub fn working_bytes(&self, tokens: usize, element_bytes: usize) -> u64 {
+    /// Bytes of the model's own tensors at their peak, boundaries apart: the backward of a block, or the loss, whichever is
+    /// more. Of a gated perceptron's backward more is kept than of a plain one's. The loss has all logits of B·T `tokens`
+    /// and their gradients where `logits` says so, else a tile of them.
+    pub fn working_bytes(&self, tokens: usize, element_bytes: usize, logits: bool) -> u64 {
         let (tokens, c, f) = (tokens as u64, self.hidden as u64, self.feed_forward as u64);
-        let perceptron = f.saturating_sub(4 * c) * 2;
-        let block = tokens * (WORKING_WIDTHS * c + perceptron);
-        let loss = 4 * tokens * c + 2 * tokens.min(LOSS_CHUNK_TOKENS) * self.vocabulary as u64;
+        let gated = match self.family {
+            Family::Gpt => 0,
+            Family::Llama => 2 * f,
+        };
+        let block = tokens * (WORKING_WIDTHS * c + gated);
+        let logits = if logits { tokens * self.vocabulary as u64 } else { TILE_ELEMENTS };
+        let loss = 4 * tokens * c + 2 * logits;
         block.max(loss) * element_bytes as u64
     }
 
@@ -302,6 +310,3 @@ impl ModelShape {
         compute
     }
 }
-
-/// Tokens of which the fused cross-entropy has logits at once.
-const LOSS_CHUNK_TOKENS: u64 = 256;

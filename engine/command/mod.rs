@@ -2,6 +2,7 @@
 
 mod bench;
 mod checkpoint;
+mod plan;
 mod probe;
 mod settings;
 mod train;
@@ -41,10 +42,22 @@ enum Command {
     /// Measure this machine, in about 10 seconds, and write machine.json for `ferrozero plan`.
     #[command(after_help = PROBE_EXAMPLES)]
     Probe(probe::ProbeArguments),
+    /// Tell what fits and how fast it will be, without the model and without the machine.
+    #[command(after_help = PLAN_EXAMPLES)]
+    Plan(Box<plan::PlanArguments>),
     /// Measure against a reference that runs in the same process.
     #[command(subcommand)]
     Bench(bench::Bench),
 }
+
+const PLAN_EXAMPLES: &str = "\
+Examples:
+  ferrozero probe && ferrozero plan --machine machine.json --memory 384MiB
+  ferrozero plan --model gpt3-13b --device rtx4090-24g --host 128GiB --nvme 7GB/s --seq 1024
+  ferrozero plan --model llama/config.json --device h100-80g --host 128GiB --nvme nvme-gen4 --json
+  ferrozero plan --model gpt2 --device rtx4090-24g --host 64GiB --nvme nvme-gen4 --max-model
+
+Memory and time of computing are estimated from the model's shape. `ferrozero train` measures both before it plans.";
 
 const PROBE_EXAMPLES: &str = "\
 Examples:
@@ -71,6 +84,7 @@ pub fn run() -> ExitCode {
         Command::Export(arguments) => checkpoint::export(arguments),
         Command::Import(arguments) => checkpoint::import(arguments),
         Command::Probe(arguments) => probe::run(arguments),
+        Command::Plan(arguments) => plan::run(*arguments),
         Command::Bench(bench) => bench::run(bench),
     };
     match result {

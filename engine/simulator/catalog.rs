@@ -32,11 +32,12 @@ const PCIE_5: f64 = 63.0e9;
 
 const V100: &str = "NVIDIA V100 data sheet: https://images.nvidia.com/content/technologies/volta/pdf/volta-v100-datasheet-update-us-1165301-r5.pdf";
 const A100: &str = "NVIDIA A100 data sheet: https://www.nvidia.com/content/dam/en-zz/Solutions/Data-Center/a100/pdf/nvidia-a100-datasheet-us-nvidia-1758950-r4-web.pdf";
-const H100: &str = "NVIDIA H100: https://www.nvidia.com/en-us/data-center/h100/ (half of the figure with sparsity)";
-const H200: &str = "NVIDIA H200: https://www.nvidia.com/en-us/data-center/h200/ (half of the figure with sparsity)";
+const H100: &str =
+    "NVIDIA H100: https://www.nvidia.com/en-us/data-center/h100/ (half of the figure with sparsity)";
+const H200: &str =
+    "NVIDIA H200: https://www.nvidia.com/en-us/data-center/h200/ (half of the figure with sparsity)";
 const AMPERE: &str = "NVIDIA GA102 white paper: https://www.nvidia.com/content/PDF/nvidia-ampere-ga-102-gpu-architecture-whitepaper-v2.pdf";
-const ADA: &str =
-    "NVIDIA Ada white paper: https://images.nvidia.com/aem-dam/Solutions/geforce/ada/nvidia-ada-gpu-architecture.pdf";
+const ADA: &str = "NVIDIA Ada white paper: https://images.nvidia.com/aem-dam/Solutions/geforce/ada/nvidia-ada-gpu-architecture.pdf";
 
 const fn gpu(
     name: &'static str,
@@ -76,11 +77,11 @@ const fn drive(name: &'static str, read: f64, write: f64, source: &'static str) 
     Drive { name, read_bytes_per_s: read, write_bytes_per_s: write, source }
 }
 
-const SATA: &str =
-    "Samsung 870 EVO: https://semiconductor.samsung.com/consumer-storage/internal-ssd/870evo/";
+const SATA: &str = "Samsung 870 EVO: https://semiconductor.samsung.com/consumer-storage/internal-ssd/870evo/";
 const GEN_3: &str =
     "Samsung 970 EVO Plus: https://semiconductor.samsung.com/consumer-storage/internal-ssd/970evoplus/";
-const GEN_4: &str = "Samsung 990 PRO: https://semiconductor.samsung.com/consumer-storage/internal-ssd/990-pro/";
+const GEN_4: &str =
+    "Samsung 990 PRO: https://semiconductor.samsung.com/consumer-storage/internal-ssd/990-pro/";
 
 /// Drives.
 pub const DRIVES: [Drive; 3] = [
@@ -125,7 +126,9 @@ impl Description {
         let gpu = GPUS.iter().find(|gpu| gpu.name == self.device).ok_or_else(|| {
             let known: Vec<_> = GPUS.iter().map(|gpu| gpu.name).collect();
             let (device, known) = (&self.device, known.join(", "));
-            Error::Configuration(format!("device {device:?} is in no table: use one of {known}, or --machine"))
+            Error::Configuration(format!(
+                "device {device:?} is in no table: use one of {known}, or --machine"
+            ))
         })?;
         let (read, write) = self.drive.as_deref().map_or(Ok((1e9, 1e9)), drive_speeds)?;
         let memory = self.host_bytes_per_s.unwrap_or(HOST_BYTES_PER_S);
