@@ -2,20 +2,22 @@
 
 mod bench;
 mod checkpoint;
+mod config;
+mod deepspeed;
 mod plan;
 mod probe;
 mod settings;
 mod train;
 
 use crate::error::Error;
-use clap::{Parser, Subcommand};
+use clap::{CommandFactory, Parser, Subcommand};
 use std::process::ExitCode;
 
 pub use settings::{TrainArguments, TrainSettings};
 
 /// Trains models that are larger than the memory of the machine that trains them.
 #[derive(Debug, Parser)]
-#[command(name = "ferrozero", version, arg_required_else_help = true)]
+#[command(name = "ferrozero", version, arg_required_else_help = true, after_help = EXIT_CODES)]
 pub struct CommandLine {
     #[command(subcommand)]
     command: Command,
@@ -45,10 +47,24 @@ enum Command {
     /// Tell what fits and how fast it will be, without the model and without the machine.
     #[command(after_help = PLAN_EXAMPLES)]
     Plan(Box<plan::PlanArguments>),
+    /// Explain a file of settings, or a configuration of DeepSpeed's; write the schema of settings.
+    #[command(subcommand)]
+    Config(config::Config),
+    /// Write what a shell needs to complete this command line.
+    Completions {
+        /// The shell
+        shell: clap_complete::Shell,
+    },
+    /// Write the manual page.
+    Man,
     /// Measure against a reference that runs in the same process.
     #[command(subcommand)]
     Bench(bench::Bench),
 }
+
+const EXIT_CODES: &str = "\
+Exit codes: 0 done, 1 an error that is told on standard error, 2 a command line that is not understood, 130 ended at once by a
+second Ctrl-C.";
 
 const PLAN_EXAMPLES: &str = "\
 Examples:
@@ -85,6 +101,12 @@ pub fn run() -> ExitCode {
         Command::Import(arguments) => checkpoint::import(arguments),
         Command::Probe(arguments) => probe::run(arguments),
         Command::Plan(arguments) => plan::run(*arguments),
+        Command::Config(config) => config::run(config),
+        Command::Completions { shell } => {
+            clap_complete::generate(shell, &mut CommandLine::command(), "ferrozero", &mut std::io::stdout());
+            Ok(())
+        }
+        Command::Man => manual(),
         Command::Bench(bench) => bench::run(bench),
     };
     match result {
@@ -94,6 +116,10 @@ pub fn run() -> ExitCode {
             ExitCode::FAILURE
         }
     }
+}
+
+fn manual() -> CommandResult {
+    Ok(clap_mangen::Man::new(CommandLine::command()).render(&mut std::io::stdout())?)
 }
 
 /// Any error of a command.
