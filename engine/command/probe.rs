@@ -104,7 +104,7 @@ fn measure(dir: &Path, threads: Option<usize>) -> CommandResult<Machine> {
     let pool = Pool::new(threads)?;
     let style = ProgressStyle::with_template("{bar:24} {pos}/{len} {msg}")?;
     let bar = ProgressBar::new(MEASUREMENTS).with_style(style);
-    let mut next = |what: &'static str| {
+    let next = |what: &'static str| {
         bar.inc(u64::from(bar.message() != ""));
         bar.set_message(what);
     };
@@ -176,7 +176,7 @@ fn crossing_bytes_per_s(pool: &Pool) -> CommandResult<(f64, f64)> {
     })?;
     let mut statistics = GradientStatistics::default();
     let down_s =
-        seconds(|| Ok(accumulate(pool, &mut to, &from, 1.0, Accumulate::Replace, &mut statistics)?))?;
+        seconds(|| Ok(accumulate(pool, &mut to, &from, 1.0, Accumulate::Overwrite, &mut statistics)?))?;
     Ok((bytes / up_s, bytes / down_s))
 }
 
