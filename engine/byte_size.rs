@@ -60,6 +60,19 @@ impl TryFrom<String> for ByteSize {
     }
 }
 
+impl schemars::JsonSchema for ByteSize {
+    fn schema_name() -> std::borrow::Cow<'static, str> {
+        "ByteSize".into()
+    }
+
+    fn json_schema(_: &mut schemars::SchemaGenerator) -> schemars::Schema {
+        schemars::json_schema!({
+            "type": "string",
+            "description": "A number of bytes: 512MiB, 16GiB, 1GB or 4096",
+        })
+    }
+}
+
 impl From<ByteSize> for String {
     fn from(size: ByteSize) -> Self {
         size.to_string()

@@ -73,25 +73,9 @@ impl Plan {
         (accumulate, clip): (usize, Option<f64>),
         boundary_home: Tier,
     ) -> Result<Self> {
-        let passes = gradient_passes_through(&observed.calls, accumulate, clip.is_some());
         let make = |placements: Vec<GroupPlacement>, depths: Depths| {
-            let needs = Needs {
-                layout: &layout,
-                calls: &observed.calls,
-                gradient_passes_through: passes,
-                device: limits.device,
-            };
-            Self {
-                arrangement: Arc::new(Arrangement::new(&needs, placements, boundary_home, depths)),
-                layout: layout.clone(),
-                calls: observed.calls.clone(),
-                accumulate,
-                clip,
-                adamw: adamw.clone(),
-                limits: limits.clone(),
-                working_bytes: observed.working_bytes,
-                gradient_passes_through: passes,
-            }
+            let homes = (placements, boundary_home, depths);
+            Self::with(&layout, &observed, &limits, &adamw, (accumulate, clip), homes)
         };
         let all = |placement: GroupPlacement| {
             let mut placements = vec![placement; layout.groups.len()];
@@ -142,6 +126,31 @@ impl Plan {
         Ok(plan)
     }
 
+    /// The plan with these homes, home of boundaries and depths, whether it fits or not.
+    pub(crate) fn with(
+        layout: &Arc<Layout>,
+        observed: &Observed,
+        limits: &Limits,
+        adamw: &AdamW,
+        (accumulate, clip): (usize, Option<f64>),
+        (placements, boundary_home, depths): (Vec<GroupPlacement>, Tier, Depths),
+    ) -> Self {
+        let passes = gradient_passes_through(&observed.calls, accumulate, clip.is_some());
+        let needs =
+            Needs { layout, calls: &observed.calls, gradient_passes_through: passes, device: limits.device };
+        Self {
+            arrangement: Arc::new(Arrangement::new(&needs, placements, boundary_home, depths)),
+            layout: layout.clone(),
+            calls: observed.calls.clone(),
+            accumulate,
+            clip,
+            adamw: adamw.clone(),
+            limits: limits.clone(),
+            working_bytes: observed.working_bytes,
+            gradient_passes_through: passes,
+        }
+    }
+
     /// Brings as many streams as fit from disk into memory, those first whose bytes cross most often.
     fn bring_closer(self, make: &dyn Fn(Vec<GroupPlacement>, Depths) -> Self, depths: Depths) -> Self {
         let mut best = self;
@@ -189,13 +198,15 @@ impl Plan {
         best
     }
 
-    fn fits(&self) -> bool {
+    /// Whether it keeps to its limits of memory.
+    pub(crate) fn fits(&self) -> bool {
         let fits = |bytes: u64, limit: Option<u64>| limit.is_none_or(|limit| bytes <= limit);
         fits(self.memory_bytes(), self.limits.memory_bytes)
             && fits(self.device_bytes(), self.limits.device_bytes)
     }
 
-    fn too_small(&self) -> Error {
+    /// Why it does not fit, and what would.
+    pub(crate) fn too_small(&self) -> Error {
         let (tier, needed_bytes, budget) = match self.limits.device_bytes {
             Some(limit) if self.device_bytes() > limit => (Tier::Device, self.device_bytes(), limit),
             _ => (Tier::Host, self.memory_bytes(), self.limits.memory_bytes.unwrap_or(0)),
@@ -219,7 +230,7 @@ impl Plan {
     }
 
     /// Peak bytes of the host's memory. The CPU device's memory is the host's.
-    fn memory_bytes(&self) -> u64 {
+    pub(crate) fn memory_bytes(&self) -> u64 {
         self.host_bytes() + if self.limits.device.apart { 0 } else { self.device_bytes() }
     }
 
@@ -258,6 +269,20 @@ impl Plan {
     fn gradient_bytes(&self) -> u64 {
         let largest = self.layout.groups.iter().map(|group| group.gradient_elements()).max().unwrap_or(0);
         self.arrangement.gradient_sets as u64 * largest * self.limits.device.element_bytes()
+    }
+
+    /// Device bytes that grow with the groups: slots, and gradients on their way.
+    pub(crate) fn slot_and_gradient_bytes(&self) -> u64 {
+        self.slot_bytes() + self.gradient_bytes()
+    }
+
+    /// Bytes on disk of what no commit keeps: gradients and boundary activations.
+    pub(crate) fn scratch_disk_bytes(&self) -> u64 {
+        let boundaries = match self.arrangement.boundary_home {
+            Tier::Disk => self.calls.iter().map(|call| 4 * call.boundary_elements as u64).sum(),
+            _ => 0,
+        };
+        self.stream_bytes(Stream::Gradient, Tier::Disk) + boundaries
     }
 
     /// Bytes of state that live on disk, once; a store with commits takes twice that.

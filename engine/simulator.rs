@@ -4,18 +4,19 @@
 //! The simulator starts operations by the rules of the executor, which are in one place. Transfers of the disk that are
 //! under way share its bandwidth; whatever else has begun takes its time.
 
+pub mod catalog;
+mod machine;
 mod measurement;
 
 use crate::arrangement::Call;
-use crate::error::{Error, Result};
 use crate::layout::Layout;
 use crate::order::Order;
 use crate::schedule::{Operation, Queue};
 use crate::trace::{Trace, TraceEvent};
-use serde::{Deserialize, Serialize};
+use serde::Serialize;
 use std::fmt;
-use std::path::Path;
 
+pub use machine::Machine;
 pub use measurement::measure;
 
 /// Bytes that the optimizer reads and writes a parameter: four runs of f32 are read, three are written.
@@ -23,54 +24,6 @@ const UPDATE_BYTES_PER_ELEMENT: f64 = 28.0;
 const F32_BYTES: f64 = 4.0;
 /// Transfers that end within this time of each other, in seconds, end together.
 const SAME_MOMENT_S: f64 = 1e-9;
-
-/// How fast a machine is.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Machine {
-    /// Bytes a second that are read from disk while nothing is written.
-    pub disk_read_bytes_per_s: f64,
-    /// Bytes a second that are written to disk while nothing is read.
-    pub disk_write_bytes_per_s: f64,
-    /// Bytes a second of both while both are under way; none: neither takes from the other.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub disk_mixed_bytes_per_s: Option<f64>,
-    /// Bytes a second that are copied from host to device.
-    pub upload_bytes_per_s: f64,
-    /// Bytes a second that are copied or accumulated from device to host.
-    pub download_bytes_per_s: f64,
-    /// Bytes a second that the optimizer reads and writes: 28 a parameter.
-    pub optimizer_bytes_per_s: f64,
-    /// Floating-point operations a second of matrix products, where compute times are not known.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub compute_flop_per_s: Option<f64>,
-}
-
-impl Machine {
-    /// Reads a machine's numbers.
-    ///
-    /// # Errors
-    /// [`Error::File`], and [`Error::Configuration`] where a number is missing, unknown or not above zero.
-    pub fn from_file(path: &Path) -> Result<Self> {
-        let text =
-            std::fs::read_to_string(path).map_err(|source| Error::File { path: path.to_owned(), source })?;
-        let wrong = |what: String| Error::Configuration(format!("{}: {what}", path.display()));
-        let machine: Self = serde_json::from_str(&text).map_err(|error| wrong(error.to_string()))?;
-        let numbers = [
-            ("disk_read_bytes_per_s", Some(machine.disk_read_bytes_per_s)),
-            ("disk_write_bytes_per_s", Some(machine.disk_write_bytes_per_s)),
-            ("disk_mixed_bytes_per_s", machine.disk_mixed_bytes_per_s),
-            ("upload_bytes_per_s", Some(machine.upload_bytes_per_s)),
-            ("download_bytes_per_s", Some(machine.download_bytes_per_s)),
-            ("optimizer_bytes_per_s", Some(machine.optimizer_bytes_per_s)),
-            ("compute_flop_per_s", machine.compute_flop_per_s),
-        ];
-        match numbers.iter().find(|(_, number)| number.is_some_and(|number| number <= 0.0)) {
-            Some((name, _)) => Err(wrong(format!("{name} must be above 0"))),
-            None => Ok(machine),
-        }
-    }
-}
 
 /// Time that one compute operation takes the training thread.
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
@@ -433,7 +386,7 @@ mod tests {
             upload_bytes_per_s: 2.0 * piece_bytes,
             download_bytes_per_s: piece_bytes / 4.0,
             optimizer_bytes_per_s: piece_bytes,
-            compute_flop_per_s: None,
+            ..Machine::default()
         }
     }
 

@@ -278,3 +278,39 @@ fn the_disk_is_measured_without_fio_and_nothing_is_left_behind() {
     }
     assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 0);
 }
+
+/// The program with these arguments.
+fn ferrozero(folder: &Path, arguments: &[&str]) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_ferrozero")).current_dir(folder).args(arguments).output().unwrap()
+}
+
+#[test]
+fn a_plan_for_a_described_machine_is_an_object_and_one_that_cannot_be_says_what_would() {
+    let folder = folder();
+    let described = ["plan", "--model", "gpt2", "--device", "rtx4090-24g", "--json", "--host"];
+    let plan = |host: &'static str| ferrozero(folder.path(), &[&described[..], &[host]].concat());
+    let answer = objects(&plan("16GiB")).remove(0);
+    assert_eq!(answer["parameters"], 123_751_680, "positions are those of --seq");
+    assert!(answer["tokens_per_s"].as_f64().unwrap() > 0.0);
+    assert!(answer["host_bytes"].as_u64().unwrap() <= 16 << 30);
+    assert!(refusal(&plan("1GiB")).contains("The least that works is"));
+    let without_machine = refusal(&ferrozero(folder.path(), &["plan"]));
+    assert!(without_machine.contains("ferrozero probe"), "{without_machine}");
+}
+
+#[test]
+fn a_configuration_of_deepspeeds_is_explained_and_an_unknown_key_of_it_refused_by_its_path() {
+    let folder = folder();
+    let file = folder.path().join("ds_config.json");
+    let explain = |text: &str| {
+        std::fs::write(&file, text).unwrap();
+        ferrozero(folder.path(), &["config", "explain", "ds_config.json"])
+    };
+    let explained = explain(r#"{ "gradient_clipping": 0.5, "zero_optimization": { "stage": 3 } }"#);
+    let text = String::from_utf8_lossy(&explained.stdout).into_owned();
+    assert!(
+        explained.status.success() && text.contains("clip = 0.5") && text.contains("not needed, because")
+    );
+    let refused = refusal(&explain(r#"{ "zero_optimization": { "stage": 3, "unheard_of": 1 } }"#));
+    assert!(refused.contains("zero_optimization.unheard_of"), "{refused}");
+}

@@ -1,7 +1,7 @@
 //! `ferrozero bench`.
 
-mod adamw;
-mod io;
+pub(in crate::command) mod adamw;
+pub(in crate::command) mod io;
 mod step;
 
 use super::CommandResult;
@@ -45,13 +45,13 @@ fn adamw_step(step: u64) -> AdamWStep {
 
 /// Several measurements of one thing.
 #[derive(Debug, Clone, Copy, Serialize)]
-struct Spread {
-    median: f64,
+pub(in crate::command) struct Spread {
+    pub median: f64,
     least: f64,
     most: f64,
 }
 
-fn spread(mut values: Vec<f64>) -> Spread {
+pub(in crate::command) fn spread(mut values: Vec<f64>) -> Spread {
     values.sort_by(f64::total_cmp);
     let at = |index: usize| values.get(index).copied().unwrap_or(f64::NAN);
     Spread { median: at(values.len() / 2), least: at(0), most: at(values.len().saturating_sub(1)) }

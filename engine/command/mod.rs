@@ -2,18 +2,22 @@
 
 mod bench;
 mod checkpoint;
+mod config;
+mod deepspeed;
+mod plan;
+mod probe;
 mod settings;
 mod train;
 
 use crate::error::Error;
-use clap::{Parser, Subcommand};
+use clap::{CommandFactory, Parser, Subcommand};
 use std::process::ExitCode;
 
 pub use settings::{TrainArguments, TrainSettings};
 
 /// Trains models that are larger than the memory of the machine that trains them.
 #[derive(Debug, Parser)]
-#[command(name = "ferrozero", version, arg_required_else_help = true)]
+#[command(name = "ferrozero", version, arg_required_else_help = true, after_help = EXIT_CODES)]
 pub struct CommandLine {
     #[command(subcommand)]
     command: Command,
@@ -37,10 +41,44 @@ enum Command {
     Export(checkpoint::ExportArguments),
     /// Make a run's folder of a safetensors file: its parameters, no step, moments of zero.
     Import(checkpoint::ImportArguments),
+    /// Measure this machine, in about 10 seconds, and write machine.json for `ferrozero plan`.
+    #[command(after_help = PROBE_EXAMPLES)]
+    Probe(probe::ProbeArguments),
+    /// Tell what fits and how fast it will be, without the model and without the machine.
+    #[command(after_help = PLAN_EXAMPLES)]
+    Plan(Box<plan::PlanArguments>),
+    /// Explain a file of settings, or a configuration of DeepSpeed's; write the schema of settings.
+    #[command(subcommand)]
+    Config(config::Config),
+    /// Write what a shell needs to complete this command line.
+    Completions {
+        /// The shell
+        shell: clap_complete::Shell,
+    },
+    /// Write the manual page.
+    Man,
     /// Measure against a reference that runs in the same process.
     #[command(subcommand)]
     Bench(bench::Bench),
 }
+
+const EXIT_CODES: &str = "\
+Exit codes: 0 done, 1 an error that is told on standard error, 2 a command line that is not understood, 130 ended at once by a
+second Ctrl-C.";
+
+const PLAN_EXAMPLES: &str = "\
+Examples:
+  ferrozero probe && ferrozero plan --machine machine.json --memory 384MiB
+  ferrozero plan --model gpt3-13b --device rtx4090-24g --host 128GiB --nvme 7GB/s --seq 1024
+  ferrozero plan --model llama/config.json --device h100-80g --host 128GiB --nvme nvme-gen4 --json
+  ferrozero plan --model gpt2 --device rtx4090-24g --host 64GiB --nvme nvme-gen4 --max-model
+
+Memory and time of computing are estimated from the model's shape. `ferrozero train` measures both before it plans.";
+
+const PROBE_EXAMPLES: &str = "\
+Examples:
+  ferrozero probe
+  ferrozero probe --dir /mnt/nvme/run --out workstation.json --again";
 
 const TRAIN_EXAMPLES: &str = "\
 Examples:
@@ -61,6 +99,14 @@ pub fn run() -> ExitCode {
         Command::Copy(arguments) => checkpoint::copy(arguments),
         Command::Export(arguments) => checkpoint::export(arguments),
         Command::Import(arguments) => checkpoint::import(arguments),
+        Command::Probe(arguments) => probe::run(arguments),
+        Command::Plan(arguments) => plan::run(*arguments),
+        Command::Config(config) => config::run(config),
+        Command::Completions { shell } => {
+            clap_complete::generate(shell, &mut CommandLine::command(), "ferrozero", &mut std::io::stdout());
+            Ok(())
+        }
+        Command::Man => manual(),
         Command::Bench(bench) => bench::run(bench),
     };
     match result {
@@ -70,6 +116,10 @@ pub fn run() -> ExitCode {
             ExitCode::FAILURE
         }
     }
+}
+
+fn manual() -> CommandResult {
+    Ok(clap_mangen::Man::new(CommandLine::command()).render(&mut std::io::stdout())?)
 }
 
 /// Any error of a command.

@@ -1,6 +1,6 @@
 //! Settings of a training run: defaults, then a resumed run's, then a file's, then the command line's.
 
-use super::configuration;
+use super::{configuration, deepspeed};
 use crate::byte_size::ByteSize;
 use crate::error::{Error, Result};
 use crate::models::gpt::GptConfig;
@@ -12,8 +12,8 @@ use std::path::{Path, PathBuf};
 /// Options of `ferrozero train`.
 #[derive(Debug, Clone, Default, clap::Args, Serialize)]
 pub struct TrainArguments {
-    /// JSON file with settings: the names of these options, with _ for -
-    #[arg(long, value_name = "FILE.json")]
+    /// JSON or TOML file with settings: the names of these options, with _ for -; or a ds_config.json of DeepSpeed's
+    #[arg(long, value_name = "FILE")]
     #[serde(skip)]
     pub config: Option<PathBuf>,
     /// Text file, or folder with text files [default: the sources and documents of cargo's packages]
@@ -84,10 +84,14 @@ pub struct TrainArguments {
     #[arg(long)]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub seed: Option<u64>,
-    /// Highest learning rate; it falls along a cosine to a tenth of it [default: 0.001]
+    /// Highest learning rate; it falls along a cosine [default: 0.001]
     #[arg(long)]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub lr: Option<f64>,
+    /// Learning rate at the end, as a share of the highest; 1 for a rate that does not fall [default: 0.1]
+    #[arg(long)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub lr_floor: Option<f64>,
     /// Steps in which the learning rate rises [default: 10]
     #[arg(long)]
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -100,6 +104,18 @@ pub struct TrainArguments {
     #[arg(long)]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub weight_decay: Option<f64>,
+    /// Decay of AdamW's first moment [default: 0.9]
+    #[arg(long)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub beta1: Option<f64>,
+    /// Decay of its second moment [default: 0.99]
+    #[arg(long)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub beta2: Option<f64>,
+    /// What is added to the root of the second moment [default: 0.00000001]
+    #[arg(long)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub epsilon: Option<f64>,
     /// Steps between two evaluations, 0 for one at the end only [default: 0]
     #[arg(long)]
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -131,7 +147,9 @@ pub struct TrainArguments {
 }
 
 /// The type that a device computes with.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[derive(
+    Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum, schemars::JsonSchema,
+)]
 #[serde(rename_all = "lowercase")]
 pub enum ComputeType {
     /// 32 bits, as the masters.
@@ -155,7 +173,7 @@ impl ComputeType {
 }
 
 /// Settings that a run goes by, all of them known.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 #[expect(missing_docs, reason = "each field is the option of the same name, documented at TrainArguments")]
 pub struct TrainSettings {
@@ -177,9 +195,13 @@ pub struct TrainSettings {
     pub in_place: bool,
     pub seed: u64,
     pub lr: f64,
+    pub lr_floor: f64,
     pub warmup: u64,
     pub clip: f64,
     pub weight_decay: f64,
+    pub beta1: f64,
+    pub beta2: f64,
+    pub epsilon: f64,
     pub eval_every: u64,
     pub commit_every: u64,
     pub threads: Option<usize>,
@@ -207,9 +229,13 @@ impl Default for TrainSettings {
             in_place: false,
             seed: 1,
             lr: 1e-3,
+            lr_floor: 0.1,
             warmup: 10,
             clip: 1.0,
             weight_decay: 0.1,
+            beta1: 0.9,
+            beta2: 0.99,
+            epsilon: 1e-8,
             eval_every: 0,
             commit_every: 20,
             threads: None,
@@ -231,11 +257,29 @@ fn overlay(lower: &mut Value, upper: Value) {
     }
 }
 
-fn read_file(path: &Path) -> Result<Value> {
+/// A file as it is, JSON or, by its name, TOML.
+///
+/// # Errors
+/// [`Error::File`], and [`Error::Configuration`] with line and column of what cannot be read.
+pub fn read_document(path: &Path) -> Result<Value> {
     let text =
         std::fs::read_to_string(path).map_err(|source| Error::File { path: path.to_owned(), source })?;
-    let value: Value = serde_json::from_str(&text)
-        .map_err(|error| configuration(format!("{} is not valid JSON: {error}", path.display())))?;
+    let wrong =
+        |kind: &str, error: String| configuration(format!("{} is not valid {kind}: {error}", path.display()));
+    match path.extension().is_some_and(|extension| extension == "toml") {
+        true => toml::from_str(&text).map_err(|error| wrong("TOML", error.to_string())),
+        false => serde_json::from_str(&text).map_err(|error| wrong("JSON", error.to_string())),
+    }
+}
+
+/// The settings in a file, which may be a configuration of DeepSpeed's.
+fn read_file(path: &Path) -> Result<Value> {
+    let mut value = read_document(path)?;
+    if deepspeed::is_deepspeed(&value) {
+        let mapping =
+            deepspeed::map(&value).map_err(|error| configuration(format!("{}: {error}", path.display())))?;
+        value = Value::Object(mapping.settings);
+    }
     // Checked on its own, so that an error is known to be the file's.
     serde_json::from_value::<TrainSettings>(value.clone())
         .map_err(|error| configuration(format!("{}: {error}", path.display())))?;
@@ -258,6 +302,14 @@ impl TrainSettings {
         let settings: Self = serde_json::from_value(value).map_err(json)?;
         settings.check()?;
         Ok(settings)
+    }
+
+    /// The settings of a file, over the defaults.
+    ///
+    /// # Errors
+    /// As [`Self::resolve`].
+    pub fn of_file(path: &Path) -> Result<Self> {
+        Self::resolve(&TrainArguments { config: Some(path.to_owned()), ..Default::default() }, None)
     }
 
     /// Folder of the run, before a checkpoint in it is known.
@@ -315,6 +367,20 @@ impl TrainSettings {
             let (warmup, steps) = (self.warmup, self.steps);
             return Err(configuration(format!("warmup ({warmup}) must not be more than steps ({steps})")));
         }
+        let shares = [
+            ("lr_floor", self.lr_floor, 1.0),
+            ("beta1", self.beta1, 1.0 - f64::EPSILON),
+            ("beta2", self.beta2, 1.0 - f64::EPSILON),
+        ];
+        if let Some((name, value, _)) = shares.iter().find(|(_, value, most)| !(0.0..=*most).contains(value))
+        {
+            return Err(configuration(format!(
+                "{name} is {value} and must be from 0 to 1; a beta must be below 1"
+            )));
+        }
+        if !(self.epsilon > 0.0 && self.epsilon.is_finite()) {
+            return Err(configuration(format!("epsilon is {} and must be above 0", self.epsilon)));
+        }
         let numbers = [("lr", self.lr), ("clip", self.clip), ("weight_decay", self.weight_decay)];
         if let Some((name, value)) = numbers.iter().find(|(_, value)| !value.is_finite() || *value < 0.0) {
             return Err(configuration(format!("{name} is {value} and must be 0 or more")));
@@ -365,6 +431,28 @@ mod tests {
     }
 
     #[test]
+    fn a_file_is_json_or_toml_or_deepspeeds() {
+        let folder = tempfile::tempdir().unwrap();
+        let of = |name: &str, text: &str| {
+            let path = folder.path().join(name);
+            std::fs::write(&path, text).unwrap();
+            TrainSettings::of_file(&path)
+        };
+        let expected = TrainSettings { batch: 2, lr: 0.5, ..TrainSettings::default() };
+        assert_eq!(of("a.json", r#"{ "batch": 2, "lr": 0.5 }"#).unwrap(), expected);
+        assert_eq!(of("a.toml", "batch = 2\nlr = 0.5\n").unwrap(), expected);
+        let deepspeed =
+            r#"{ "train_micro_batch_size_per_gpu": 2, "optimizer": { "params": { "lr": 0.5 } } }"#;
+        let expected = TrainSettings { beta2: 0.999, lr_floor: 1.0, warmup: 0, ..expected };
+        assert_eq!(of("ds_config.json", deepspeed).unwrap(), expected);
+        let error =
+            of("b.json", r#"{ "zero_optimization": { "stage": 3, "mics_shard_size": 4 } }"#).unwrap_err();
+        let error = error.to_string();
+        assert!(error.contains("b.json") && error.contains("zero_optimization.mics_shard_size"), "{error}");
+        assert!(of("b.toml", "batch = ").unwrap_err().to_string().contains("not valid TOML"));
+    }
+
+    #[test]
     fn what_is_wrong_is_named() {
         let wrong = |text, part: &str| {
             let error = resolve_file(text, TrainArguments::default()).unwrap_err().to_string();
@@ -381,6 +469,9 @@ mod tests {
         wrong("{ \"batch\": 18446744073709551615 }", "batch");
         wrong("{ \"threads\": 1000000 }", "threads");
         wrong("{ \"layers\": 1000000, \"hidden\": 1000000 }", "more parameters than any disk holds");
+        wrong("{ \"beta2\": 1.0 }", "beta2");
+        wrong("{ \"lr_floor\": 2 }", "lr_floor");
+        wrong("{ \"epsilon\": 0 }", "epsilon");
         wrong("{ \"warmup\": 1000 }", "warmup (1000)");
         let missing = TrainArguments { config: Some("nowhere.json".into()), ..Default::default() };
         assert!(TrainSettings::resolve(&missing, None).unwrap_err().to_string().contains("nowhere.json"));

@@ -212,7 +212,13 @@ fn prepare(
     let config = settings.model(tokenizer.vocabulary());
     let model =
         Gpt::new(&config, engine.var_builder(), |vb, _| engine.segment(vb, |vb| Block::new(&config, vb)))?;
-    let adamw = AdamW { weight_decay: settings.weight_decay, beta2: 0.99, ..AdamW::default() };
+    let adamw = AdamW {
+        weight_decay: settings.weight_decay,
+        beta1: settings.beta1,
+        beta2: settings.beta2,
+        epsilon: settings.epsilon,
+        ..AdamW::default()
+    };
     let plan = engine.plan(adamw, || {
         let batch = data.train_batch(0, 0, 1)?;
         model.loss(&batch.inputs, &batch.targets)
@@ -233,7 +239,7 @@ impl Run {
             peak: settings.lr,
             warmup: settings.warmup,
             steps,
-            floor: 0.1 * settings.lr,
+            floor: settings.lr_floor * settings.lr,
         };
         let tokens = settings.accumulate * settings.batch * settings.seq;
         let mut last = None;

@@ -16,7 +16,7 @@ pub fn measure(trace: &Trace, plan: &Plan) -> Option<(Machine, Compute)> {
         upload_bytes_per_s: rate(trace, plan, &[Queue::Upload]),
         download_bytes_per_s: rate(trace, plan, &[Queue::Download]),
         optimizer_bytes_per_s: rate(trace, plan, &[Queue::Optimizer]),
-        compute_flop_per_s: None,
+        ..Machine::default()
     };
     Some((machine, compute(trace, plan)?))
 }

@@ -16,7 +16,7 @@ fn machine() -> impl Strategy<Value = Machine> {
         upload_bytes_per_s: upload,
         download_bytes_per_s: download,
         optimizer_bytes_per_s: optimizer,
-        compute_flop_per_s: None,
+        ..Machine::default()
     })
 }
 

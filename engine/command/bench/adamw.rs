@@ -11,7 +11,7 @@ use std::io::BufRead;
 use std::time::Instant;
 
 /// Bytes that one update moves for each parameter: four runs are read and three written.
-const BYTES_PER_PARAMETER: usize = 7 * 4;
+pub(in crate::command) const BYTES_PER_PARAMETER: usize = 7 * 4;
 
 /// Elements that the reference handles at a time, as the optimizer does.
 const CHUNK_ELEMENTS: usize = 64 * 1024;
@@ -49,13 +49,14 @@ pub struct AdamWArguments {
 }
 
 /// Master parameters, moments and gradient, in pinned memory as the engine has them.
-struct Runs {
+pub(in crate::command) struct Runs {
     leases: [Lease; 4],
     elements: usize,
 }
 
 impl Runs {
-    fn new(elements: usize) -> CommandResult<Self> {
+    /// Memory for `elements` parameters.
+    pub(in crate::command) fn new(elements: usize) -> CommandResult<Self> {
         let bytes = 4 * elements + STAGGER_BYTES;
         let budget = Budget::new(Tier::Host, 4 * bytes.next_multiple_of(4096) as u64);
         let arena = Arena::new(&budget, budget.limit_bytes() as usize)?;
@@ -68,7 +69,8 @@ impl Runs {
         Ok(Self { leases, elements })
     }
 
-    fn update(&mut self, pool: &Pool, step: u64) -> CommandResult<f64> {
+    /// Makes one update; answers the seconds that it took.
+    pub(in crate::command) fn update(&mut self, pool: &Pool, step: u64) -> CommandResult<f64> {
         let [master, first_moment, second_moment, gradient] = &mut self.leases;
         let state = AdamWState {
             master: &mut master.as_f32_mut()[..self.elements],

@@ -1,6 +1,6 @@
 //! `ferrozero bench io`: the store against `fio`, in turns on the same file system, so that both see the same machine.
 
-mod disk;
+pub(in crate::command) mod disk;
 mod fio;
 
 use super::super::{CommandResult, configuration};
@@ -39,7 +39,7 @@ pub struct IoArguments {
 /// What is done with all bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
-enum Sweep {
+pub(in crate::command) enum Sweep {
     Read,
     Write,
     /// Read three streams, update them, write them back.
@@ -62,7 +62,7 @@ impl Sweep {
     }
 
     /// Bytes that cross to or from the disk, for state of `bytes`.
-    fn moved_bytes(self, bytes: u64) -> u64 {
+    pub(in crate::command) fn moved_bytes(self, bytes: u64) -> u64 {
         match self {
             Self::Read | Self::Write => bytes,
             Self::Update => 2 * bytes,

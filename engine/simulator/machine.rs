@@ -1,0 +1,89 @@
+//! How fast a machine is, and how much it holds: measured by `ferrozero probe`, or described from the catalogue.
+
+use crate::error::{Error, Result};
+use serde::{Deserialize, Serialize};
+use std::path::Path;
+
+/// A machine's numbers. What is none is not known, and for memory not limited.
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Machine {
+    /// What it is, for people.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub name: String,
+    /// Bytes of host memory that a run may use.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub host_memory_bytes: Option<u64>,
+    /// Bytes of the memory of a device that has its own; none: the processor computes, in the host's memory.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub device_memory_bytes: Option<u64>,
+    /// Bytes of the disk that a run may use; 0 where there is none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub disk_bytes: Option<u64>,
+    /// Bytes a second that are read from disk while nothing is written.
+    pub disk_read_bytes_per_s: f64,
+    /// Bytes a second that are written to disk while nothing is read.
+    pub disk_write_bytes_per_s: f64,
+    /// Bytes a second of both while both are under way; none: neither takes from the other.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub disk_mixed_bytes_per_s: Option<f64>,
+    /// Bytes a second of f32 state that go from host to device.
+    pub upload_bytes_per_s: f64,
+    /// Bytes a second of f32 state that are copied or accumulated from device to host.
+    pub download_bytes_per_s: f64,
+    /// Bytes a second that the optimizer reads and writes: 28 a parameter.
+    pub optimizer_bytes_per_s: f64,
+    /// Bytes a second that all processors together read and write in the host's memory.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub memory_bytes_per_s: Option<f64>,
+    /// Floating-point operations a second of matrix products in f32.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub matmul_f32_flop_per_s: Option<f64>,
+    /// Floating-point operations a second of matrix products in bf16.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub matmul_bf16_flop_per_s: Option<f64>,
+}
+
+impl Machine {
+    /// Reads a machine's numbers.
+    ///
+    /// # Errors
+    /// [`Error::File`], and [`Error::Configuration`] where a number is missing, unknown or not above zero.
+    pub fn from_file(path: &Path) -> Result<Self> {
+        let text =
+            std::fs::read_to_string(path).map_err(|source| Error::File { path: path.to_owned(), source })?;
+        let wrong = |what: String| Error::Configuration(format!("{}: {what}", path.display()));
+        let machine: Self = serde_json::from_str(&text).map_err(|error| wrong(error.to_string()))?;
+        let numbers = [
+            ("disk_read_bytes_per_s", Some(machine.disk_read_bytes_per_s)),
+            ("disk_write_bytes_per_s", Some(machine.disk_write_bytes_per_s)),
+            ("disk_mixed_bytes_per_s", machine.disk_mixed_bytes_per_s),
+            ("upload_bytes_per_s", Some(machine.upload_bytes_per_s)),
+            ("download_bytes_per_s", Some(machine.download_bytes_per_s)),
+            ("optimizer_bytes_per_s", Some(machine.optimizer_bytes_per_s)),
+            ("memory_bytes_per_s", machine.memory_bytes_per_s),
+            ("matmul_f32_flop_per_s", machine.matmul_f32_flop_per_s),
+            ("matmul_bf16_flop_per_s", machine.matmul_bf16_flop_per_s),
+        ];
+        match numbers.iter().find(|(_, number)| number.is_some_and(|number| number <= 0.0)) {
+            Some((name, _)) => Err(wrong(format!("{name} must be above 0"))),
+            None => Ok(machine),
+        }
+    }
+
+    /// Writes the numbers.
+    ///
+    /// # Errors
+    /// [`Error::File`].
+    pub fn save(&self, path: &Path) -> Result<()> {
+        let failed = |source| Error::File { path: path.to_owned(), source };
+        let mut text = serde_json::to_string_pretty(self).map_err(|error| failed(error.into()))?;
+        text.push('\n');
+        std::fs::write(path, text).map_err(failed)
+    }
+
+    /// Whether the device has memory of its own.
+    pub fn is_apart(&self) -> bool {
+        self.device_memory_bytes.is_some()
+    }
+}

@@ -1,0 +1,253 @@
+//! Plans of models that do not exist: they keep to every limit, they are as published systems found, and what is better
+//! makes nothing slower.
+
+use candle_core::Tensor;
+use ferrozero::models::gpt::{Block, Gpt, GptConfig};
+use ferrozero::planner::{Answer, Choices, Question};
+use ferrozero::shape::ModelShape;
+use ferrozero::simulator::Machine;
+use ferrozero::simulator::catalog::{DRIVES, Description, GPUS};
+use ferrozero::{AdamW, Config, Engine, Error, Placement, Tier};
+
+const GIB: u64 = 1 << 30;
+
+/// A step of one micro-batch of `batch` sequences of `sequence` tokens, with clipping, on a described machine.
+fn question(shape: ModelShape, batch: usize, sequence: usize, machine: Machine) -> Question {
+    let choices = Choices::default();
+    Question {
+        shape,
+        batch,
+        sequence,
+        accumulate: 1,
+        clip: true,
+        in_place: false,
+        ranks: 1,
+        machine,
+        choices,
+    }
+}
+
+fn described(device: &str, host_gib: u64, drive: Option<&str>) -> Machine {
+    let description = Description {
+        device: device.into(),
+        host_memory_bytes: Some(host_gib * GIB),
+        drive: drive.map(str::to_owned),
+        ..Description::default()
+    };
+    description.machine().unwrap()
+}
+
+/// A small machine without a GPU.
+fn processor(memory_bytes: u64) -> Machine {
+    Machine {
+        host_memory_bytes: Some(memory_bytes),
+        disk_read_bytes_per_s: 2e9,
+        disk_write_bytes_per_s: 2e9,
+        upload_bytes_per_s: 8e9,
+        download_bytes_per_s: 8e9,
+        optimizer_bytes_per_s: 20e9,
+        matmul_f32_flop_per_s: Some(1e11),
+        ..Machine::default()
+    }
+}
+
+fn keeps_to_limits(answer: &Answer, machine: &Machine) {
+    let device_bytes = answer.plan.device_bytes();
+    let host_bytes = answer.plan.host_bytes();
+    match machine.device_memory_bytes {
+        Some(limit) => assert!(device_bytes <= limit && host_bytes <= machine.host_memory_bytes.unwrap()),
+        None => assert!(device_bytes + host_bytes <= machine.host_memory_bytes.unwrap()),
+    }
+    if let Some(limit) = machine.disk_bytes {
+        assert!(answer.disk_bytes <= limit);
+    }
+}
+
+/// ZeRO-Offload trains 13 billion parameters on one V100 of 32 GB (arXiv 2101.06840, abstract and section 5.1: a DGX-2, of
+/// which one GPU is used, with 1.5 TB of host memory; table 3: 40 layers of width 5120... at 1024 tokens).
+#[test]
+fn zero_offload_13b_on_one_v100_fits_and_does_not_without_the_host() {
+    let shape = ModelShape::named("gpt3-13b", 1024).unwrap();
+    let machine = described("v100-32g", 1500, None);
+    let answer = question(shape.clone(), 1, 1024, machine.clone()).answer().unwrap();
+    keeps_to_limits(&answer, &machine);
+    assert!(answer.plan.host_bytes() > 150 * GIB, "states are in host memory");
+    // 16 bytes a parameter are 208 GB: neither the GPU nor a workstation of 128 GiB without a disk holds them.
+    let workstation = described("v100-32g", 128, None);
+    let refused = question(shape.clone(), 1, 1024, workstation).answer().unwrap_err();
+    assert!(matches!(refused, Error::BudgetTooSmall { tier: Tier::Host, .. }), "{refused}");
+    let with_disk = described("v100-32g", 128, Some("nvme-gen3"));
+    keeps_to_limits(&question(shape, 1, 1024, with_disk.clone()).answer().unwrap(), &with_disk);
+}
+
+/// ZeRO-Infinity trains a trillion parameters on one DGX-2 (arXiv 2104.07857, abstract and table 1: 128 layers, width 25600):
+/// 16 V100 of 32 GB, 1.5 TB of host memory, 8 NVMe drives of 3.84 TB (NVIDIA's DGX-2 data sheet). One of its 16 ranks has a
+/// sixteenth of memory, drives and their bandwidth, which the paper gives as 25 GB/s. It gathers parameters by the matrix,
+/// so blocks are split here too.
+#[test]
+fn zero_infinity_1t_on_16_ranks_fits_with_drives_and_not_without_or_on_one() {
+    let mut shape = ModelShape::named("gpt-1t", 1024).unwrap();
+    shape.segments_per_block = 4;
+    let share = |drive| {
+        let mut machine = described("v100-32g", 1500 / 16, drive);
+        machine.disk_bytes = machine.disk_bytes.or(Some(8 * 3_840_000_000_000 / 16));
+        machine
+    };
+    let rank = |machine: &Machine| {
+        let question = question(shape.clone(), 1, 1024, machine.clone());
+        Question { ranks: 16, ..question }
+    };
+    let with_drives = share(Some("1562MB/s"));
+    keeps_to_limits(&rank(&with_drives).answer().unwrap(), &with_drives);
+    let without = rank(&share(None)).answer().unwrap_err();
+    assert!(matches!(without, Error::BudgetTooSmall { tier: Tier::Host, .. }), "{without}");
+    // One GPU with all the memory of the node, but 24 TB of states twice and gradients on 30 TB of drives.
+    let alone = described("v100-32g", 1500, Some("25GB/s"));
+    let alone = Machine { disk_bytes: Some(8 * 3_840_000_000_000 / 16), ..alone };
+    assert!(question(shape, 1, 1024, alone).answer().is_err());
+}
+
+/// Fuyou, later LoHan, fine-tunes 175 billion parameters on one RTX 4090 of 24 GB with 256 GB of host memory and drives
+/// (arXiv 2403.06504, abstract), and says that host memory of that size is too small without them.
+#[test]
+fn fine_tuning_175b_on_a_24_gb_card_with_256_gb_fits_with_drives_and_not_without() {
+    let shape = ModelShape::named("gpt3-175b", 1024).unwrap();
+    let with_drives = described("rtx4090-24g", 256, Some("nvme-gen4"));
+    let answer = question(shape.clone(), 1, 1024, with_drives.clone()).answer().unwrap();
+    keeps_to_limits(&answer, &with_drives);
+    assert!(answer.plan.uses_disk() && answer.forecast.written_bytes > 0);
+    let without = question(shape, 1, 1024, described("rtx4090-24g", 256, None)).answer().unwrap_err();
+    assert!(matches!(without, Error::BudgetTooSmall { tier: Tier::Host, .. }), "{without}");
+}
+
+#[test]
+fn more_memory_and_faster_parts_make_nothing_slower() {
+    let shape = ModelShape::gpt(256, 6, 256, 4, 64);
+    let step_s = |machine: Machine| question(shape.clone(), 2, 64, machine).answer().unwrap().forecast.step_s;
+    let small = processor(64 << 20);
+    let base = step_s(small.clone());
+    // Plans that are equal within half a percent are chosen among by their bytes.
+    let most = 1.01 * base;
+    assert!(step_s(processor(96 << 20)) <= most);
+    assert!(step_s(processor(1 << 30)) < base, "everything in memory is faster than the disk");
+    let faster_disk = Machine { disk_read_bytes_per_s: 4e9, disk_write_bytes_per_s: 4e9, ..small.clone() };
+    assert!(step_s(faster_disk) <= most);
+    assert!(step_s(Machine { matmul_f32_flop_per_s: Some(2e11), ..small }) <= most);
+}
+
+#[test]
+fn what_is_fixed_is_kept() {
+    let shape = ModelShape::gpt(256, 4, 128, 4, 64);
+    let choices = Choices {
+        placement: Some(Tier::Disk),
+        boundaries: Some(Tier::Host),
+        slots: Some(3),
+        look_ahead: Some(2),
+    };
+    let question = Question { choices, ..question(shape, 2, 64, processor(1 << 30)) };
+    let answer = question.answer().unwrap();
+    assert_eq!((answer.depths.slots, answer.depths.look_ahead, answer.boundaries), (3, 2, Tier::Host));
+    let homes = &answer.plan.placements()[..4];
+    assert!(homes.iter().all(|home| home.master == Tier::Disk && home.first_moment == Tier::Disk));
+}
+
+#[test]
+fn the_largest_model_fits_and_the_next_does_not() {
+    let question = question(ModelShape::gpt(256, 1, 128, 1, 64), 1, 64, processor(256 << 20));
+    let largest = question.largest().unwrap();
+    let fits = |layers| Question { shape: question.shape.grown(layers), ..question.clone() }.fits();
+    assert!(fits(largest.layers));
+    assert!(!fits(largest.layers + 1));
+}
+
+#[test]
+fn a_disk_that_is_too_small_is_said_and_in_place_needs_half() {
+    let shape = ModelShape::gpt(256, 4, 256, 4, 64);
+    let states = 12 * shape.parameters();
+    let machine = Machine { disk_bytes: Some(2 * states - (1 << 20)), ..processor(1 << 30) };
+    let twice = question(shape, 1, 64, machine);
+    let refused = twice.answer().unwrap_err().to_string();
+    assert!(refused.contains("the disk must hold"), "{refused}");
+    assert!(Question { in_place: true, ..twice }.answer().unwrap().disk_bytes >= states);
+}
+
+/// Device memory of a plan that is made of a shape, against that of the engine, which measures the model.
+#[test]
+fn estimated_memory_is_near_what_a_rehearsal_measures() {
+    for (layers, hidden, heads, batch, sequence) in
+        [(4, 128, 4, 4, 64), (2, 256, 8, 8, 128), (6, 192, 4, 2, 128)]
+    {
+        let config = GptConfig { vocabulary: 256, layers, hidden, heads, sequence };
+        let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+        let engine = Engine::new(Config {
+            directory: Some(folder.path().join("run")),
+            placement: Placement::All(Tier::Disk),
+            boundaries: Some(Tier::Device),
+            clip: Some(1.0),
+            slots: Some(2),
+            ..Config::default()
+        })
+        .unwrap();
+        let model =
+            Gpt::new(&config, engine.var_builder(), |vb, _| engine.segment(vb, |vb| Block::new(&config, vb)))
+                .unwrap();
+        let tokens =
+            Tensor::zeros((batch, sequence), candle_core::DType::U32, &candle_core::Device::Cpu).unwrap();
+        let plan = engine.plan(AdamW::default(), || model.loss(&tokens, &tokens)).unwrap();
+        let choices = Choices {
+            placement: Some(Tier::Disk),
+            boundaries: Some(Tier::Device),
+            slots: Some(2),
+            ..Choices::default()
+        };
+        let shape = ModelShape::gpt(256, layers, hidden, heads, sequence);
+        assert_eq!(shape.parameters(), plan.layout().parameter_elements());
+        let question = Question { choices, ..question(shape, batch, sequence, processor(8 * GIB)) };
+        let answer = question.answer().unwrap();
+        let ratio = answer.plan.device_bytes() as f64 / plan.device_bytes() as f64;
+        println!("{layers} × {hidden}, {batch} × {sequence}: {ratio:.2}");
+        assert!((0.75..1.35).contains(&ratio), "{layers} × {hidden}: {ratio}");
+    }
+}
+
+#[test]
+fn every_described_machine_names_its_source_and_unknown_names_are_answered_with_the_known() {
+    for gpu in GPUS {
+        assert!(gpu.source.contains("https://"), "{}", gpu.name);
+    }
+    for drive in DRIVES {
+        assert!(drive.source.contains("https://"), "{}", drive.name);
+    }
+    let unknown = |device: &str, drive: &str| {
+        let description =
+            Description { device: device.into(), drive: Some(drive.into()), ..Description::default() };
+        description.machine().unwrap_err().to_string()
+    };
+    assert!(unknown("h1000", "7GB/s").contains("h100-80g"));
+    for drive in ["fast", "7GB", "0GB/s", "/s"] {
+        assert!(unknown("h100-80g", drive).contains("nvme-gen4"), "{drive}");
+    }
+}
+
+#[test]
+fn hugging_face_configurations_of_both_families_are_read() {
+    let folder = tempfile::tempdir().unwrap();
+    let shape = |text: &str| {
+        let path = folder.path().join("config.json");
+        std::fs::write(&path, text).unwrap();
+        ModelShape::from_hugging_face(&path)
+    };
+    // The sizes of GPT-2 small and of Llama 2 7B, whose numbers of parameters are known.
+    let gpt2 = r#"{ "model_type": "gpt2", "vocab_size": 50257, "n_layer": 12, "n_embd": 768, "n_head": 12,
+        "n_positions": 1024, "n_inner": null, "activation_function": "gelu_new" }"#;
+    assert_eq!(shape(gpt2).unwrap().parameters(), 124_439_808);
+    let llama = r#"{ "model_type": "llama", "vocab_size": 32000, "num_hidden_layers": 32, "hidden_size": 4096,
+        "num_attention_heads": 32, "intermediate_size": 11008, "max_position_embeddings": 4096,
+        "tie_word_embeddings": false }"#;
+    assert_eq!(shape(llama).unwrap().parameters(), 6_738_415_616);
+    assert!(shape(r#"{ "model_type": "t5" }"#).unwrap_err().to_string().contains("config.json"));
+    let other = llama.replace("\"llama\"", "\"bert\"");
+    assert!(shape(&other).unwrap_err().to_string().contains("bert"));
+    let zero = llama.replace("\"hidden_size\": 4096", "\"hidden_size\": 0");
+    assert!(shape(&zero).unwrap_err().to_string().contains("every size"));
+}
