@@ -308,7 +308,9 @@ fn a_configuration_of_deepspeeds_is_explained_and_an_unknown_key_of_it_refused_b
     };
     let explained = explain(r#"{ "gradient_clipping": 0.5, "zero_optimization": { "stage": 3 } }"#);
     let text = String::from_utf8_lossy(&explained.stdout).into_owned();
-    assert!(explained.status.success() && text.contains("clip = 0.5") && text.contains("not needed, because"));
+    assert!(
+        explained.status.success() && text.contains("clip = 0.5") && text.contains("not needed, because")
+    );
     let refused = refusal(&explain(r#"{ "zero_optimization": { "stage": 3, "unheard_of": 1 } }"#));
     assert!(refused.contains("zero_optimization.unheard_of"), "{refused}");
 }
