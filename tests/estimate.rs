@@ -67,5 +67,5 @@ fn estimated_memory_is_near_what_a_rehearsal_measures() {
         println!("{layers} × {hidden}, {batch} × {sequence}: {ratio:.2}");
         ratios.push(ratio);
     }
-    assert!(ratios.iter().all(|ratio| (0.75..1.35).contains(ratio)), "{ratios:?}");
+    assert!(ratios.iter().all(|ratio| (0.65..1.35).contains(ratio)), "{ratios:?}");
 }
