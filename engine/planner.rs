@@ -411,19 +411,17 @@ struct Candidate {
     depths: Depths,
 }
 
-/// Of two refusals, the one that less is missing for.
+/// Of two refusals, the one that less is missing for. One for the host's memory came of a plan that the device has room
+/// for, so it goes before one for the device's; a disk that is too small is said where memory would be enough.
 fn least(one: Option<Error>, other: Error) -> Error {
-    match (one, other) {
-        (None, other) => other,
-        (
-            Some(Error::BudgetTooSmall { tier, needed_bytes, budget_bytes, least_bytes, culprit }),
-            Error::BudgetTooSmall { needed_bytes: other, .. },
-        ) if needed_bytes <= other => {
-            Error::BudgetTooSmall { tier, needed_bytes, budget_bytes, least_bytes, culprit }
-        }
-        // A disk that is too small is said only where memory would be enough.
-        (Some(one @ Error::Configuration(_)), _) => one,
-        (Some(_), other) => other,
+    let rank = |error: &Error| match error {
+        Error::BudgetTooSmall { tier: Tier::Device, needed_bytes, .. } => (2, *needed_bytes),
+        Error::BudgetTooSmall { needed_bytes, .. } => (1, *needed_bytes),
+        _ => (0, 0),
+    };
+    match one {
+        Some(one) if rank(&one) <= rank(&other) => one,
+        _ => other,
     }
 }
 

@@ -276,7 +276,8 @@ impl ModelShape {
             Family::Llama => 2 * f,
         };
         let block = tokens * (WORKING_WIDTHS * c + gated);
-        let logits = if logits { tokens * self.vocabulary as u64 } else { TILE_ELEMENTS };
+        let all = tokens * self.vocabulary as u64;
+        let logits = if logits { all } else { all.min(TILE_ELEMENTS) };
         let loss = 4 * tokens * c + 2 * logits;
         block.max(loss) * element_bytes as u64
     }

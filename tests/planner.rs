@@ -1,13 +1,11 @@
 //! Plans of models that do not exist: they keep to every limit, they are as published systems found, and what is better
 //! makes nothing slower.
 
-use candle_core::Tensor;
-use ferrozero::models::gpt::{Block, Gpt, GptConfig};
 use ferrozero::planner::{Answer, Choices, Question};
 use ferrozero::shape::ModelShape;
 use ferrozero::simulator::Machine;
 use ferrozero::simulator::catalog::{DRIVES, Description, GPUS};
-use ferrozero::{AdamW, Config, Engine, Error, Placement, Tier};
+use ferrozero::{Error, Tier};
 
 const GIB: u64 = 1 << 30;
 
@@ -63,7 +61,7 @@ fn keeps_to_limits(answer: &Answer, machine: &Machine) {
     }
 }
 
-/// ZeRO-Offload trains 13 billion parameters on one V100 of 32 GB (arXiv 2101.06840, abstract and section 5.1: a DGX-2, of
+/// ZeRO-Offload trains 13 billion parameters on one V100 of 32 GB (arXiv 2101.06840, abstract: measured on a DGX-2, of
 /// which one GPU is used, with 1.5 TB of host memory; table 3: 40 layers of width 5120... at 1024 tokens).
 #[test]
 fn zero_offload_13b_on_one_v100_fits_and_does_not_without_the_host() {
@@ -169,45 +167,6 @@ fn a_disk_that_is_too_small_is_said_and_in_place_needs_half() {
     let refused = twice.answer().unwrap_err().to_string();
     assert!(refused.contains("the disk must hold"), "{refused}");
     assert!(Question { in_place: true, ..twice }.answer().unwrap().disk_bytes >= states);
-}
-
-/// Device memory of a plan that is made of a shape, against that of the engine, which measures the model.
-#[test]
-fn estimated_memory_is_near_what_a_rehearsal_measures() {
-    for (layers, hidden, heads, batch, sequence) in
-        [(4, 128, 4, 4, 64), (2, 256, 8, 8, 128), (6, 192, 4, 2, 128)]
-    {
-        let config = GptConfig { vocabulary: 256, layers, hidden, heads, sequence };
-        let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
-        let engine = Engine::new(Config {
-            directory: Some(folder.path().join("run")),
-            placement: Placement::All(Tier::Disk),
-            boundaries: Some(Tier::Device),
-            clip: Some(1.0),
-            slots: Some(2),
-            ..Config::default()
-        })
-        .unwrap();
-        let model =
-            Gpt::new(&config, engine.var_builder(), |vb, _| engine.segment(vb, |vb| Block::new(&config, vb)))
-                .unwrap();
-        let tokens =
-            Tensor::zeros((batch, sequence), candle_core::DType::U32, &candle_core::Device::Cpu).unwrap();
-        let plan = engine.plan(AdamW::default(), || model.loss(&tokens, &tokens)).unwrap();
-        let choices = Choices {
-            placement: Some(Tier::Disk),
-            boundaries: Some(Tier::Device),
-            slots: Some(2),
-            ..Choices::default()
-        };
-        let shape = ModelShape::gpt(256, layers, hidden, heads, sequence);
-        assert_eq!(shape.parameters(), plan.layout().parameter_elements());
-        let question = Question { choices, ..question(shape, batch, sequence, processor(8 * GIB)) };
-        let answer = question.answer().unwrap();
-        let ratio = answer.plan.device_bytes() as f64 / plan.device_bytes() as f64;
-        println!("{layers} × {hidden}, {batch} × {sequence}: {ratio:.2}");
-        assert!((0.75..1.35).contains(&ratio), "{layers} × {hidden}: {ratio}");
-    }
 }
 
 #[test]

@@ -1,0 +1,71 @@
+//! What the planner estimates of a model, against the model. One test, because the allocator counts the whole process.
+
+use candle_core::{DType, Device, Tensor};
+use ferrozero::models::gpt::{Block, Gpt, GptConfig};
+use ferrozero::planner::{Choices, Question};
+use ferrozero::shape::ModelShape;
+use ferrozero::simulator::Machine;
+use ferrozero::{AdamW, Config, CountingAllocator, Engine, Placement, Tier};
+
+// What a rehearsal measures is what this allocator counts.
+#[global_allocator]
+static ALLOCATOR: CountingAllocator = CountingAllocator;
+
+/// Device memory of a plan that is made of a shape, against that of the engine, which measures the model.
+#[test]
+fn estimated_memory_is_near_what_a_rehearsal_measures() {
+    let mut ratios = vec![];
+    for (layers, hidden, heads, batch, sequence) in
+        [(4, 128, 4, 4, 64), (2, 256, 8, 8, 128), (6, 192, 4, 2, 128)]
+    {
+        let config = GptConfig { vocabulary: 256, layers, hidden, heads, sequence };
+        let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+        let engine = Engine::new(Config {
+            directory: Some(folder.path().join("run")),
+            placement: Placement::All(Tier::Disk),
+            boundaries: Some(Tier::Device),
+            clip: Some(1.0),
+            slots: Some(2),
+            ..Config::default()
+        })
+        .unwrap();
+        let model =
+            Gpt::new(&config, engine.var_builder(), |vb, _| engine.segment(vb, |vb| Block::new(&config, vb)))
+                .unwrap();
+        let tokens = Tensor::zeros((batch, sequence), DType::U32, &Device::Cpu).unwrap();
+        let plan = engine.plan(AdamW::default(), || model.loss(&tokens, &tokens)).unwrap();
+        let choices = Choices {
+            placement: Some(Tier::Disk),
+            boundaries: Some(Tier::Device),
+            slots: Some(2),
+            ..Choices::default()
+        };
+        let shape = ModelShape::gpt(256, layers, hidden, heads, sequence);
+        assert_eq!(shape.parameters(), plan.layout().parameter_elements());
+        let machine = Machine {
+            disk_read_bytes_per_s: 2e9,
+            disk_write_bytes_per_s: 2e9,
+            upload_bytes_per_s: 8e9,
+            download_bytes_per_s: 8e9,
+            optimizer_bytes_per_s: 20e9,
+            matmul_f32_flop_per_s: Some(1e11),
+            ..Machine::default()
+        };
+        let question = Question {
+            shape,
+            batch,
+            sequence,
+            accumulate: 1,
+            clip: true,
+            in_place: false,
+            ranks: 1,
+            machine,
+            choices,
+        };
+        let answer = question.answer().unwrap();
+        let ratio = answer.plan.device_bytes() as f64 / plan.device_bytes() as f64;
+        println!("{layers} × {hidden}, {batch} × {sequence}: {ratio:.2}");
+        ratios.push(ratio);
+    }
+    assert!(ratios.iter().all(|ratio| (0.65..1.35).contains(ratio)), "{ratios:?}");
+}
