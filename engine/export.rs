@@ -79,19 +79,19 @@ impl View for ParameterView<'_> {
 }
 
 /// A safetensors file, of which only the table of contents is in memory.
-struct SafetensorsFile {
+pub(crate) struct SafetensorsFile {
     path: PathBuf,
-    file: File,
+    pub(crate) file: File,
     /// Where the tensors' bytes begin.
-    data_start: u64,
-    tensors: HashMap<String, TensorInfo>,
+    pub(crate) data_start: u64,
+    pub(crate) tensors: HashMap<String, TensorInfo>,
 }
 
 /// Longest table of contents that is read, in bytes; the format's own limit.
 const LONGEST_HEADER_BYTES: u64 = 100_000_000;
 
 impl SafetensorsFile {
-    fn open(path: &Path) -> Result<Self> {
+    pub(crate) fn open(path: &Path) -> Result<Self> {
         let failed = |source| Error::File { path: path.to_owned(), source };
         let damaged = |reason: String| Error::Safetensors { path: path.to_owned(), reason };
         let mut file = File::open(path).map_err(failed)?;

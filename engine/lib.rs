@@ -89,6 +89,7 @@ mod stores;
 pub mod trace;
 mod trainer;
 mod vacancy;
+pub mod weights;
 mod work;
 
 pub use checkpoint::{Checkpoint, Damage, GroupSummary, Summary};
@@ -105,3 +106,4 @@ pub use plan::{Placement, Plan};
 pub use registry::ParameterRule;
 pub use segment::Segment;
 pub use trainer::{StepReport, Trainer, Usage};
+pub use weights::InitialValues;
