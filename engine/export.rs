@@ -32,7 +32,9 @@ pub(crate) fn export_safetensors(
         .iter()
         .map(|(name, shape)| (name.clone(), ParameterView { values, name, shape, failure: &failure }));
     let partial = path.with_extension("safetensors.partial");
-    let written = safetensors::serialize_to_file(views, None, &partial);
+    // transformers asks who wrote a file, and takes this answer for tensors as they are.
+    let metadata = HashMap::from([("format".to_owned(), "pt".to_owned())]);
+    let written = safetensors::serialize_to_file(views, Some(metadata), &partial);
     let failed = |source| Error::File { path: path.to_owned(), source };
     if let Some(error) = lock(&failure).take() {
         let _ = std::fs::remove_file(&partial);

@@ -71,6 +71,7 @@ pub mod data;
 mod device;
 mod engine;
 mod error;
+pub mod examples;
 mod executor;
 mod export;
 pub mod generate;

@@ -239,7 +239,9 @@ impl Weights {
             let (block_elements, block_bytes) = encoding.block();
             let end_byte = start_byte + (info.shape.elem_count() / block_elements * block_bytes) as u64;
             if end_byte > file_bytes {
-                let reason = format!("it has {file_bytes} bytes and {end_byte} are needed for {stored}: it was cut short");
+                let reason = format!(
+                    "it has {file_bytes} bytes and {end_byte} are needed for {stored}: it was cut short"
+                );
                 return Err(Error::Weights { path: path.to_owned(), reason });
             }
             let tensor = StoredTensor {
@@ -268,8 +270,10 @@ fn files_of(folder: &Path) -> Result<Vec<PathBuf>> {
         return Ok(vec![folder.join("model.safetensors")]);
     }
     let wrong = |reason: String| Error::Weights { path: index.clone(), reason };
-    let text = std::fs::read_to_string(&index).map_err(|source| Error::File { path: index.clone(), source })?;
-    let value: Value = serde_json::from_str(&text).map_err(|error| wrong(format!("it is not valid JSON: {error}")))?;
+    let text =
+        std::fs::read_to_string(&index).map_err(|source| Error::File { path: index.clone(), source })?;
+    let value: Value =
+        serde_json::from_str(&text).map_err(|error| wrong(format!("it is not valid JSON: {error}")))?;
     let map = value.get("weight_map").and_then(Value::as_object);
     let map = map.ok_or_else(|| wrong("it has no weight_map".into()))?;
     let names: Option<HashSet<&str>> = map.values().map(Value::as_str).collect();
@@ -291,7 +295,8 @@ impl InitialValues for Weights {
                 Some(tensor) if tensor.parameter_shape() == *shape => {}
                 Some(tensor) => {
                     let found = tensor.parameter_shape();
-                    let reason = format!("{name} has the shape {found:?}, and the configuration says {shape:?}");
+                    let reason =
+                        format!("{name} has the shape {found:?}, and the configuration says {shape:?}");
                     return Err(tensor.damaged(reason));
                 }
                 None if crate::models::linear::Adapting::is_adapter(name) => {}

@@ -93,7 +93,10 @@ fn check(path: &Path, reference: &Value) {
         let expected: Vec<f64> = expected.as_array().unwrap().iter().map(|v| v.as_f64().unwrap()).collect();
         let error = relative_error(&gradient[..expected.len()], &expected);
         // A bias of the keys changes no probability: its gradient is rounding alone.
-        assert!(error < 1e-3 || name.ends_with("k_proj.bias") || name.ends_with("c_attn.bias"), "{name}: {error}");
+        assert!(
+            error < 1e-3 || name.ends_with("k_proj.bias") || name.ends_with("c_attn.bias"),
+            "{name}: {error}"
+        );
         compared += 1;
     }
     assert!(compared >= 10, "{compared} gradients");
@@ -101,7 +104,8 @@ fn check(path: &Path, reference: &Value) {
 
 /// Greedy continuation by the engine, with states on disk.
 fn continuation(path: &Path, prompt: &[u32], count: usize) -> Vec<u32> {
-    let pretrained = Pretrained::open(path, SEQUENCE * 2).or_else(|_| Pretrained::open(path, SEQUENCE)).unwrap();
+    let pretrained =
+        Pretrained::open(path, SEQUENCE * 2).or_else(|_| Pretrained::open(path, SEQUENCE)).unwrap();
     let run = tempfile::tempdir().unwrap();
     let config = Config {
         initial_values: Some(pretrained.weights.clone()),
@@ -147,7 +151,9 @@ fn greedy_continuations_are_those_of_transformers_with_weights_that_stream() {
 fn a_real_model_is_that_of_transformers() {
     let paths = ["FERROZERO_GGUF", "FERROZERO_GGUF_REFERENCE"].map(std::env::var_os);
     let [Some(model), Some(expected)] = paths.map(|path| path.map(PathBuf::from)) else {
-        eprintln!("skipped: set FERROZERO_GGUF and FERROZERO_GGUF_REFERENCE, see scripts/transformers_reference.py");
+        eprintln!(
+            "skipped: set FERROZERO_GGUF and FERROZERO_GGUF_REFERENCE, see scripts/transformers_reference.py"
+        );
         return;
     };
     let expected = reference(&expected);

@@ -124,7 +124,8 @@ impl Attention {
         let (b, t, _) = xs.dims3()?;
         let rows = |xs: Tensor| xs.transpose(1, 2)?.reshape((b, t, ())); // [B, heads, T, D] → [B, T, heads·D]
         let q = rows(self.heads(&self.q_proj.forward(xs)?, self.heads, self.q_norm.as_ref(), 0)?)?;
-        let k = rows(self.heads(&self.k_proj.forward(xs)?, self.key_value_heads, self.k_norm.as_ref(), 0)?)?;
+        let k =
+            rows(self.heads(&self.k_proj.forward(xs)?, self.key_value_heads, self.k_norm.as_ref(), 0)?)?;
         let v = self.v_proj.forward(xs)?; // [B, T, K·D]
         let packed = Tensor::cat(&[&q, &self.repeat(&k)?, &self.repeat(&v)?], 2)?; // [B, T, 3·H·D]
         self.o_proj.forward(&ops::causal_attention(&packed, self.heads)?)
@@ -159,9 +160,8 @@ struct Perceptron {
 impl Perceptron {
     fn new(config: &LlamaConfig, adapting: &Adapting, vb: VarBuilder) -> Result<Self> {
         let (c, f, bias) = (config.hidden, config.perceptron, config.perceptron_bias);
-        let linear = |inputs, outputs, name: &str| {
-            Linear::new(inputs, outputs, bias, WEIGHTS, adapting, vb.pp(name))
-        };
+        let linear =
+            |inputs, outputs, name: &str| Linear::new(inputs, outputs, bias, WEIGHTS, adapting, vb.pp(name));
         Ok(Self {
             gate_proj: linear(c, f, "gate_proj")?,
             up_proj: linear(c, f, "up_proj")?,

@@ -98,7 +98,8 @@ impl Reader<'_> {
     }
 
     fn flag(&self, key: &str, default: bool) -> Result<bool> {
-        self.present(key).map_or(Ok(default), |value| value.as_bool().ok_or_else(|| self.wrong(key, "a truth value")))
+        self.present(key)
+            .map_or(Ok(default), |value| value.as_bool().ok_or_else(|| self.wrong(key, "a truth value")))
     }
 }
 
@@ -202,9 +203,9 @@ impl LlamaConfig {
 
 /// Newer configurations keep everything of the angles in one object, older ones beside it.
 fn rope<'a>(reader: &Reader<'a>) -> Option<Reader<'a>> {
-    let value = ["rope_parameters", "rope_scaling"].iter().find_map(|key| {
-        reader.value.get(key).filter(|value| !value.is_null())
-    })?;
+    let value = ["rope_parameters", "rope_scaling"]
+        .iter()
+        .find_map(|key| reader.value.get(key).filter(|value| !value.is_null()))?;
     Some(Reader { value, source: reader.source })
 }
 

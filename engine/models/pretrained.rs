@@ -53,9 +53,11 @@ impl Pretrained {
 
     fn of_folder(folder: &Path, sequence: usize) -> Result<Self> {
         let path = folder.join("config.json");
-        let text = std::fs::read_to_string(&path).map_err(|source| Error::File { path: path.clone(), source })?;
-        let configuration: Value = serde_json::from_str(&text)
-            .map_err(|error| Error::Configuration(format!("{} is not valid JSON: {error}", path.display())))?;
+        let text =
+            std::fs::read_to_string(&path).map_err(|source| Error::File { path: path.clone(), source })?;
+        let configuration: Value = serde_json::from_str(&text).map_err(|error| {
+            Error::Configuration(format!("{} is not valid JSON: {error}", path.display()))
+        })?;
         let source = path.display().to_string();
         let family = match configuration.get("model_type").and_then(Value::as_str) {
             Some("gpt2") => Family::Gpt2(gpt2_config(&configuration, &source, sequence)?),
@@ -80,20 +82,31 @@ impl Pretrained {
         let configuration = gguf_configuration(path, &content)?;
         let config = LlamaConfig::from_json(&configuration, &path.display().to_string(), sequence)?;
         if content.tensor_infos.contains_key("rope_freqs.weight") {
-            return Err(damaged("rope_freqs.weight: frequencies kept in a GGUF file are not implemented".into()));
+            return Err(damaged(
+                "rope_freqs.weight: frequencies kept in a GGUF file are not implemented".into(),
+            ));
         }
         // The converter of Llama's checkpoints turns rows for another form of rotation; those of other families are as they were.
         let interleaved = configuration["model_type"] == "llama";
         let naming = |name: &str| gguf_name(name, interleaved.then_some(config.head_width));
         let weights = Weights::of_gguf(path, &content, &naming)?;
-        Ok(Self { path: path.to_owned(), configuration, weights: Arc::new(weights), family: Family::Llama(config) })
+        Ok(Self {
+            path: path.to_owned(),
+            configuration,
+            weights: Arc::new(weights),
+            family: Family::Llama(config),
+        })
     }
 
     /// The model with its blocks as segments of an engine, whose configuration has [`Self::weights`] as initial values.
     ///
     /// # Errors
     /// What the engine says of parameters and segments, and [`Error::Unsupported`] for adapters on GPT-2.
-    pub fn build(&self, engine: &Engine, adapting: &Adapting) -> Result<LanguageModel<Segment<llama::Block>, Segment<gpt::Block>>> {
+    pub fn build(
+        &self,
+        engine: &Engine,
+        adapting: &Adapting,
+    ) -> Result<LanguageModel<Segment<llama::Block>, Segment<gpt::Block>>> {
         self.build_with(
             engine.var_builder(),
             adapting,
@@ -127,10 +140,12 @@ impl Pretrained {
             Family::Llama(config) => {
                 Ok(LanguageModel::Llama(Llama::new(config, vb, |vb| llama_block(vb, config))?))
             }
-            Family::Gpt2(_) if adapting.rank > 0 => {
-                Err(Error::Unsupported("adapters are implemented for Llama-like models, not for GPT-2".into()))
+            Family::Gpt2(_) if adapting.rank > 0 => Err(Error::Unsupported(
+                "adapters are implemented for Llama-like models, not for GPT-2".into(),
+            )),
+            Family::Gpt2(config) => {
+                Ok(LanguageModel::Gpt2(Gpt::new(config, vb, |vb, _| gpt_block(vb, config))?))
             }
-            Family::Gpt2(config) => Ok(LanguageModel::Gpt2(Gpt::new(config, vb, |vb, _| gpt_block(vb, config))?)),
         }
     }
 
@@ -161,7 +176,8 @@ fn is_gpt2_transposed(name: &str) -> bool {
 fn gpt2_name(stored: &str) -> Option<(String, Arrangement)> {
     let name = stored.strip_prefix(GPT2_PREFIX).unwrap_or(stored);
     // Masks, and the head, which is the token embedding.
-    let derived = name.ends_with(".attn.bias") || name.ends_with(".attn.masked_bias") || name == "lm_head.weight";
+    let derived =
+        name.ends_with(".attn.bias") || name.ends_with(".attn.masked_bias") || name == "lm_head.weight";
     let arrangement = if is_gpt2_transposed(name) { Arrangement::Transposed } else { Arrangement::Same };
     (!derived).then(|| (name.to_owned(), arrangement))
 }
@@ -295,7 +311,12 @@ impl<L: Module, G: Module> LanguageModel<L, G> {
     ///
     /// # Errors
     /// What the model says.
-    pub fn loss(&self, tokens: &Tensor, targets: &Tensor, counted: Option<&Tensor>) -> candle_core::Result<Tensor> {
+    pub fn loss(
+        &self,
+        tokens: &Tensor,
+        targets: &Tensor,
+        counted: Option<&Tensor>,
+    ) -> candle_core::Result<Tensor> {
         let head = self.head();
         let mut hidden = self.hidden(tokens)?.flatten(0, 1)?; // [B·T, C]
         let mut targets = targets.to_device(head.device())?.flatten_all()?; // [B·T]
