@@ -41,7 +41,7 @@ def tokens_of(count, vocabulary):
 
 def reference(model, tokens, generated, every):
     """Loss and gradients of a text, and what follows its beginning."""
-    model = model.float().eval()
+    model = model.eval()
     model.zero_grad()
     batch = torch.tensor([tokens])
     loss = model(batch, labels=batch).loss
