@@ -65,6 +65,16 @@ pub enum DataError {
         /// What the system said.
         source: std::io::Error,
     },
+    /// A line that is no example.
+    #[error(
+        "{path}, line {line}: expected an object with \"prompt\" and \"completion\", or with \"text\", all of them strings"
+    )]
+    Example {
+        /// The file.
+        path: PathBuf,
+        /// Number of the line, from 1.
+        line: usize,
+    },
     /// A tokenizer that cannot be used.
     #[error("tokenizer {path}: {reason}")]
     Tokenizer {
@@ -293,8 +303,8 @@ pub struct TokenFile {
     file: File,
     /// Folder of the run, for messages.
     folder: PathBuf,
-    tokens: usize,
-    fingerprint: String,
+    pub(crate) tokens: usize,
+    pub(crate) fingerprint: String,
 }
 
 impl TokenFile {
@@ -308,7 +318,11 @@ impl TokenFile {
         writer.finish()
     }
 
-    fn read(&self, start: usize, count: usize) -> Result<Vec<u32>, DataError> {
+    /// Tokens from `start`.
+    ///
+    /// # Errors
+    /// [`DataError::Tokens`].
+    pub(crate) fn read(&self, start: usize, count: usize) -> Result<Vec<u32>, DataError> {
         let mut bytes = vec![0; count * TOKEN_BYTES as usize];
         let read = self.file.read_exact_at(&mut bytes, start as u64 * TOKEN_BYTES);
         read.map_err(|source| tokens_error(&self.folder, "read", self.tokens, source))?;
@@ -321,7 +335,7 @@ fn tokens_error(folder: &Path, operation: &'static str, tokens: usize, source: s
     DataError::Tokens { path: folder.to_owned(), operation, bytes: tokens as u64 * TOKEN_BYTES, source }
 }
 
-struct TokenWriter {
+pub(crate) struct TokenWriter {
     file: BufWriter<File>,
     folder: PathBuf,
     hasher: Sha256,
@@ -329,7 +343,7 @@ struct TokenWriter {
 }
 
 impl TokenWriter {
-    fn new(folder: &Path) -> Result<Self, DataError> {
+    pub(crate) fn new(folder: &Path) -> Result<Self, DataError> {
         let absolute = std::path::absolute(folder).unwrap_or_else(|_| folder.to_owned());
         let existing = absolute.ancestors().find(|folder| folder.is_dir()).unwrap_or(Path::new("/"));
         let file =
@@ -338,7 +352,7 @@ impl TokenWriter {
         Ok(Self { file: BufWriter::new(file), folder, hasher: Sha256::new(), tokens: 0 })
     }
 
-    fn append(&mut self, tokens: &[u32]) -> Result<(), DataError> {
+    pub(crate) fn append(&mut self, tokens: &[u32]) -> Result<(), DataError> {
         self.tokens += tokens.len();
         for token in tokens {
             let bytes = token.to_le_bytes();
@@ -349,7 +363,7 @@ impl TokenWriter {
         Ok(())
     }
 
-    fn finish(self) -> Result<TokenFile, DataError> {
+    pub(crate) fn finish(self) -> Result<TokenFile, DataError> {
         let Self { file, folder, hasher, tokens } = self;
         let file = file
             .into_inner()

@@ -11,6 +11,7 @@ use crate::rehearsal::Rehearsal;
 use crate::segment::Segment;
 use crate::stores::{self, Progress, Stores};
 use crate::trainer::Trainer;
+use crate::weights::InitialValues;
 use candle_core::{DType, Device, Tensor};
 use candle_nn::VarBuilder;
 use ferrozero_offload::io::FaultPlan;
@@ -48,6 +49,8 @@ pub struct Config {
     pub accumulate: usize,
     /// Largest gradient norm that is not scaled down; none: no clipping.
     pub clip: Option<f64>,
+    /// Where initial values come from; none: the random numbers that the model's `Init`s say.
+    pub initial_values: Option<Arc<dyn InitialValues>>,
     /// Seed of the initial values.
     pub seed: u64,
     /// Threads of the host's arithmetic; none: one a processor.
@@ -83,6 +86,7 @@ impl Default for Config {
             boundaries: None,
             accumulate: 1,
             clip: None,
+            initial_values: None,
             seed: 0,
             threads: None,
             backend: BackendChoice::Auto,
@@ -212,8 +216,11 @@ impl Engine {
 
     /// Parameters for which `rule` holds (by name and shape) and that are asked for from now on are frozen: they have
     /// no gradient and no moments.
-    pub fn freeze(&self, rule: impl Fn(&str, &[usize]) -> bool + Send + Sync + 'static) {
-        self.registry.freeze(Arc::new(rule));
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] if a parameter for which the rule holds was asked for before.
+    pub fn freeze(&self, rule: impl Fn(&str, &[usize]) -> bool + Send + Sync + 'static) -> Result<()> {
+        self.registry.freeze(Arc::new(rule))
     }
 
     /// Makes a part of the model that is fetched, run and released as one. Its name is the builder's prefix.
@@ -242,6 +249,9 @@ impl Engine {
         let layout = Arc::new(self.registry.seal(self.piece_bytes / 4, &adamw.decays, &order)?);
         let names = layout.groups.iter().map(|group| group.name.clone()).collect();
         self.passes.set_segment_names(names);
+        if let Some(values) = self.config.initial_values.as_ref().filter(|_| self.resumed.is_none()) {
+            values.check(&layout.parameters())?;
+        }
         let tensors = Arc::new(GroupTensors::new(&layout, &self.registry.parameters()));
         let on_disk_possible =
             self.config.directory.is_some() || self.config.backend == BackendChoice::Memory;

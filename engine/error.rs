@@ -136,6 +136,14 @@ pub enum Error {
         /// What is wrong with it.
         reason: String,
     },
+    /// Weights of a model that cannot be used.
+    #[error("weights {path}: {reason}")]
+    Weights {
+        /// Their file or folder.
+        path: PathBuf,
+        /// What is wrong with them, with the tensor.
+        reason: String,
+    },
     /// A part of the model that the engine cannot run.
     #[error("{0}")]
     Unsupported(String),

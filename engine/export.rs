@@ -32,7 +32,9 @@ pub(crate) fn export_safetensors(
         .iter()
         .map(|(name, shape)| (name.clone(), ParameterView { values, name, shape, failure: &failure }));
     let partial = path.with_extension("safetensors.partial");
-    let written = safetensors::serialize_to_file(views, None, &partial);
+    // transformers asks who wrote a file, and takes this answer for tensors as they are.
+    let metadata = HashMap::from([("format".to_owned(), "pt".to_owned())]);
+    let written = safetensors::serialize_to_file(views, Some(metadata), &partial);
     let failed = |source| Error::File { path: path.to_owned(), source };
     if let Some(error) = lock(&failure).take() {
         let _ = std::fs::remove_file(&partial);
@@ -79,19 +81,19 @@ impl View for ParameterView<'_> {
 }
 
 /// A safetensors file, of which only the table of contents is in memory.
-struct SafetensorsFile {
+pub(crate) struct SafetensorsFile {
     path: PathBuf,
-    file: File,
+    pub(crate) file: File,
     /// Where the tensors' bytes begin.
-    data_start: u64,
-    tensors: HashMap<String, TensorInfo>,
+    pub(crate) data_start: u64,
+    pub(crate) tensors: HashMap<String, TensorInfo>,
 }
 
 /// Longest table of contents that is read, in bytes; the format's own limit.
 const LONGEST_HEADER_BYTES: u64 = 100_000_000;
 
 impl SafetensorsFile {
-    fn open(path: &Path) -> Result<Self> {
+    pub(crate) fn open(path: &Path) -> Result<Self> {
         let failed = |source| Error::File { path: path.to_owned(), source };
         let damaged = |reason: String| Error::Safetensors { path: path.to_owned(), reason };
         let mut file = File::open(path).map_err(failed)?;

@@ -29,19 +29,31 @@ pub fn generate(
         let context = &tokens[tokens.len().saturating_sub(sequence)..];
         let context = Tensor::new(context, &candle_core::Device::Cpu)?.unsqueeze(0)?;
         let logits = next_logits(&context)?.squeeze(0)?.to_dtype(DType::F32)?.to_vec1::<f32>()?;
-        tokens.push(choose(&logits, sampling.temperature, stream.uniform(position)));
+        tokens.push(choose(&logits, sampling.temperature, 1.0, stream.uniform(position)));
     }
     Ok(tokens)
 }
 
-/// The token at which the cumulative probability passes `uniform`.
-fn choose(logits: &[f32], temperature: f64, uniform: f64) -> u32 {
+/// The token at which the cumulative probability passes `uniform`, among the most likely ones that have the probability `top_p`
+/// together (Holtzman et al., arXiv 1904.09751).
+pub fn choose(logits: &[f32], temperature: f64, top_p: f64, uniform: f64) -> u32 {
     let largest = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
     if temperature <= 0.0 {
         return logits.iter().position(|&logit| logit == largest).unwrap_or(0) as u32;
     }
-    let weights: Vec<f64> =
+    let mut weights: Vec<f64> =
         logits.iter().map(|&logit| ((f64::from(logit) - f64::from(largest)) / temperature).exp()).collect();
+    if top_p < 1.0 {
+        let mut order: Vec<usize> = (0..weights.len()).collect();
+        order.sort_by(|&a, &b| weights[b].total_cmp(&weights[a]));
+        let mut left = top_p * weights.iter().sum::<f64>();
+        for token in order {
+            if left <= 0.0 {
+                weights[token] = 0.0;
+            }
+            left -= weights[token];
+        }
+    }
     let mut left = uniform * weights.iter().sum::<f64>();
     for (token, weight) in weights.iter().enumerate() {
         left -= weight;
@@ -74,7 +86,10 @@ mod tests {
     #[test]
     fn choices_follow_the_probabilities() {
         let logits = [0f32, 3f32.ln()];
-        let ones = (0..1000).filter(|&i| choose(&logits, 1.0, f64::from(i) / 1000.0) == 1).count();
+        let ones = (0..1000).filter(|&i| choose(&logits, 1.0, 1.0, f64::from(i) / 1000.0) == 1).count();
         assert!((740..=760).contains(&ones), "{ones}");
+        let zeros =
+            |top_p| (0..1000).filter(|&i| choose(&logits, 1.0, top_p, f64::from(i) / 1000.0) == 0).count();
+        assert_eq!((zeros(0.7), zeros(0.8)), (0, 250));
     }
 }

@@ -53,8 +53,17 @@ impl Registry {
     }
 
     /// Parameters for which `rule` holds, from now on, are not trained.
-    pub fn freeze(&self, rule: ParameterRule) {
-        self.state().frozen = Some(rule);
+    pub fn freeze(&self, rule: ParameterRule) -> Result<()> {
+        let mut state = self.state();
+        let late = state.parameters.iter().find(|known| known.trainable && rule(&known.name, &known.shape));
+        if let Some(parameter) = late {
+            return Err(Error::Unsupported(format!(
+                "parameter {} was made before it was to be frozen: freeze first, then make the model",
+                parameter.name
+            )));
+        }
+        state.frozen = Some(rule);
+        Ok(())
     }
 
     /// Begins a segment; parameters asked for until [`Self::end_segment`] belong to it.

@@ -150,6 +150,7 @@ impl Trainer {
             layout: (*plan.layout).clone(),
             calls: plan.calls.clone(),
             parameters,
+            initial_values: config.initial_values.clone(),
             seed: config.seed,
             pool,
             device: compute.clone(),

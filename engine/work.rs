@@ -7,6 +7,7 @@ use crate::layout::{Layout, Run};
 use crate::registry::Parameter;
 use crate::schedule::{GroupIndex, MasterPlace, Operation, Queue, Stream};
 use crate::vacancy::DeviceRun;
+use crate::weights::InitialValues;
 use crossbeam::channel::Sender;
 use ferrozero_kernels::Pool;
 use ferrozero_kernels::adamw::{AdamWState, AdamWStep, adamw};
@@ -110,6 +111,8 @@ pub struct Shared {
     pub calls: Vec<Call>,
     /// Initial value of each parameter, by registry index.
     pub parameters: Vec<Parameter>,
+    /// Where initial values come from; none: random numbers.
+    pub initial_values: Option<Arc<dyn InitialValues>>,
     /// Seed of initial values.
     pub seed: u64,
     /// Threads of the host's arithmetic.
@@ -180,6 +183,11 @@ impl Shared {
             let entry = &self.layout.groups[group].table[run.entry];
             let init = &self.parameters[entry.parameter].init;
             let target = &mut values[run.piece_start..run.piece_start + run.elements];
+            if let Some(initial) = &self.initial_values
+                && initial.fill(&entry.name, run.entry_start, target)?
+            {
+                continue;
+            }
             initialize(init, &entry.shape, self.seed, &entry.name, run.entry_start, target);
         }
         Ok(())

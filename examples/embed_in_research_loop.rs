@@ -169,7 +169,7 @@ fn open(directory: &Path, resume: bool) -> AnyResult<(Trainer, Regressor, Progre
         Some(committed) => serde_json::from_value(committed.clone())?,
         None => Progress { random: Random(7), best_error: f32::INFINITY },
     };
-    engine.freeze(|name, _| name == "waves"); // before the parameters are asked for
+    engine.freeze(|name, _| name == "waves")?; // before the parameters are asked for
     let model = Regressor::new(&engine)?;
     // The plan asks for the loss once, to see shapes and the order of segments: any batch of the right size will do.
     let points = Tensor::zeros((BATCH, 2), DType::F32, &Device::Cpu)?;

@@ -111,7 +111,7 @@ fn frozen_parameters_stay_as_they_are() {
     let config =
         Config { placement: Placement::All(Tier::Host), piece_bytes: Some(4096), ..Config::default() };
     let engine = Engine::new(config).unwrap();
-    engine.freeze(|name, _| name.ends_with("bias") || name.starts_with("h.1."));
+    engine.freeze(|name, _| name.ends_with("bias") || name.starts_with("h.1.")).unwrap();
     let model = engine_model(&engine, 2).unwrap();
     let plan = engine.plan(AdamW::default(), || model.loss(&tokens(0, 0))).unwrap();
     let mut trainer = engine.trainer(plan).unwrap();

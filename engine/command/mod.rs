@@ -4,7 +4,9 @@ mod bench;
 mod checkpoint;
 mod config;
 mod deepspeed;
+mod finetune;
 mod plan;
+mod pretrained;
 mod probe;
 mod settings;
 mod train;
@@ -31,6 +33,10 @@ enum Command {
     /// memory, in about three minutes.
     #[command(after_help = TRAIN_EXAMPLES, args_override_self = true)]
     Train(Box<TrainArguments>),
+    /// Train a model further that others have trained, on prompts and answers or on text.
+    Finetune(Box<finetune::FinetuneArguments>),
+    /// Continue a text with a model that others have trained, which may be larger than memory.
+    Generate(Box<pretrained::GenerateArguments>),
     /// Tell what a run's folder holds: commit, step, groups, bytes, homes.
     Inspect(checkpoint::FolderArguments),
     /// Read all of a run's states, check all sums, and name what is damaged.
@@ -94,6 +100,8 @@ pub fn run() -> ExitCode {
     let CommandLine { command } = CommandLine::parse();
     let result = match command {
         Command::Train(arguments) => train::run(*arguments),
+        Command::Finetune(arguments) => finetune::run(*arguments),
+        Command::Generate(arguments) => pretrained::generate(*arguments),
         Command::Inspect(arguments) => checkpoint::inspect(arguments),
         Command::Verify(arguments) => checkpoint::verify(arguments),
         Command::Copy(arguments) => checkpoint::copy(arguments),

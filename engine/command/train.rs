@@ -176,7 +176,7 @@ pub fn run(arguments: TrainArguments) -> CommandResult {
 }
 
 /// Becomes true at Ctrl-C or a termination signal; the second one ends the process.
-fn stop_flag() -> CommandResult<Arc<AtomicBool>> {
+pub(super) fn stop_flag() -> CommandResult<Arc<AtomicBool>> {
     let stop = Arc::new(AtomicBool::new(false));
     let flag = stop.clone();
     ctrlc::set_handler(move || {

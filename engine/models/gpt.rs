@@ -163,6 +163,11 @@ impl<B: Module> Gpt<B> {
         self.ln_f.forward(&xs)
     }
 
+    /// The matrix [V, C] that makes logits of hidden states: the token embedding.
+    pub fn head(&self) -> &Tensor {
+        &self.wte
+    }
+
     /// Mean cross-entropy of `targets` [B, T] after `tokens` [B, T]. The head is the token embedding.
     ///
     /// # Errors

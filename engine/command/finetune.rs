@@ -1,0 +1,223 @@
+//! `ferrozero finetune`: trains a model further that others have trained, and writes a folder that transformers loads.
+
+use super::pretrained::{ends, folder_of};
+use super::train::stop_flag;
+use super::{CommandResult, configuration};
+use crate::byte_size::ByteSize;
+use crate::data::Tokenizer;
+use crate::error::Error;
+use crate::examples::Examples;
+use crate::export::export_safetensors;
+use crate::learning_rate::LearningRate;
+use crate::models::linear::Adapting;
+use crate::models::pretrained::Pretrained;
+use crate::{AdamW, Config, Engine, Trainer};
+use candle_core::DType;
+use serde_json::{Value, json};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::Ordering;
+
+/// Options of `ferrozero finetune`.
+#[derive(Debug, clap::Args)]
+pub struct FinetuneArguments {
+    /// Hugging Face folder, or GGUF file
+    model: PathBuf,
+    /// Text, or FILE.jsonl with {"prompt": …, "completion": …} or {"text": …} a line; prompts are not learnt
+    #[arg(long)]
+    data: PathBuf,
+    /// Folder for the result, which transformers loads
+    #[arg(long)]
+    out: PathBuf,
+    /// Hugging Face tokenizer [default: tokenizer.json in the folder of the model]
+    #[arg(long, value_name = "tokenizer.json")]
+    tokenizer: Option<PathBuf>,
+    /// Folder of the run: states and checkpoint
+    #[arg(long, default_value = "ferrozero-finetune")]
+    dir: PathBuf,
+    /// Go on from the last commit in --dir
+    #[arg(long)]
+    resume: bool,
+    /// Memory for everything, as 600MiB
+    #[arg(long, default_value = "2GiB")]
+    memory: ByteSize,
+    /// Passes over the data
+    #[arg(long, default_value_t = 1.0)]
+    epochs: f64,
+    /// Tokens of a sequence
+    #[arg(long, default_value_t = 256)]
+    seq: usize,
+    /// Sequences of a micro-batch
+    #[arg(long, default_value_t = 1)]
+    batch: usize,
+    /// Micro-batches of a step
+    #[arg(long, default_value_t = 4)]
+    accumulate: usize,
+    /// Highest learning rate; it rises over a tenth of the steps and falls along a cosine
+    #[arg(long, default_value_t = 2e-5)]
+    lr: f64,
+    /// Largest gradient norm that is not scaled down
+    #[arg(long, default_value_t = 1.0)]
+    clip: f64,
+    /// Steps between two evaluations and commits
+    #[arg(long, default_value_t = 50)]
+    eval_every: u64,
+    /// Stop after so many evaluations without a better one, 0 for never
+    #[arg(long, default_value_t = 0)]
+    patience: u32,
+    /// Seed of the data's order
+    #[arg(long, default_value_t = 1)]
+    seed: u64,
+}
+
+/// Fine-tunes as the arguments say.
+pub fn run(arguments: FinetuneArguments) -> CommandResult {
+    let FinetuneArguments { model: path, seq, batch, accumulate, epochs, .. } = &arguments;
+    if [*seq, *batch, *accumulate].contains(&0)
+        || !(*epochs > 0.0 && epochs.is_finite())
+        || arguments.eval_every == 0
+    {
+        let text = "--seq, --batch, --accumulate, --epochs and --eval-every must be above 0";
+        return Err(configuration(text.into()).into());
+    }
+    let pretrained = Pretrained::open(path, *seq)?;
+    let tokenizer_path =
+        arguments.tokenizer.clone().unwrap_or_else(|| folder_of(path).join("tokenizer.json"));
+    let tokenizer = Tokenizer::from_file(&tokenizer_path)?;
+    let end = ends(&pretrained.configuration).first().copied();
+    let data =
+        Examples::read(&arguments.data, &tokenizer, end, &arguments.dir, (arguments.seed, *batch, *seq))?;
+    let steps = (epochs * data.training() as f64 / (batch * accumulate) as f64).ceil() as u64;
+    println!("data: {} sequences for training, {steps} steps", data.training());
+    let engine = Engine::new(Config {
+        memory_bytes: Some(arguments.memory.0),
+        directory: Some(arguments.dir.clone()),
+        resume: arguments.resume,
+        accumulate: *accumulate,
+        clip: Some(arguments.clip),
+        seed: arguments.seed,
+        initial_values: Some(pretrained.weights.clone()),
+        ..Config::default()
+    })?;
+    if engine.resumed().is_some_and(|user| user["data"] != data.fingerprint()) {
+        println!("notice: the data is not the data of the run that is resumed");
+    }
+    let model = pretrained.build(&engine, &Adapting::default())?;
+    let plan = engine.plan(AdamW { weight_decay: 0.0, ..AdamW::default() }, || {
+        // All targets counted: no batch needs more memory.
+        let batch = data.train_batch(0)?;
+        let all =
+            candle_core::Tensor::arange(0u32, batch.targets.elem_count() as u32, batch.targets.device())?;
+        model.loss(&batch.inputs, &batch.targets, Some(&all))
+    })?;
+    println!("{plan}");
+    let mut trainer = engine.trainer(plan)?;
+    let stop = stop_flag()?;
+    let rate = LearningRate::WarmupCosine {
+        peak: arguments.lr,
+        warmup: steps / 10,
+        steps,
+        floor: 0.1 * arguments.lr,
+    };
+    let evaluate = |trainer: &mut Trainer| -> CommandResult<f32> {
+        let batches = data.validation_batches();
+        let mut sum = 0.0;
+        for number in 0..batches {
+            sum += trainer.evaluate(|| {
+                let batch = data.validation_batch(number)?;
+                let loss = model.loss(&batch.inputs, &batch.targets, Some(&batch.counted))?;
+                loss.to_dtype(DType::F32)?.to_scalar::<f32>()
+            })?;
+        }
+        Ok(sum / batches as f32)
+    };
+    let document = || json!({ "data": data.fingerprint() });
+    let (mut best, mut worse) = (evaluate(&mut trainer)?, 0);
+    println!("validation loss at first {best:.4}");
+    while trainer.steps() < steps && !stop.load(Ordering::SeqCst) {
+        let step = trainer.steps();
+        trainer.set_learning_rate(rate.at(step));
+        let report = trainer.step(|micro_batch| {
+            let batch = data.train_batch(step * *accumulate as u64 + micro_batch as u64)?;
+            model.loss(&batch.inputs, &batch.targets, Some(&batch.counted))
+        })?;
+        println!(
+            "step {}/{steps}  loss {:.4}  {:.2} s  stall {:.0} %",
+            report.step,
+            report.loss,
+            report.step_s,
+            100.0 * report.exposed_stall
+        );
+        if report.step % arguments.eval_every == 0 && report.step < steps {
+            let loss = evaluate(&mut trainer)?;
+            println!("step {}: validation loss {loss:.4}", report.step);
+            trainer.commit_behind(document())?;
+            worse = if loss < best { 0 } else { worse + 1 };
+            best = best.min(loss);
+            if arguments.patience > 0 && worse >= arguments.patience {
+                println!("stopped: {worse} evaluations without a better one");
+                break;
+            }
+        }
+    }
+    println!("validation loss at last {:.4}", evaluate(&mut trainer)?);
+    trainer.commit(document())?;
+    write_model(&pretrained, &trainer, &tokenizer_path, &arguments.out)?;
+    println!("digest of the weights {}", trainer.weights_digest()?);
+    println!("the model is in {}", arguments.out.display());
+    Ok(())
+}
+
+/// Files beside the weights that transformers reads, if they are there.
+const COPIED: [&str; 7] = [
+    "generation_config.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "added_tokens.json",
+];
+
+/// Writes a folder that transformers loads.
+fn write_model(pretrained: &Pretrained, trainer: &Trainer, tokenizer: &Path, out: &Path) -> CommandResult {
+    let failed = |path: &Path| {
+        let path = path.to_owned();
+        move |source| Error::File { path, source }
+    };
+    std::fs::create_dir_all(out).map_err(failed(out))?;
+    let copy = |from: &Path, name: &str| std::fs::copy(from, out.join(name)).map_err(failed(from));
+    copy(tokenizer, "tokenizer.json")?;
+    for name in COPIED {
+        let from = folder_of(&pretrained.path).join(name);
+        if from.exists() {
+            copy(&from, name)?;
+        }
+    }
+    let mut configuration: Value = pretrained.configuration.clone();
+    configuration["dtype"] = json!("float32");
+    let path = out.join("config.json");
+    std::fs::write(&path, format!("{configuration:#}\n")).map_err(failed(&path))?;
+    let stored = trainer.parameters().into_iter().map(|(name, shape)| {
+        let (stored, transposed) = pretrained.stored_name(&name);
+        let shape_stored = if transposed { shape.iter().rev().copied().collect() } else { shape.clone() };
+        (stored, shape_stored, name, shape, transposed)
+    });
+    let stored: Vec<_> = stored.collect();
+    let names: Vec<_> = stored.iter().map(|(name, shape, ..)| (name.clone(), shape.clone())).collect();
+    let values = |wanted: &str| {
+        let found = stored.iter().find(|(name, ..)| name == wanted);
+        let (_, _, name, shape, transposed) =
+            found.ok_or_else(|| crate::work::internal("a parameter without its name in the file"))?;
+        let values = trainer.parameter(name)?;
+        if !transposed {
+            return Ok(values);
+        }
+        let (rows, columns) = (shape[0], shape[1]);
+        Ok((0..columns)
+            .flat_map(|column| (0..rows).map(move |row| (row, column)))
+            .map(|(row, column)| values[row * columns + column])
+            .collect())
+    };
+    export_safetensors(&out.join("model.safetensors"), &names, &values)?;
+    Ok(())
+}

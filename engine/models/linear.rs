@@ -1,0 +1,95 @@
+//! A linear layer, with an adapter of low rank beside it where one is asked for.
+
+use candle_core::{Result, Tensor};
+use candle_nn::{Init, VarBuilder};
+use ferrozero_kernels::ops;
+use serde::{Deserialize, Serialize};
+
+/// Which layers get an adapter of low rank, and which (Hu et al., "LoRA", arXiv 2106.09685).
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct Adapting {
+    /// Width of the adapters; 0: none.
+    pub rank: usize,
+    /// The adapters' outputs are multiplied with `alpha / rank`.
+    pub alpha: f64,
+    /// Last parts of the names of the layers that get one, as `q_proj`.
+    pub targets: Vec<String>,
+}
+
+/// Last parts of the names of an adapter's two matrices.
+const LORA_A: &str = "lora_A.weight";
+const LORA_B: &str = "lora_B.weight";
+
+impl Adapting {
+    /// Factor on the adapters' outputs.
+    pub fn scale(&self) -> f64 {
+        self.alpha / self.rank as f64
+    }
+
+    /// Whether the layer of a name has an adapter.
+    fn adapts(&self, layer: &str) -> bool {
+        let last = layer.rsplit('.').next().unwrap_or(layer);
+        self.rank > 0 && self.targets.iter().any(|target| target == last)
+    }
+
+    /// Whether a parameter belongs to an adapter.
+    pub fn is_adapter(name: &str) -> bool {
+        name.ends_with(LORA_A) || name.ends_with(LORA_B)
+    }
+}
+
+/// `xs·weightᵀ + bias`, and with an adapter `+ alpha/rank·xs·aᵀ·bᵀ`.
+pub struct Linear {
+    weight: Tensor,
+    bias: Option<Tensor>,
+    /// [rank, in], [out, rank] and the factor.
+    adapter: Option<(Tensor, Tensor, f64)>,
+}
+
+impl Linear {
+    /// A layer with a weight [out, in]. The second matrix of an adapter starts at zero: at first it changes nothing.
+    ///
+    /// # Errors
+    /// What the `VarBuilder` says.
+    pub fn new(
+        inputs: usize,
+        outputs: usize,
+        bias: bool,
+        init: Init,
+        adapting: &Adapting,
+        vb: VarBuilder,
+    ) -> Result<Self> {
+        let make_bias = || vb.get_with_hints(outputs, "bias", Init::Const(0.0));
+        let adapter = match adapting.adapts(&vb.prefix()) {
+            false => None,
+            true => {
+                // As PEFT, which takes the default of PyTorch's linear layers.
+                let bound = 1.0 / (inputs as f64).sqrt();
+                let init = Init::Uniform { lo: -bound, up: bound };
+                let a = vb.get_with_hints((adapting.rank, inputs), LORA_A, init)?;
+                let b = vb.get_with_hints((outputs, adapting.rank), LORA_B, Init::Const(0.0))?;
+                Some((a, b, adapting.scale()))
+            }
+        };
+        Ok(Self {
+            weight: vb.get_with_hints((outputs, inputs), "weight", init)?,
+            bias: bias.then(make_bias).transpose()?,
+            adapter,
+        })
+    }
+
+    /// `xs` [.., in] to [.., out].
+    ///
+    /// # Errors
+    /// What the operations say.
+    pub fn forward(&self, xs: &Tensor) -> Result<Tensor> {
+        let ys = ops::linear(xs, &self.weight, self.bias.as_ref())?;
+        match &self.adapter {
+            None => Ok(ys),
+            Some((a, b, scale)) => {
+                let low = (ops::linear(xs, a, None)? * *scale)?; // [.., rank]
+                ys + ops::linear(&low, b, None)?
+            }
+        }
+    }
+}

@@ -1,0 +1,286 @@
+//! The Llama architecture (Touvron et al., arXiv 2302.13971) and those that differ from it in details: Llama 2 and 3, Mistral,
+//! Qwen2, Qwen2.5 and Qwen3, SmolLM2. Plain candle modules with the tensor names of Hugging Face's checkpoints.
+//!
+//! B: batch, T: tokens of a sequence, C: hidden width, H: query heads, K: key and value heads, D: width of a head, F: width of
+//! the perceptron, V: vocabulary.
+
+use super::cache::LayerCache;
+use super::linear::{Adapting, Linear};
+use super::llama_config::LlamaConfig;
+use candle_core::{Module, Result, Tensor};
+use candle_nn::{Init, VarBuilder};
+use ferrozero_kernels::ops;
+
+const WEIGHTS: Init = Init::Randn { mean: 0.0, stdev: 0.02 };
+
+/// Root mean square norm with a scale.
+struct Norm {
+    weight: Tensor,
+    epsilon: f32,
+}
+
+impl Norm {
+    fn new(width: usize, epsilon: f64, vb: VarBuilder) -> Result<Self> {
+        let weight = vb.get_with_hints(width, "weight", Init::Const(1.0))?;
+        Ok(Self { weight, epsilon: epsilon as f32 })
+    }
+
+    fn forward(&self, xs: &Tensor) -> Result<Tensor> {
+        ops::rms_norm(xs, &self.weight, self.epsilon)
+    }
+}
+
+/// Cosines and sines of the positions' angles, both [T, D/2].
+#[derive(Clone)]
+struct Angles {
+    cosines: Tensor,
+    sines: Tensor,
+}
+
+impl Angles {
+    fn new(config: &LlamaConfig, vb: &VarBuilder) -> Result<Self> {
+        let frequencies = config.frequencies();
+        let shape = (config.sequence, frequencies.len());
+        let of = |function: fn(f64) -> f64| {
+            let angles = (0..config.sequence).flat_map(|position| {
+                // In f32, as the checkpoints were trained.
+                frequencies.iter().map(move |frequency| position as f32 * frequency)
+            });
+            let values: Vec<f32> = angles.map(|angle| function(f64::from(angle)) as f32).collect();
+            Tensor::from_vec(values, shape, vb.device())?.to_dtype(vb.dtype())
+        };
+        Ok(Self { cosines: of(f64::cos)?, sines: of(f64::sin)? })
+    }
+
+    /// Rotates `xs` [B, H, T, D], whose first token is at `position`.
+    fn rotate(&self, xs: &Tensor, position: usize) -> Result<Tensor> {
+        let t = xs.dim(2)?;
+        let [cosines, sines] =
+            [&self.cosines, &self.sines].map(|table| table.narrow(0, position, t)?.contiguous());
+        ops::rope(xs, &cosines?, &sines?)
+    }
+}
+
+/// Attention in which several query heads share a key and value head (Ainslie et al., arXiv 2305.13245).
+struct Attention {
+    q_proj: Linear,
+    k_proj: Linear,
+    v_proj: Linear,
+    o_proj: Linear,
+    q_norm: Option<Norm>,
+    k_norm: Option<Norm>,
+    angles: Angles,
+    heads: usize,
+    key_value_heads: usize,
+    head_width: usize,
+}
+
+impl Attention {
+    fn new(config: &LlamaConfig, angles: Angles, adapting: &Adapting, vb: VarBuilder) -> Result<Self> {
+        let (c, d) = (config.hidden, config.head_width);
+        let (q, kv) = (config.heads * d, config.key_value_heads * d);
+        let linear = |inputs, outputs, bias, name: &str| {
+            Linear::new(inputs, outputs, bias, WEIGHTS, adapting, vb.pp(name))
+        };
+        let norm = |name: &str| {
+            let norm = || Norm::new(d, config.epsilon, vb.pp(name));
+            config.query_key_norms.then(norm).transpose()
+        };
+        Ok(Self {
+            q_proj: linear(c, q, config.query_key_value_bias, "q_proj")?,
+            k_proj: linear(c, kv, config.query_key_value_bias, "k_proj")?,
+            v_proj: linear(c, kv, config.query_key_value_bias, "v_proj")?,
+            o_proj: linear(q, c, config.output_bias, "o_proj")?,
+            q_norm: norm("q_norm")?,
+            k_norm: norm("k_norm")?,
+            angles,
+            heads: config.heads,
+            key_value_heads: config.key_value_heads,
+            head_width: d,
+        })
+    }
+
+    /// Heads of `xs` [B, T, heads·D], normed and rotated: [B, heads, T, D].
+    fn heads(&self, xs: &Tensor, heads: usize, norm: Option<&Norm>, position: usize) -> Result<Tensor> {
+        let (b, t, _) = xs.dims3()?;
+        let mut xs = xs.reshape((b, t, heads, self.head_width))?;
+        if let Some(norm) = norm {
+            xs = norm.forward(&xs)?;
+        }
+        self.angles.rotate(&xs.transpose(1, 2)?.contiguous()?, position)
+    }
+
+    /// `xs` [B, T, K·D] with each head as often as there are queries for it: [B, T, H·D].
+    fn repeat(&self, xs: &Tensor) -> Result<Tensor> {
+        if self.heads == self.key_value_heads {
+            return Ok(xs.clone());
+        }
+        let (b, t, _) = xs.dims3()?;
+        let (k, d, queries) = (self.key_value_heads, self.head_width, self.heads / self.key_value_heads);
+        xs.reshape((b, t, k, 1, d))?.broadcast_as((b, t, k, queries, d))?.reshape((b, t, self.heads * d))
+    }
+
+    fn forward(&self, xs: &Tensor) -> Result<Tensor> {
+        let (b, t, _) = xs.dims3()?;
+        let rows = |xs: Tensor| xs.transpose(1, 2)?.reshape((b, t, ())); // [B, heads, T, D] → [B, T, heads·D]
+        let q = rows(self.heads(&self.q_proj.forward(xs)?, self.heads, self.q_norm.as_ref(), 0)?)?;
+        let k =
+            rows(self.heads(&self.k_proj.forward(xs)?, self.key_value_heads, self.k_norm.as_ref(), 0)?)?;
+        let v = self.v_proj.forward(xs)?; // [B, T, K·D]
+        let packed = Tensor::cat(&[&q, &self.repeat(&k)?, &self.repeat(&v)?], 2)?; // [B, T, 3·H·D]
+        self.o_proj.forward(&ops::causal_attention(&packed, self.heads)?)
+    }
+
+    /// As [`Self::forward`] for the tokens that follow those in `cache`, without gradients.
+    fn forward_cached(&self, xs: &Tensor, cache: &mut LayerCache) -> Result<Tensor> {
+        let (b, t, _) = xs.dims3()?;
+        let (position, k_heads, d) = (cache.tokens(), self.key_value_heads, self.head_width);
+        let q = self.heads(&self.q_proj.forward(xs)?, self.heads, self.q_norm.as_ref(), position)?;
+        let k = self.heads(&self.k_proj.forward(xs)?, k_heads, self.k_norm.as_ref(), position)?;
+        let v = self.v_proj.forward(xs)?.reshape((b, t, k_heads, d))?.transpose(1, 2)?.contiguous()?;
+        let (k, v) = cache.append(&k, &v)?; // [B, K, S, D]
+        let (s, queries) = (position + t, self.heads / k_heads);
+        // The queries of one key head are rows of one product.
+        let q = q.reshape((b, k_heads, queries * t, d))?;
+        let scores = q.matmul(&k.t()?)?.reshape((b, k_heads, queries, t, s))?;
+        let weights = ops::causal_softmax(&scores, 1.0 / (d as f32).sqrt())?;
+        let attended = weights.reshape((b, k_heads, queries * t, s))?.matmul(&v)?; // [B, K, H/K·T, D]
+        let attended = attended.reshape((b, self.heads, t, d))?.transpose(1, 2)?.reshape((b, t, ()))?;
+        self.o_proj.forward(&attended)
+    }
+}
+
+/// The gated perceptron (Shazeer, arXiv 2002.05202).
+struct Perceptron {
+    gate_proj: Linear,
+    up_proj: Linear,
+    down_proj: Linear,
+}
+
+impl Perceptron {
+    fn new(config: &LlamaConfig, adapting: &Adapting, vb: VarBuilder) -> Result<Self> {
+        let (c, f, bias) = (config.hidden, config.perceptron, config.perceptron_bias);
+        let linear =
+            |inputs, outputs, name: &str| Linear::new(inputs, outputs, bias, WEIGHTS, adapting, vb.pp(name));
+        Ok(Self {
+            gate_proj: linear(c, f, "gate_proj")?,
+            up_proj: linear(c, f, "up_proj")?,
+            down_proj: linear(f, c, "down_proj")?,
+        })
+    }
+
+    fn forward(&self, xs: &Tensor) -> Result<Tensor> {
+        let gated = (ops::silu(&self.gate_proj.forward(xs)?)? * self.up_proj.forward(xs)?)?; // [B, T, F]
+        self.down_proj.forward(&gated)
+    }
+}
+
+/// One decoder layer.
+pub struct Block {
+    input_layernorm: Norm,
+    self_attn: Attention,
+    post_attention_layernorm: Norm,
+    mlp: Perceptron,
+}
+
+impl Block {
+    /// The layer with the names of Hugging Face's checkpoints.
+    ///
+    /// # Errors
+    /// What the `VarBuilder` says.
+    pub fn new(config: &LlamaConfig, adapting: &Adapting, vb: VarBuilder) -> Result<Self> {
+        let norm = |name: &str| Norm::new(config.hidden, config.epsilon, vb.pp(name));
+        let angles = Angles::new(config, &vb)?;
+        Ok(Self {
+            input_layernorm: norm("input_layernorm")?,
+            self_attn: Attention::new(config, angles, adapting, vb.pp("self_attn"))?,
+            post_attention_layernorm: norm("post_attention_layernorm")?,
+            mlp: Perceptron::new(config, adapting, vb.pp("mlp"))?,
+        })
+    }
+
+    /// As the module's forward for the tokens that follow those in `cache`, without gradients. `xs` [B, T, C].
+    ///
+    /// # Errors
+    /// What candle says.
+    pub fn forward_cached(&self, xs: &Tensor, cache: &mut LayerCache) -> Result<Tensor> {
+        let attended = self.self_attn.forward_cached(&self.input_layernorm.forward(xs)?, cache)?;
+        self.after_attention(xs, attended)
+    }
+
+    fn after_attention(&self, xs: &Tensor, attended: Tensor) -> Result<Tensor> {
+        let xs = (xs + attended)?; // [B, T, C]
+        &xs + self.mlp.forward(&self.post_attention_layernorm.forward(&xs)?)?
+    }
+}
+
+impl Module for Block {
+    fn forward(&self, xs: &Tensor) -> Result<Tensor> {
+        let attended = self.self_attn.forward(&self.input_layernorm.forward(xs)?)?;
+        self.after_attention(xs, attended)
+    }
+}
+
+/// The whole model, generic over what a layer is wrapped in: nothing for plain candle, a [`Segment`](crate::Segment) for the
+/// engine.
+pub struct Llama<B> {
+    embed_tokens: Tensor,
+    layers: Vec<B>,
+    norm: Norm,
+    /// None: the token embedding is the head.
+    lm_head: Option<Tensor>,
+    sequence: usize,
+}
+
+impl<B> Llama<B> {
+    /// The model; `make_block` is given the builder of each layer.
+    ///
+    /// # Errors
+    /// What the `VarBuilder` or `make_block` says.
+    pub fn new<'a, E: From<candle_core::Error>>(
+        config: &LlamaConfig,
+        vb: VarBuilder<'a>,
+        make_block: impl Fn(VarBuilder<'a>) -> std::result::Result<B, E>,
+    ) -> std::result::Result<Self, E> {
+        let model = vb.pp("model");
+        let shape = (config.vocabulary, config.hidden);
+        let layers = (0..config.layers)
+            .map(|i| make_block(model.pp(format!("layers.{i}"))))
+            .collect::<std::result::Result<_, E>>()?;
+        let head = || vb.get_with_hints(shape, "lm_head.weight", WEIGHTS);
+        Ok(Self {
+            embed_tokens: model.get_with_hints(shape, "embed_tokens.weight", WEIGHTS)?,
+            layers,
+            norm: Norm::new(config.hidden, config.epsilon, model.pp("norm"))?,
+            lm_head: (!config.tied).then(head).transpose()?,
+            sequence: config.sequence,
+        })
+    }
+
+    /// Hidden states [B, T, C] of `tokens` [B, T] after the final norm; `run` runs the layer of a number.
+    ///
+    /// # Errors
+    /// For more tokens than the sequence has, and what `run` says.
+    pub fn hidden(
+        &self,
+        tokens: &Tensor,
+        mut run: impl FnMut(usize, &B, &Tensor) -> Result<Tensor>,
+    ) -> Result<Tensor> {
+        let tokens = tokens.to_device(self.embed_tokens.device())?;
+        let (b, t) = tokens.dims2()?;
+        if t > self.sequence {
+            candle_core::bail!("{t} tokens for a model that was made for sequences of {}", self.sequence)
+        }
+        let c = self.embed_tokens.dim(1)?;
+        let mut xs = self.embed_tokens.index_select(&tokens.flatten_all()?, 0)?.reshape((b, t, c))?;
+        for (number, layer) in self.layers.iter().enumerate() {
+            xs = run(number, layer, &xs)?;
+        }
+        self.norm.forward(&xs)
+    }
+
+    /// The matrix [V, C] that makes logits of hidden states.
+    pub fn head(&self) -> &Tensor {
+        self.lm_head.as_ref().unwrap_or(&self.embed_tokens)
+    }
+}

@@ -1,0 +1,319 @@
+//! Weights of a model that others have trained, read from their files a piece at a time: a Hugging Face folder with safetensors
+//! files, or a GGUF file, whose blocks are turned into numbers as they are read.
+
+use crate::error::{Error, Result};
+use crate::export::SafetensorsFile;
+use candle_core::quantized::{GgmlDType, QStorage, QTensor, gguf_file};
+use candle_core::{DType, Device};
+use half::{bf16, f16};
+use safetensors::tensor::Dtype;
+use serde_json::Value;
+use std::borrow::Cow;
+use std::collections::{HashMap, HashSet};
+use std::fmt;
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+/// Where initial values of parameters come from, instead of random numbers.
+pub trait InitialValues: fmt::Debug + Send + Sync {
+    /// Compares the model's parameters, names and shapes, with what is there, before anything is read.
+    ///
+    /// # Errors
+    /// [`Error::Weights`] naming the first tensor that is missing, of another shape, or left over.
+    fn check(&self, parameters: &[(String, Vec<usize>)]) -> Result<()>;
+
+    /// Fills `out` with the elements from `first_element` of the parameter `name`, or answers false if the parameter is one
+    /// that starts with random numbers.
+    ///
+    /// # Errors
+    /// [`Error::Weights`] and [`Error::File`].
+    fn fill(&self, name: &str, first_element: usize, out: &mut [f32]) -> Result<bool>;
+}
+
+/// How elements lie in a file.
+#[derive(Debug, Clone, Copy)]
+enum Encoding {
+    Plain(DType),
+    Blocks(GgmlDType),
+}
+
+impl Encoding {
+    /// Elements of a block, and its bytes.
+    fn block(self) -> (usize, usize) {
+        match self {
+            Self::Plain(dtype) => (1, dtype.size_in_bytes()),
+            Self::Blocks(dtype) => (dtype.block_size(), dtype.type_size()),
+        }
+    }
+}
+
+/// How a parameter's elements are arranged in the file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Arrangement {
+    /// As in the parameter.
+    Same,
+    /// A matrix lies in the file as its transpose.
+    Transposed,
+    /// In each head of so many rows, the first and second half of rows lie in turns.
+    InterleavedHeads {
+        /// Rows of a head.
+        head_rows: usize,
+    },
+}
+
+/// A tensor in a file.
+#[derive(Debug)]
+struct StoredTensor {
+    path: Arc<Path>,
+    file: Arc<File>,
+    start_byte: u64,
+    shape: Vec<usize>,
+    encoding: Encoding,
+    arrangement: Arrangement,
+}
+
+/// Elements that are read and decoded at a time: what a read needs beside its target stays below a few MiB.
+const READ_ELEMENTS: usize = 256 * 1024;
+
+impl StoredTensor {
+    fn damaged(&self, reason: String) -> Error {
+        Error::Weights { path: self.path.to_path_buf(), reason }
+    }
+
+    /// Reads elements from `first` of the tensor as it lies in the file.
+    fn read(&self, name: &str, first: usize, out: &mut [f32]) -> Result<()> {
+        let (block_elements, block_bytes) = self.encoding.block();
+        let mut first = first;
+        for part in out.chunks_mut(READ_ELEMENTS) {
+            let first_block = first / block_elements;
+            let blocks = (first + part.len()).div_ceil(block_elements) - first_block;
+            let mut bytes = vec![0; blocks * block_bytes];
+            let start = self.start_byte + (first_block * block_bytes) as u64;
+            self.file.read_exact_at(&mut bytes, start).map_err(|source| {
+                self.damaged(format!("{name} could not be read at byte {start}: {source}"))
+            })?;
+            let skipped = first - first_block * block_elements;
+            match self.encoding {
+                Encoding::Plain(dtype) => decode(dtype, &bytes, part),
+                Encoding::Blocks(dtype) => {
+                    let elements = blocks * block_elements;
+                    let decoded = QStorage::from_data(Cow::Owned(bytes), &Device::Cpu, dtype)
+                        .and_then(|storage| QTensor::new(storage, elements)?.dequantize(&Device::Cpu))
+                        .and_then(|tensor| tensor.to_vec1::<f32>())
+                        .map_err(|error| self.damaged(format!("{name} could not be decoded: {error}")))?;
+                    part.copy_from_slice(&decoded[skipped..skipped + part.len()]);
+                }
+            }
+            first += part.len();
+        }
+        Ok(())
+    }
+
+    /// Fills `out` with elements from `first` of the parameter.
+    fn fill(&self, name: &str, first: usize, out: &mut [f32]) -> Result<()> {
+        let width = self.shape.last().copied().unwrap_or(1).max(1);
+        match self.arrangement {
+            Arrangement::Same => self.read(name, first, out),
+            Arrangement::InterleavedHeads { head_rows } => {
+                let mut done = 0;
+                while done < out.len() {
+                    let (row, column) = ((first + done) / width, (first + done) % width);
+                    let (head, within) = (row / head_rows, row % head_rows);
+                    let half = head_rows / 2;
+                    let stored = head * head_rows + 2 * (within % half) + within / half;
+                    let count = (width - column).min(out.len() - done);
+                    self.read(name, stored * width + column, &mut out[done..done + count])?;
+                    done += count;
+                }
+                Ok(())
+            }
+            Arrangement::Transposed => {
+                // The parameter is [width, rows] where the file has [rows, width].
+                let rows = self.shape[0];
+                let (first_column, last) = (first / rows, (first + out.len()).div_ceil(rows));
+                let mut part = vec![0.0; last - first_column];
+                for row in 0..rows {
+                    self.read(name, row * width + first_column, &mut part)?;
+                    for (column, &value) in (first_column..).zip(&part) {
+                        if let Some(place) = (column * rows + row).checked_sub(first)
+                            && let Some(target) = out.get_mut(place)
+                        {
+                            *target = value;
+                        }
+                    }
+                }
+                Ok(())
+            }
+        }
+    }
+
+    /// Shape of the parameter.
+    fn parameter_shape(&self) -> Vec<usize> {
+        match self.arrangement {
+            Arrangement::Transposed => self.shape.iter().rev().copied().collect(),
+            _ => self.shape.clone(),
+        }
+    }
+}
+
+fn decode(dtype: DType, bytes: &[u8], out: &mut [f32]) {
+    let words = bytes.chunks_exact(dtype.size_in_bytes());
+    for (target, word) in out.iter_mut().zip(words) {
+        *target = match *word {
+            [a, b, c, d] => f32::from_le_bytes([a, b, c, d]),
+            [a, b] if dtype == DType::BF16 => bf16::from_le_bytes([a, b]).to_f32(),
+            [a, b] => f16::from_le_bytes([a, b]).to_f32(),
+            _ => f32::NAN,
+        };
+    }
+}
+
+/// What a model's parameters are called in a file, and how they lie there; none: the tensor is no parameter.
+pub type Naming<'a> = dyn Fn(&str) -> Option<(String, Arrangement)> + 'a;
+
+/// The weights of a folder or file.
+#[derive(Debug)]
+pub struct Weights {
+    /// Folder or file, for messages.
+    source: PathBuf,
+    tensors: HashMap<String, StoredTensor>,
+}
+
+impl Weights {
+    /// Opens the safetensors files of a Hugging Face folder: those of its index, or `model.safetensors`.
+    ///
+    /// # Errors
+    /// [`Error::File`], and [`Error::Weights`] for damaged files and tensors that cannot be read as numbers.
+    pub fn of_folder(folder: &Path, naming: &Naming) -> Result<Self> {
+        let mut tensors = HashMap::new();
+        for path in files_of(folder)? {
+            let file = SafetensorsFile::open(&path)?;
+            let shared: Arc<Path> = path.as_path().into();
+            let handle = Arc::new(file.file);
+            for (stored, info) in &file.tensors {
+                let Some((name, arrangement)) = naming(stored) else { continue };
+                let dtype = match info.dtype {
+                    Dtype::F32 => DType::F32,
+                    Dtype::BF16 => DType::BF16,
+                    Dtype::F16 => DType::F16,
+                    other => {
+                        let reason = format!("{stored} is of type {other:?}; F32, BF16 and F16 can be read");
+                        return Err(Error::Weights { path, reason });
+                    }
+                };
+                let tensor = StoredTensor {
+                    path: shared.clone(),
+                    file: handle.clone(),
+                    start_byte: file.data_start + info.data_offsets.0 as u64,
+                    shape: info.shape.clone(),
+                    encoding: Encoding::Plain(dtype),
+                    arrangement,
+                };
+                tensors.insert(name, tensor);
+            }
+        }
+        Ok(Self { source: folder.to_owned(), tensors })
+    }
+
+    /// Opens a GGUF file, of which `content` is the table of contents.
+    ///
+    /// # Errors
+    /// [`Error::File`], and [`Error::Weights`] if it is shorter than its table says.
+    pub fn of_gguf(path: &Path, content: &gguf_file::Content, naming: &Naming) -> Result<Self> {
+        let failed = |source| Error::File { path: path.to_owned(), source };
+        let file = Arc::new(File::open(path).map_err(failed)?);
+        let file_bytes = file.metadata().map_err(failed)?.len();
+        let shared: Arc<Path> = path.into();
+        let mut tensors = HashMap::new();
+        for (stored, info) in &content.tensor_infos {
+            let Some((name, arrangement)) = naming(stored) else { continue };
+            let start_byte = content.tensor_data_offset + info.offset;
+            let encoding = match info.ggml_dtype {
+                GgmlDType::F32 => Encoding::Plain(DType::F32),
+                GgmlDType::F16 => Encoding::Plain(DType::F16),
+                GgmlDType::BF16 => Encoding::Plain(DType::BF16),
+                blocks => Encoding::Blocks(blocks),
+            };
+            let (block_elements, block_bytes) = encoding.block();
+            let end_byte = start_byte + (info.shape.elem_count() / block_elements * block_bytes) as u64;
+            if end_byte > file_bytes {
+                let reason = format!(
+                    "it has {file_bytes} bytes and {end_byte} are needed for {stored}: it was cut short"
+                );
+                return Err(Error::Weights { path: path.to_owned(), reason });
+            }
+            let tensor = StoredTensor {
+                path: shared.clone(),
+                file: file.clone(),
+                start_byte,
+                shape: info.shape.dims().to_vec(),
+                encoding,
+                arrangement,
+            };
+            tensors.insert(name, tensor);
+        }
+        Ok(Self { source: path.to_owned(), tensors })
+    }
+
+    /// Shape of the parameter of a name, if it is there.
+    pub fn shape(&self, name: &str) -> Option<Vec<usize>> {
+        self.tensors.get(name).map(StoredTensor::parameter_shape)
+    }
+}
+
+/// The safetensors files of a folder.
+fn files_of(folder: &Path) -> Result<Vec<PathBuf>> {
+    let index = folder.join("model.safetensors.index.json");
+    if !index.exists() {
+        return Ok(vec![folder.join("model.safetensors")]);
+    }
+    let wrong = |reason: String| Error::Weights { path: index.clone(), reason };
+    let text =
+        std::fs::read_to_string(&index).map_err(|source| Error::File { path: index.clone(), source })?;
+    let value: Value =
+        serde_json::from_str(&text).map_err(|error| wrong(format!("it is not valid JSON: {error}")))?;
+    let map = value.get("weight_map").and_then(Value::as_object);
+    let map = map.ok_or_else(|| wrong("it has no weight_map".into()))?;
+    let names: Option<HashSet<&str>> = map.values().map(Value::as_str).collect();
+    let names = names.ok_or_else(|| wrong("its weight_map names something that is no file".into()))?;
+    // A name is that of a file beside the index: nothing else on this machine is read by what a download says.
+    if let Some(name) = names.iter().find(|name| name.contains(['/', '\\'])) {
+        return Err(wrong(format!("its weight_map names {name}, which is not in its folder")));
+    }
+    let mut files: Vec<PathBuf> = names.into_iter().map(|name| folder.join(name)).collect();
+    files.sort();
+    Ok(files)
+}
+
+impl InitialValues for Weights {
+    fn check(&self, parameters: &[(String, Vec<usize>)]) -> Result<()> {
+        let wrong = |reason: String| Err(Error::Weights { path: self.source.clone(), reason });
+        for (name, shape) in parameters {
+            match self.tensors.get(name) {
+                Some(tensor) if tensor.parameter_shape() == *shape => {}
+                Some(tensor) => {
+                    let found = tensor.parameter_shape();
+                    let reason =
+                        format!("{name} has the shape {found:?}, and the configuration says {shape:?}");
+                    return Err(tensor.damaged(reason));
+                }
+                None if crate::models::linear::Adapting::is_adapter(name) => {}
+                None => return wrong(format!("it has no {name}, which the model of its configuration has")),
+            }
+        }
+        let asked: HashSet<&String> = parameters.iter().map(|(name, _)| name).collect();
+        match self.tensors.keys().filter(|name| !asked.contains(name)).min() {
+            Some(name) => wrong(format!("it has {name}, which the model of its configuration has not")),
+            None => Ok(()),
+        }
+    }
+
+    fn fill(&self, name: &str, first_element: usize, out: &mut [f32]) -> Result<bool> {
+        match self.tensors.get(name) {
+            Some(tensor) => tensor.fill(name, first_element, out).map(|()| true),
+            None => Ok(false),
+        }
+    }
+}
