@@ -12,7 +12,7 @@ use crate::learning_rate::LearningRate;
 use crate::models::linear::Adapting;
 use crate::models::pretrained::Pretrained;
 use crate::{AdamW, Config, Engine, Trainer};
-use candle_core::DType;
+use candle_core::{DType, Device, Tensor};
 use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::Ordering;
@@ -67,6 +67,22 @@ pub struct FinetuneArguments {
     /// Seed of the data's order
     #[arg(long, default_value_t = 1)]
     seed: u64,
+    /// Train adapters of this rank beside frozen weights (LoRA); 0 trains all weights
+    #[arg(long, default_value_t = 0)]
+    lora_rank: usize,
+    /// The adapters' outputs are multiplied with this over the rank
+    #[arg(long, default_value_t = 16.0)]
+    lora_alpha: f64,
+    /// Layers that get an adapter, by the last part of their names
+    #[arg(
+        long,
+        value_delimiter = ',',
+        default_value = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"
+    )]
+    lora_targets: Vec<String>,
+    /// Write the whole model with its adapters in its weights, and not the adapters in the format of PEFT
+    #[arg(long)]
+    lora_merge: bool,
 }
 
 /// Fine-tunes as the arguments say.
@@ -101,15 +117,29 @@ pub fn run(arguments: FinetuneArguments) -> CommandResult {
     if engine.resumed().is_some_and(|user| user["data"] != data.fingerprint()) {
         println!("notice: the data is not the data of the run that is resumed");
     }
-    let model = pretrained.build(&engine, &Adapting::default())?;
+    let adapting = Adapting {
+        rank: arguments.lora_rank,
+        alpha: arguments.lora_alpha,
+        targets: arguments.lora_targets.clone(),
+    };
+    if adapting.rank > 0 {
+        engine.freeze(|name, _| !Adapting::is_adapter(name))?;
+    }
+    let model = pretrained.build(&engine, &adapting)?;
     let plan = engine.plan(AdamW { weight_decay: 0.0, ..AdamW::default() }, || {
         // All targets counted: no batch needs more memory.
         let batch = data.train_batch(0)?;
-        let all =
-            candle_core::Tensor::arange(0u32, batch.targets.elem_count() as u32, batch.targets.device())?;
+        let all = Tensor::arange(0u32, batch.targets.elem_count() as u32, batch.targets.device())?;
         model.loss(&batch.inputs, &batch.targets, Some(&all))
     })?;
     println!("{plan}");
+    if adapting.rank > 0 && !plan.layout().parameters().iter().any(|(name, _)| Adapting::is_adapter(name)) {
+        let targets = adapting.targets.join(", ");
+        return Err(configuration(format!(
+            "no layer of this model has an adapter: --lora-targets {targets}"
+        ))
+        .into());
+    }
     let mut trainer = engine.trainer(plan)?;
     let stop = stop_flag()?;
     let rate = LearningRate::WarmupCosine {
@@ -161,9 +191,13 @@ pub fn run(arguments: FinetuneArguments) -> CommandResult {
     }
     println!("validation loss at last {:.4}", evaluate(&mut trainer)?);
     trainer.commit(document())?;
-    write_model(&pretrained, &trainer, &tokenizer_path, &arguments.out)?;
+    if adapting.rank > 0 && !arguments.lora_merge {
+        write_adapters(path, &adapting, &trainer, &arguments.out)?;
+    } else {
+        write_model(&pretrained, &adapting, &trainer, &tokenizer_path, &arguments.out)?;
+    }
     println!("digest of the weights {}", trainer.weights_digest()?);
-    println!("the model is in {}", arguments.out.display());
+    println!("the result is in {}", arguments.out.display());
     Ok(())
 }
 
@@ -178,12 +212,58 @@ const COPIED: [&str; 7] = [
     "added_tokens.json",
 ];
 
+fn failed(path: &Path) -> impl FnOnce(std::io::Error) -> Error + use<> {
+    let path = path.to_owned();
+    move |source| Error::File { path, source }
+}
+
+/// Writes a folder that PEFT loads: the adapters, and what they belong to.
+fn write_adapters(model: &Path, adapting: &Adapting, trainer: &Trainer, out: &Path) -> CommandResult {
+    const PREFIX: &str = "base_model.model.";
+    std::fs::create_dir_all(out).map_err(failed(out))?;
+    let adapters = trainer.parameters().into_iter().filter(|(name, _)| Adapting::is_adapter(name));
+    let adapters: Vec<_> = adapters.map(|(name, shape)| (format!("{PREFIX}{name}"), shape)).collect();
+    export_safetensors(&out.join("adapter_model.safetensors"), &adapters, &|name| {
+        trainer.parameter(name.strip_prefix(PREFIX).unwrap_or(name))
+    })?;
+    let configuration = json!({
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": model,
+        "r": adapting.rank,
+        "lora_alpha": adapting.alpha,
+        "lora_dropout": 0.0,
+        "target_modules": adapting.targets,
+        "bias": "none",
+        "inference_mode": true,
+    });
+    let path = out.join("adapter_config.json");
+    std::fs::write(&path, format!("{configuration:#}\n")).map_err(failed(&path))?;
+    Ok(())
+}
+
+/// Values of a parameter, with those of its adapter if it has one.
+fn merged(trainer: &Trainer, adapting: &Adapting, name: &str, shape: &[usize]) -> crate::Result<Vec<f32>> {
+    let mut values = trainer.parameter(name)?;
+    let Some([a, b]) = Adapting::adapter_of(name) else { return Ok(values) };
+    if adapting.rank == 0 || !trainer.parameters().iter().any(|(name, _)| *name == a) {
+        return Ok(values);
+    }
+    let a = Tensor::from_vec(trainer.parameter(&a)?, (adapting.rank, shape[1]), &Device::Cpu)?;
+    let b = Tensor::from_vec(trainer.parameter(&b)?, (shape[0], adapting.rank), &Device::Cpu)?;
+    let product = (b.matmul(&a)? * adapting.scale())?.flatten_all()?.to_vec1::<f32>()?;
+    values.iter_mut().zip(product).for_each(|(value, change)| *value += change);
+    Ok(values)
+}
+
 /// Writes a folder that transformers loads.
-fn write_model(pretrained: &Pretrained, trainer: &Trainer, tokenizer: &Path, out: &Path) -> CommandResult {
-    let failed = |path: &Path| {
-        let path = path.to_owned();
-        move |source| Error::File { path, source }
-    };
+fn write_model(
+    pretrained: &Pretrained,
+    adapting: &Adapting,
+    trainer: &Trainer,
+    tokenizer: &Path,
+    out: &Path,
+) -> CommandResult {
     std::fs::create_dir_all(out).map_err(failed(out))?;
     let copy = |from: &Path, name: &str| std::fs::copy(from, out.join(name)).map_err(failed(from));
     copy(tokenizer, "tokenizer.json")?;
@@ -197,7 +277,8 @@ fn write_model(pretrained: &Pretrained, trainer: &Trainer, tokenizer: &Path, out
     configuration["dtype"] = json!("float32");
     let path = out.join("config.json");
     std::fs::write(&path, format!("{configuration:#}\n")).map_err(failed(&path))?;
-    let stored = trainer.parameters().into_iter().map(|(name, shape)| {
+    let weights = trainer.parameters().into_iter().filter(|(name, _)| !Adapting::is_adapter(name));
+    let stored = weights.map(|(name, shape)| {
         let (stored, transposed) = pretrained.stored_name(&name);
         let shape_stored = if transposed { shape.iter().rev().copied().collect() } else { shape.clone() };
         (stored, shape_stored, name, shape, transposed)
@@ -208,7 +289,7 @@ fn write_model(pretrained: &Pretrained, trainer: &Trainer, tokenizer: &Path, out
         let found = stored.iter().find(|(name, ..)| name == wanted);
         let (_, _, name, shape, transposed) =
             found.ok_or_else(|| crate::work::internal("a parameter without its name in the file"))?;
-        let values = trainer.parameter(name)?;
+        let values = merged(trainer, adapting, name, shape)?;
         if !transposed {
             return Ok(values);
         }

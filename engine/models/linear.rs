@@ -32,6 +32,12 @@ impl Adapting {
         self.rank > 0 && self.targets.iter().any(|target| target == last)
     }
 
+    /// Names of the adapter's two matrices [rank, in] and [out, rank] beside the weight of a name, if it is a weight.
+    pub fn adapter_of(weight: &str) -> Option<[String; 2]> {
+        let layer = weight.strip_suffix("weight")?;
+        Some([LORA_A, LORA_B].map(|name| format!("{layer}{name}")))
+    }
+
     /// Whether a parameter belongs to an adapter.
     pub fn is_adapter(name: &str) -> bool {
         name.ends_with(LORA_A) || name.ends_with(LORA_B)

@@ -1,0 +1,115 @@
+//! `ferrozero finetune` from outside: what it writes is what transformers and PEFT read, and adapters leave the weights
+//! as they were.
+
+use safetensors::SafeTensors;
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::process::{Command, Output};
+
+/// A tiny model with a tokenizer of 90 words, and a text of which every word follows from the one before.
+fn model_and_text(folder: &Path) {
+    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/pretrained/llama");
+    let model = folder.join("model");
+    std::fs::create_dir(&model).unwrap();
+    for name in ["config.json", "model.safetensors"] {
+        std::fs::copy(source.join(name), model.join(name)).unwrap();
+    }
+    let words: BTreeMap<String, usize> = (0..90).map(|word| (format!("w{word}"), word)).collect();
+    let tokenizer = serde_json::json!({
+        "version": "1.0",
+        "pre_tokenizer": { "type": "Whitespace" },
+        "model": { "type": "WordLevel", "vocab": words, "unk_token": "w0" },
+    });
+    std::fs::write(model.join("tokenizer.json"), tokenizer.to_string()).unwrap();
+    let text: Vec<String> = (0..3000).map(|position| format!("w{}", position % 90)).collect();
+    std::fs::write(folder.join("text.txt"), text.join(" ")).unwrap();
+}
+
+fn finetune(folder: &Path, options: &[&str]) -> Output {
+    let fixed = "finetune model --data text.txt --memory 64MiB --seq 16 --batch 2 --accumulate 1 --lr 0.01";
+    let mut command = Command::new(env!("CARGO_BIN_EXE_ferrozero"));
+    command.current_dir(folder).args(fixed.split(' ')).args(options).output().unwrap()
+}
+
+fn expect_success(output: &Output) -> String {
+    let (out, err) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    assert!(output.status.success(), "{out}{err}");
+    out.into_owned()
+}
+
+/// Tensors of a file in f32, by name, with their shapes.
+fn tensors(path: &Path) -> BTreeMap<String, (Vec<usize>, Vec<f32>)> {
+    let bytes = std::fs::read(path).unwrap();
+    let file = SafeTensors::deserialize(&bytes).unwrap();
+    let numbers = |view: &safetensors::tensor::TensorView| match view.dtype() {
+        safetensors::Dtype::F32 => {
+            view.data().chunks_exact(4).map(|word| f32::from_le_bytes(word.try_into().unwrap())).collect()
+        }
+        _ => view
+            .data()
+            .chunks_exact(2)
+            .map(|pair| half::bf16::from_le_bytes([pair[0], pair[1]]).to_f32())
+            .collect(),
+    };
+    file.iter().map(|(name, view)| (name.to_owned(), (view.shape().to_vec(), numbers(&view)))).collect()
+}
+
+fn losses(output: &str) -> Vec<f32> {
+    let found =
+        output.lines().filter_map(|line| line.split_once("loss ")?.1.split_whitespace().next()?.parse().ok());
+    found.collect()
+}
+
+#[test]
+fn adapters_are_trained_beside_frozen_weights_and_written_as_peft_reads_them() {
+    let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    model_and_text(folder.path());
+    let lora = ["--lora-rank", "4", "--lora-alpha", "8", "--lora-targets", "q_proj,down_proj"];
+    let run = |options: &[&str]| expect_success(&finetune(folder.path(), &[&lora, options].concat()));
+    let output = run(&["--out", "adapters", "--dir", "run"]);
+    let steps = losses(&output);
+    assert!(steps[steps.len() - 2] < steps[1], "{output}");
+    run(&["--out", "merged", "--dir", "run-merged", "--lora-merge"]);
+
+    let adapters = tensors(&folder.path().join("adapters/adapter_model.safetensors"));
+    let before = tensors(&folder.path().join("model/model.safetensors"));
+    let after = tensors(&folder.path().join("merged/model.safetensors"));
+    assert_eq!(adapters.len(), 2 * 2 * 2, "two matrices for two layers of two blocks");
+    assert!(before.keys().eq(after.keys()));
+    let mut changed = 0;
+    for (name, (shape, old)) in &before {
+        let adapter = |part: &str| {
+            let layer = name.strip_suffix("weight").unwrap();
+            adapters.get(&format!("base_model.model.{layer}lora_{part}.weight"))
+        };
+        let (Some((a_shape, a)), Some((b_shape, b))) = (adapter("A"), adapter("B")) else {
+            assert_eq!(&after[name].1, old, "{name} is frozen");
+            continue;
+        };
+        changed += 1;
+        assert_eq!(
+            (a_shape.as_slice(), b_shape.as_slice()),
+            ([4, shape[1]].as_slice(), [shape[0], 4].as_slice())
+        );
+        for (index, (old, new)) in old.iter().zip(&after[name].1).enumerate() {
+            let (row, column) = (index / shape[1], index % shape[1]);
+            let product: f32 = (0..4).map(|rank| b[4 * row + rank] * a[rank * shape[1] + column]).sum();
+            assert!((old + 2.0 * product - new).abs() < 1e-6, "{name}[{row}, {column}]");
+        }
+        assert!(b.iter().any(|&value| value != 0.0), "{name} was not trained");
+    }
+    assert_eq!(changed, 4);
+    let configuration = std::fs::read_to_string(folder.path().join("adapters/adapter_config.json")).unwrap();
+    let configuration: serde_json::Value = serde_json::from_str(&configuration).unwrap();
+    assert_eq!((&configuration["r"], &configuration["peft_type"]), (&4.into(), &"LORA".into()));
+}
+
+#[test]
+fn layers_that_are_not_there_get_no_adapter_and_that_is_said() {
+    let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    model_and_text(folder.path());
+    let output = finetune(folder.path(), &["--out", "out", "--lora-rank", "4", "--lora-targets", "c_attn"]);
+    let error = String::from_utf8_lossy(&output.stderr);
+    assert!(!output.status.success() && error.contains("c_attn"), "{error}");
+    assert!(!folder.path().join("out").exists());
+}
