@@ -1,6 +1,7 @@
 //! `ferrozero finetune`: trains a model further that others have trained, and writes a folder that transformers loads.
 
 use super::pretrained::{ends, folder_of};
+use super::settings::ComputeType;
 use super::train::stop_flag;
 use super::{CommandResult, configuration};
 use crate::byte_size::ByteSize;
@@ -37,9 +38,18 @@ pub struct FinetuneArguments {
     /// Go on from the last commit in --dir
     #[arg(long)]
     resume: bool,
-    /// Memory for everything, as 600MiB
+    /// Device that computes: cpu, cuda or cuda:NUMBER
+    #[arg(long, default_value = "cpu")]
+    device: String,
+    /// Type of parameters and activations on a CUDA device
+    #[arg(long, value_enum, default_value_t)]
+    dtype: ComputeType,
+    /// Memory of the host for everything, on the CPU device in all, as 600MiB
     #[arg(long, default_value = "2GiB")]
     memory: ByteSize,
+    /// Memory that the device may use [default: on a CUDA device nine tenths of what is free]
+    #[arg(long, value_name = "SIZE")]
+    device_memory: Option<ByteSize>,
     /// Passes over the data
     #[arg(long, default_value_t = 1.0)]
     epochs: f64,
@@ -105,7 +115,10 @@ pub fn run(arguments: FinetuneArguments) -> CommandResult {
     let steps = (epochs * data.training() as f64 / (batch * accumulate) as f64).ceil() as u64;
     println!("data: {} sequences for training, {steps} steps", data.training());
     let engine = Engine::new(Config {
+        device: crate::open_device(&arguments.device)?,
+        dtype: arguments.dtype.on(&arguments.device)?,
         memory_bytes: Some(arguments.memory.0),
+        device_memory_bytes: arguments.device_memory.map(|size| size.0),
         directory: Some(arguments.dir.clone()),
         resume: arguments.resume,
         accumulate: *accumulate,

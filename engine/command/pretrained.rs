@@ -1,5 +1,6 @@
 //! `ferrozero generate`: text from a model that others have trained, whose weights stream by the schedule of an evaluation.
 
+use super::settings::ComputeType;
 use super::{CommandResult, configuration};
 use crate::byte_size::ByteSize;
 use crate::data::Tokenizer;
@@ -37,9 +38,18 @@ pub struct GenerateArguments {
     /// Seed of the choice
     #[arg(long, default_value_t = 1)]
     seed: u64,
-    /// Memory for everything, as 600MiB
+    /// Device that computes: cpu, cuda or cuda:NUMBER
+    #[arg(long, default_value = "cpu")]
+    device: String,
+    /// Type of parameters and activations on a CUDA device
+    #[arg(long, value_enum, default_value_t)]
+    dtype: ComputeType,
+    /// Memory of the host for everything, on the CPU device in all, as 600MiB
     #[arg(long, default_value = "2GiB")]
     memory: ByteSize,
+    /// Memory that the device may use [default: on a CUDA device nine tenths of what is free]
+    #[arg(long, value_name = "SIZE")]
+    device_memory: Option<ByteSize>,
     /// Folder in which the weights that do not fit into memory lie meanwhile [default: the system's for temporary files]
     #[arg(long, value_name = "DIR")]
     scratch: Option<PathBuf>,
@@ -83,7 +93,10 @@ pub fn generate(arguments: GenerateArguments) -> CommandResult {
         None => tempfile::tempdir()?,
     };
     let engine = Engine::new(Config {
+        device: crate::open_device(&arguments.device)?,
+        dtype: arguments.dtype.on(&arguments.device)?,
         memory_bytes: Some(arguments.memory.0.saturating_sub(cache_bytes)),
+        device_memory_bytes: arguments.device_memory.map(|size| size.0),
         directory: Some(scratch.path().to_owned()),
         in_place: true,
         initial_values: Some(pretrained.weights.clone()),

@@ -162,8 +162,22 @@ pub enum ComputeType {
 }
 
 impl ComputeType {
-    /// Candle's name of it.
-    pub fn dtype(self) -> DType {
+    /// Candle's name of it, for a device of the command line's.
+    ///
+    /// # Errors
+    /// [`Error::Configuration`] for a type that commands do not compute with there.
+    pub fn on(self, device: &str) -> Result<DType> {
+        if device == "cpu" && self != Self::F32 {
+            return Err(configuration(
+                "the CPU device computes in f32, which is faster there than f32 made of other types: leave dtype out, or \
+                 choose a CUDA device"
+                    .into(),
+            ));
+        }
+        Ok(self.dtype())
+    }
+
+    fn dtype(self) -> DType {
         match self {
             Self::F32 => DType::F32,
             Self::Bf16 => DType::BF16,
@@ -356,13 +370,7 @@ impl TrainSettings {
             let (hidden, heads) = (self.hidden, self.heads);
             return Err(configuration(format!("hidden ({hidden}) must be a multiple of heads ({heads})")));
         }
-        if self.device == "cpu" && self.dtype != ComputeType::F32 {
-            return Err(configuration(
-                "the CPU device computes in f32, which is faster there than f32 made of other types: leave dtype out, or \
-                 choose a CUDA device"
-                    .into(),
-            ));
-        }
+        self.dtype.on(&self.device)?;
         if self.warmup > self.steps {
             let (warmup, steps) = (self.warmup, self.steps);
             return Err(configuration(format!("warmup ({warmup}) must not be more than steps ({steps})")));

@@ -196,7 +196,7 @@ fn prepare(
 ) -> CommandResult<(Gpt<Segment<Block>>, Trainer)> {
     let engine = Engine::new(Config {
         device: crate::open_device(&settings.device)?,
-        dtype: settings.dtype.dtype(),
+        dtype: settings.dtype.on(&settings.device)?,
         memory_bytes: Some(settings.memory.0),
         device_memory_bytes: settings.device_memory.map(|size| size.0),
         directory: Some(settings.dir.clone()),

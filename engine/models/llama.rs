@@ -267,12 +267,11 @@ impl<B> Llama<B> {
         mut run: impl FnMut(usize, &B, &Tensor) -> Result<Tensor>,
     ) -> Result<Tensor> {
         let tokens = tokens.to_device(self.embed_tokens.device())?;
-        let (b, t) = tokens.dims2()?;
+        let t = tokens.dim(1)?;
         if t > self.sequence {
             candle_core::bail!("{t} tokens for a model that was made for sequences of {}", self.sequence)
         }
-        let c = self.embed_tokens.dim(1)?;
-        let mut xs = self.embed_tokens.index_select(&tokens.flatten_all()?, 0)?.reshape((b, t, c))?;
+        let mut xs = ops::embedding(&self.embed_tokens, &tokens)?; // [B, T, C]
         for (number, layer) in self.layers.iter().enumerate() {
             xs = run(number, layer, &xs)?;
         }
