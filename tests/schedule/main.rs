@@ -4,6 +4,7 @@
 
 mod forecast;
 mod machine;
+mod overlap;
 
 use candle_core::DType;
 use ferrozero::Tier;
