@@ -172,8 +172,12 @@ impl Question {
             let answer = Answer { plan, forecast, boundaries, depths, disk_bytes, tokens_per_s, costed };
             let is_better = best.as_ref().is_none_or(|best| {
                 let ratio = answer.forecast.step_s / best.forecast.step_s;
-                let bytes = |answer: &Answer| answer.plan.device_bytes() + answer.plan.host_bytes();
-                ratio < 1.0 - SAME_TIME || (ratio < 1.0 + SAME_TIME && bytes(&answer) < bytes(best))
+                // Of plans that are equally fast, the one that wears the disk least, and of those the smallest.
+                let wear = |answer: &Answer| {
+                    let bytes = answer.plan.device_bytes() + answer.plan.host_bytes();
+                    (answer.forecast.written_bytes, bytes)
+                };
+                ratio < 1.0 - SAME_TIME || (ratio < 1.0 + SAME_TIME && wear(&answer) < wear(best))
             });
             if is_better {
                 best = Some(answer);
