@@ -95,7 +95,7 @@ impl Rehearsal {
 
     /// Propagates the loss back.
     fn finish(&self, loss: &Tensor) -> Result<()> {
-        let mut store = loss.backward()?;
+        let mut store = ferrozero_kernels::ops::backward(loss)?;
         let resident = self.layout.resident();
         let mut sink = GradientSink::new(&self.layout, &self.tensors, resident, &self.resident_gradients);
         let gradients = sink.collect(&mut store)?;

@@ -11,6 +11,7 @@ use crate::vacancy::{self, DeviceRun};
 use candle_core::{
     CpuStorage, CudaStorage, CustomOp1, CustomOp2, CustomOp3, DType, Layout, Module, Shape, Tensor, bail,
 };
+use ferrozero_kernels::ops;
 use std::sync::{Arc, Mutex};
 
 /// A part of the user's model that is fetched, run and released as one. Made by [`Engine::segment`](crate::Engine::segment).
@@ -182,11 +183,13 @@ impl SegmentOperation {
             leaves.push(leaf_of(input)?);
         }
         let gradients = backward.compute(|sink| {
-            let output = (self.run)(&leaves)?;
-            if output.shape() != upstream.shape() {
-                bail!("a segment gave {:?} and, run again, {:?}", upstream.shape(), output.shape())
-            }
-            let mut store = output.apply_op1(Inject(upstream.clone()))?.backward()?;
+            let mut store = ops::recompute(|| {
+                let output = (self.run)(&leaves)?;
+                if output.shape() != upstream.shape() {
+                    bail!("a segment gave {:?} and, run again, {:?}", upstream.shape(), output.shape())
+                }
+                output.apply_op1(Inject(upstream.clone()))?.backward()
+            })?;
             let of_inputs: Vec<Option<Tensor>> = leaves.iter().map(|leaf| store.remove(leaf)).collect();
             if of_inputs[0].is_none() && first.track_op() {
                 sink.note_cut_input();

@@ -17,6 +17,7 @@ use candle_core::{DType, Tensor};
 use crossbeam::channel::unbounded;
 use ferrozero_kernels::Pool;
 use ferrozero_kernels::adamw::AdamWStep;
+use ferrozero_kernels::ops;
 use ferrozero_offload::{Budget, Notice, Reservation, Store, Tier, memory};
 use sha2::{Digest, Sha256};
 use std::collections::HashMap;
@@ -350,9 +351,10 @@ impl Trainer {
             }
             match self.loss_scale {
                 Some(scale) => {
-                    Ok((value, (loss.to_dtype(DType::F32)? * f64::from(scale.scale))?.backward()?))
+                    let scaled = (loss.to_dtype(DType::F32)? * f64::from(scale.scale))?;
+                    Ok((value, ops::backward(&scaled)?))
                 }
-                None => Ok((value, loss.backward()?)),
+                None => Ok((value, ops::backward(&loss)?)),
             }
         })?;
         let layout = &self.plan.layout;

@@ -2,6 +2,7 @@
 
 pub(in crate::command) mod adamw;
 pub(in crate::command) mod io;
+mod ops;
 mod step;
 
 use super::CommandResult;
@@ -17,6 +18,8 @@ pub enum Bench {
     AdamW(adamw::AdamWArguments),
     /// The disk store, in turns with fio where that is installed.
     Io(io::IoArguments),
+    /// Forward and backward of each fused operation, in turns with the same composed of candle's own.
+    Ops(ops::OpsArguments),
     /// Training steps of a GPT under a placement, in turns with another placement.
     Step(step::StepArguments),
 }
@@ -26,6 +29,7 @@ pub fn run(bench: Bench) -> CommandResult {
     match bench {
         Bench::AdamW(arguments) => adamw::run(arguments),
         Bench::Io(arguments) => io::run(arguments),
+        Bench::Ops(arguments) => ops::run(arguments),
         Bench::Step(arguments) => step::run(arguments),
     }
 }

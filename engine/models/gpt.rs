@@ -73,6 +73,11 @@ impl Linear {
     fn forward(&self, xs: &Tensor) -> Result<Tensor> {
         ops::linear(xs, &self.weight, Some(&self.bias))
     }
+
+    /// The end of a block.
+    fn close(&self, residual: &Tensor, xs: &Tensor) -> Result<Tensor> {
+        ops::closing_linear(residual, xs, &self.weight, Some(&self.bias))
+    }
 }
 
 /// One transformer block: attention and a two-layer perceptron, each with a norm before and a residual around it.
@@ -114,7 +119,7 @@ impl Module for Block {
         let attended = ops::causal_attention(&qkv, self.heads)?; // [B, T, C]
         let xs = (xs + self.c_proj.forward(&attended)?)?; // [B, T, C]
         let hidden = ops::gelu(&self.c_fc.forward(&self.ln_2.forward(&xs)?)?)?; // [B, T, 4C]
-        xs + self.mlp_c_proj.forward(&hidden)? // [B, T, C]
+        self.mlp_c_proj.close(&xs, &hidden) // [B, T, C]
     }
 }
 

@@ -98,4 +98,15 @@ impl Linear {
             }
         }
     }
+
+    /// `residual + self.forward(xs)`, as the end of a block.
+    ///
+    /// # Errors
+    /// What the operations say.
+    pub fn close(&self, residual: &Tensor, xs: &Tensor) -> Result<Tensor> {
+        match self.adapter {
+            None => ops::closing_linear(residual, xs, &self.weight, self.bias.as_ref()),
+            Some(_) => residual + self.forward(xs)?,
+        }
+    }
 }

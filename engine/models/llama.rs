@@ -169,9 +169,10 @@ impl Perceptron {
         })
     }
 
-    fn forward(&self, xs: &Tensor) -> Result<Tensor> {
+    /// `residual` plus what the perceptron makes of `xs`.
+    fn close(&self, residual: &Tensor, xs: &Tensor) -> Result<Tensor> {
         let gated = (ops::silu(&self.gate_proj.forward(xs)?)? * self.up_proj.forward(xs)?)?; // [B, T, F]
-        self.down_proj.forward(&gated)
+        self.down_proj.close(residual, &gated)
     }
 }
 
@@ -210,7 +211,7 @@ impl Block {
 
     fn after_attention(&self, xs: &Tensor, attended: Tensor) -> Result<Tensor> {
         let xs = (xs + attended)?; // [B, T, C]
-        &xs + self.mlp.forward(&self.post_attention_layernorm.forward(&xs)?)?
+        self.mlp.close(&xs, &self.post_attention_layernorm.forward(&xs)?)
     }
 }
 

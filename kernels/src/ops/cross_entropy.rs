@@ -10,6 +10,7 @@ use super::cuda;
 use super::error::{OpError, shapes_error};
 use super::input::{Input, cpu_tensor, elements};
 use super::matrix::{Matrix, MatrixMut, Threads, multiply};
+use super::recompute::hand_over;
 use super::vector::{chunk_elements, exp, maximum, sum_by, vectorized};
 
 /// `mean(log Σ e^logits − logits[target])` over the rows: `logits` `[N, V]`, `targets` `[N]` of `u32`, a scalar.
@@ -216,7 +217,7 @@ impl CustomOp3 for LinearCrossEntropy {
         if hidden.device().is_cuda() {
             let gradients =
                 cuda::cross_entropy::linear_backward(Self::NAME, hidden, weight, targets, res, grad)?;
-            return Ok((gradients.0, gradients.1, None));
+            return Ok((gradients.0, hand_over(weight, gradients.1)?, None));
         }
         let (rows, width) = hidden.dims2()?;
         let vocabulary_size = weight.dim(0)?;
@@ -250,7 +251,8 @@ impl CustomOp3 for LinearCrossEntropy {
             }
         }
         let tensor = |elements: Option<Vec<f32>>, like| elements.map(|elements| cpu_tensor(elements, like));
-        Ok((tensor(d_hidden, hidden).transpose()?, tensor(d_weight, weight).transpose()?, None))
+        let d_weight = hand_over(weight, tensor(d_weight, weight).transpose()?)?;
+        Ok((tensor(d_hidden, hidden).transpose()?, d_weight, None))
     }
 }
 

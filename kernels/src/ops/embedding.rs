@@ -9,6 +9,7 @@ use rayon::prelude::*;
 use super::cuda;
 use super::error::{OpError, shapes_error};
 use super::input::{Input, cpu_tensor, elements};
+use super::recompute::hand_over;
 
 /// Row `tokens[..]` of `weight` for every token: `weight` `[V, C]`, `tokens` of any shape and of `u32`, result `[.., C]`.
 ///
@@ -82,7 +83,8 @@ impl CustomOp2 for Embedding {
         let grad = grad.contiguous()?;
         #[cfg(feature = "cuda")]
         if weight.device().is_cuda() {
-            return Ok((Some(cuda::embedding::backward(weight, tokens, &grad)?), None));
+            let gradient = cuda::embedding::backward(weight, tokens, &grad)?;
+            return Ok((hand_over(weight, Some(gradient))?, None));
         }
         let width = weight.dim(1)?;
         let (tokens, dy) = (Input::new(NAME, tokens), Input::new(NAME, &grad));
@@ -94,7 +96,7 @@ impl CustomOp2 for Embedding {
                 add_rows(gradient, tokens, dy, chunk * chunk_rows, width);
             });
         }
-        Ok((Some(cpu_tensor(gradient, weight)?), None))
+        Ok((hand_over(weight, Some(cpu_tensor(gradient, weight)?))?, None))
     }
 }
 

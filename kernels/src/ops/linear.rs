@@ -9,7 +9,8 @@ use rayon::prelude::*;
 use super::cuda;
 use super::error::shapes_error;
 use super::input::{Input, cpu_tensor, elements};
-use super::matrix::{Matrix, MatrixMut, Threads, multiply};
+use super::matrix::{Matrix, MatrixMut, Threads, multiply, product};
+use super::recompute::hand_over;
 use super::vector::vectorized;
 
 /// `xs·weightᵀ + bias`: `xs` `[.., in]`, `weight` `[out, in]`, `bias` `[out]`, result `[.., out]`.
@@ -22,6 +23,16 @@ use super::vector::vectorized;
 /// [`OpError::DType`](super::OpError::DType) for a dtype that the device does not compute in, or more than one;
 /// [`OpError::Shapes`](super::OpError::Shapes) unless the shapes are as above.
 pub fn linear(xs: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
+    check(xs, weight, bias)?;
+    let (xs, weight) = (xs.contiguous()?, weight.contiguous()?);
+    match bias {
+        Some(bias) => xs.apply_op3(&weight, &bias.contiguous()?, Linear),
+        None => xs.apply_op2(&weight, Linear),
+    }
+}
+
+/// Whether the shapes fit.
+pub(super) fn check(xs: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<()> {
     let (out_width, in_width) = weight.dims2().unwrap_or((0, 0));
     let bias_fits = bias.is_none_or(|bias| bias.dims() == [out_width]);
     if weight.rank() != 2 || xs.dim(D::Minus1).ok() != Some(in_width) || !bias_fits {
@@ -29,11 +40,7 @@ pub fn linear(xs: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Ten
         shapes.extend(bias.map(|bias| bias.shape()));
         return Err(shapes_error(NAME, "expected [.., in], [out, in] and, if any, a bias [out]", &shapes));
     }
-    let (xs, weight) = (xs.contiguous()?, weight.contiguous()?);
-    match bias {
-        Some(bias) => xs.apply_op3(&weight, &bias.contiguous()?, Linear),
-        None => xs.apply_op2(&weight, Linear),
-    }
+    Ok(())
 }
 
 pub(super) const NAME: &str = "linear";
@@ -55,9 +62,8 @@ impl CustomOp2 for Linear {
         let xs = elements::<f32>(NAME, xs, xs_layout)?;
         let weight = elements::<f32>(NAME, weight, weight_layout)?;
         let dims = Dimensions::new(xs_layout.shape(), weight_layout.shape())?;
-        let mut out = vec![0f32; dims.rows * dims.out_width];
-        dims.forward(&mut out, false, xs, weight);
-        Ok((CpuStorage::F32(out), dims.out_shape))
+        let (xs, weight) = dims.matrices(xs, weight);
+        Ok((CpuStorage::F32(product(xs, weight.transposed(), Threads::All)), dims.out_shape))
     }
 
     #[cfg(feature = "cuda")]
@@ -79,13 +85,8 @@ impl CustomOp2 for Linear {
         _res: &Tensor,
         grad: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>)> {
-        #[cfg(feature = "cuda")]
-        if xs.device().is_cuda() {
-            let dims = Dimensions::new(xs.shape(), weight.shape())?;
-            let (d_xs, d_weight, _) = cuda::linear::backward(&dims, xs, weight, None, grad)?;
-            return Ok((d_xs, d_weight));
-        }
-        backward(xs, weight, &grad.contiguous()?)
+        let (d_xs, d_weight, _) = backward(xs, weight, None, grad)?;
+        Ok((d_xs, hand_over(weight, d_weight)?))
     }
 }
 
@@ -109,7 +110,9 @@ impl CustomOp3 for Linear {
         let dims = Dimensions::new(xs_layout.shape(), weight_layout.shape())?;
         // The product is added to rows that start as the bias: no pass of its own.
         let mut out = bias.repeat(dims.rows);
-        dims.forward(&mut out, true, xs, weight);
+        let (xs, weight) = dims.matrices(xs, weight);
+        let destination = MatrixMut::new(&mut out, dims.rows, dims.out_width);
+        multiply(destination, true, xs, weight.transposed(), Threads::All);
         Ok((CpuStorage::F32(out), dims.out_shape))
     }
 
@@ -136,18 +139,8 @@ impl CustomOp3 for Linear {
         _res: &Tensor,
         grad: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
-        #[cfg(feature = "cuda")]
-        if xs.device().is_cuda() {
-            let dims = Dimensions::new(xs.shape(), weight.shape())?;
-            return cuda::linear::backward(&dims, xs, weight, Some(bias), grad);
-        }
-        let grad = grad.contiguous()?;
-        let (d_xs, d_weight) = backward(xs, weight, &grad)?;
-        let d_bias = match bias.track_op() {
-            true => Some(cpu_tensor(column_sums(&grad, bias.elem_count())?, bias)?),
-            false => None,
-        };
-        Ok((d_xs, d_weight, d_bias))
+        let (d_xs, d_weight, d_bias) = backward(xs, weight, Some(bias), grad)?;
+        Ok((d_xs, hand_over(weight, d_weight)?, hand_over(bias, d_bias)?))
     }
 }
 
@@ -169,30 +162,37 @@ impl Dimensions {
         Ok(Dimensions { rows, in_width, out_width, out_shape: Shape::from(dims) })
     }
 
-    fn forward(&self, out: &mut [f32], accumulate: bool, xs: &[f32], weight: &[f32]) {
-        let out = MatrixMut::new(out, self.rows, self.out_width);
-        let xs = Matrix::new(xs, self.rows, self.in_width);
-        let weight = Matrix::new(weight, self.out_width, self.in_width);
-        multiply(out, accumulate, xs, weight.transposed(), Threads::All);
+    fn matrices<'a>(&self, xs: &'a [f32], weight: &'a [f32]) -> (Matrix<'a>, Matrix<'a>) {
+        (Matrix::new(xs, self.rows, self.in_width), Matrix::new(weight, self.out_width, self.in_width))
     }
 }
 
-/// The gradients of the input and the weight, each only if it is tracked.
-fn backward(xs: &Tensor, weight: &Tensor, grad: &Tensor) -> Result<(Option<Tensor>, Option<Tensor>)> {
+/// The gradients of the input, the weight and the bias, each only if it is tracked.
+pub(super) fn backward(
+    xs: &Tensor,
+    weight: &Tensor,
+    bias: Option<&Tensor>,
+    grad: &Tensor,
+) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
     let dims = Dimensions::new(xs.shape(), weight.shape())?;
-    let (x, w, dy) = (Input::new(NAME, xs), Input::new(NAME, weight), Input::new(NAME, grad));
+    #[cfg(feature = "cuda")]
+    if xs.device().is_cuda() {
+        return cuda::linear::backward(&dims, xs, weight, bias, grad);
+    }
+    let grad = grad.contiguous()?;
+    let (x, w, dy) = (Input::new(NAME, xs), Input::new(NAME, weight), Input::new(NAME, &grad));
     let x = Matrix::new(x.elements()?, dims.rows, dims.in_width);
     let w = Matrix::new(w.elements()?, dims.out_width, dims.in_width);
     let dy = Matrix::new(dy.elements()?, dims.rows, dims.out_width);
-    let product = |tensor: &Tensor, rows, a, b| {
+    let gradient = |tensor: &Tensor, a, b| {
         if !tensor.track_op() {
             return Ok(None);
         }
-        let mut out = vec![0f32; rows * dims.in_width];
-        multiply(MatrixMut::new(&mut out, rows, dims.in_width), false, a, b, Threads::All);
-        cpu_tensor(out, tensor).map(Some)
+        cpu_tensor(product(a, b, Threads::All), tensor).map(Some)
     };
-    Ok((product(xs, dims.rows, dy, w)?, product(weight, dims.out_width, dy.transposed(), x)?))
+    let d_bias = bias.filter(|bias| bias.track_op());
+    let d_bias = d_bias.map(|bias| cpu_tensor(column_sums(&grad, dims.out_width)?, bias)).transpose()?;
+    Ok((gradient(xs, dy, w)?, gradient(weight, dy.transposed(), x)?, d_bias))
 }
 
 /// Rows that are summed before they join the total.

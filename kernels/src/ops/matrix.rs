@@ -106,6 +106,27 @@ fn last_element(rows: usize, columns: usize, row_stride: usize) -> usize {
     rows.saturating_sub(1) * row_stride + columns.saturating_sub(1)
 }
 
+/// `a · b`, row-major.
+pub(super) fn product(a: Matrix<'_>, b: Matrix<'_>, threads: Threads) -> Vec<f32> {
+    let elements = a.rows * b.columns;
+    if a.columns == 0 {
+        return vec![0.0; elements];
+    }
+    // Zeros would be a pass over memory that the product writes anyway.
+    let mut out = Vec::with_capacity(elements);
+    let destination = MatrixMut {
+        start: out.as_mut_ptr(),
+        rows: a.rows,
+        columns: b.columns,
+        row_stride: b.columns,
+        elements: PhantomData,
+    };
+    multiply(destination, false, a, b, threads);
+    // SAFETY: the capacity is `elements`, and a product of at least one term that is not added to anything has written each.
+    unsafe { out.set_len(elements) };
+    out
+}
+
 /// `destination = a · b`, or `destination += a · b` when `accumulate`.
 pub(super) fn multiply(
     destination: MatrixMut<'_>,

@@ -7,6 +7,7 @@
 //! |---|---|---|
 //! | [`embedding`] | `[V, C], [..] → [.., C]` | gradients of a row, in the order of its tokens |
 //! | [`linear`] | `[.., in] → [.., out]` | product and bias; weight gradient laid out like the weight |
+//! | [`closing_linear`] | `[.., in], residual [.., out] → [.., out]` | the end of a block, not computed where only gradients are asked for |
 //! | [`layer_norm`], [`rms_norm`] | `[.., C] → [.., C]` | statistics, scale and shift |
 //! | [`gelu`], [`silu`], [`swiglu`] | element by element | the whole formula, one pass each way |
 //! | [`softmax_last_dim`], [`causal_softmax`] | `[.., T, S]` | scale, mask and softmax |
@@ -37,6 +38,7 @@ mod input;
 mod linear;
 mod matrix;
 mod norm;
+mod recompute;
 mod rope;
 mod softmax;
 mod vector;
@@ -48,5 +50,6 @@ pub use embedding::embedding;
 pub use error::OpError;
 pub use linear::linear;
 pub use norm::{layer_norm, rms_norm};
+pub use recompute::{backward, closing_linear, recompute};
 pub use rope::{rope, rope_i};
 pub use softmax::{causal_softmax, softmax_last_dim};

@@ -9,6 +9,7 @@ use rayon::prelude::*;
 use super::cuda;
 use super::error::shapes_error;
 use super::input::{Input, cpu_tensor, elements};
+use super::recompute::hand_over;
 use super::vector::{chunk_elements, sum_by, sum_by2, sum_by3, vectorized};
 
 /// `(x − mean)/√(variance + eps)·weight + bias` over the last dimension (Ba et al., arXiv 1607.06450).
@@ -108,13 +109,15 @@ impl CustomOp3 for LayerNorm {
         #[cfg(feature = "cuda")]
         if xs.device().is_cuda() {
             let (dx, d_weight, d_bias) = cuda::norm::backward(Self::NAME, xs, weight, grad, self.eps, true)?;
-            return Ok((Some(dx), d_weight, d_bias));
+            return Ok((Some(dx), hand_over(weight, d_weight)?, hand_over(bias, d_bias)?));
         }
         let kernel = |dx: &mut [f32], statistics: &mut [[f32; 2]], x: &[f32], dy: &[f32], weight: &[f32]| {
             layer_norm_backward(dx, statistics, x, dy, weight, self.eps)
         };
         let [dx, d_weight, d_bias] = backward(Self::NAME, xs, weight, grad, kernel)?;
-        Ok((Some(cpu_tensor(dx, xs)?), Some(cpu_tensor(d_weight, weight)?), Some(cpu_tensor(d_bias, bias)?)))
+        let d_weight = hand_over(weight, Some(cpu_tensor(d_weight, weight)?))?;
+        let d_bias = hand_over(bias, Some(cpu_tensor(d_bias, bias)?))?;
+        Ok((Some(cpu_tensor(dx, xs)?), d_weight, d_bias))
     }
 }
 
@@ -169,13 +172,13 @@ impl CustomOp2 for RmsNorm {
         #[cfg(feature = "cuda")]
         if xs.device().is_cuda() {
             let (dx, d_weight, _) = cuda::norm::backward(Self::NAME, xs, weight, grad, self.eps, false)?;
-            return Ok((Some(dx), d_weight));
+            return Ok((Some(dx), hand_over(weight, d_weight)?));
         }
         let kernel = |dx: &mut [f32], statistics: &mut [[f32; 2]], x: &[f32], dy: &[f32], weight: &[f32]| {
             rms_norm_backward(dx, statistics, x, dy, weight, self.eps)
         };
         let [dx, d_weight, _] = backward(Self::NAME, xs, weight, grad, kernel)?;
-        Ok((Some(cpu_tensor(dx, xs)?), Some(cpu_tensor(d_weight, weight)?)))
+        Ok((Some(cpu_tensor(dx, xs)?), hand_over(weight, Some(cpu_tensor(d_weight, weight)?))?))
     }
 }
 

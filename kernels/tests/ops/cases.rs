@@ -212,6 +212,12 @@ fn linear_cases(rows: usize, in_width: usize, out_width: usize) -> Vec<Case> {
             |x| ops::linear(&x[0], &x[1], Some(&x[2])),
             move |x| product(x)?.broadcast_add(&x[2]),
         ),
+        Case::new(
+            "closing_linear",
+            &[&xs, &weight, &[out_width], &[1, rows, out_width]],
+            |x| ops::closing_linear(&x[3], &x[0], &x[1], Some(&x[2])),
+            move |x| &x[3] + product(x)?.broadcast_add(&x[2])?,
+        ),
     ]
 }
 

@@ -1,6 +1,7 @@
 //! Promises of the differentiable operations, each tested on the table in `cases`.
 
 mod cases;
+mod recompute;
 
 use candle_core::{DType, Device, Error, Result, Tensor, Var};
 use cases::{Case, large, random, small};

@@ -12,6 +12,7 @@ mod launch;
 pub(super) mod linear;
 mod matrix;
 pub(super) mod norm;
+pub(super) mod recompute;
 pub(super) mod rope;
 pub(super) mod softmax;
 

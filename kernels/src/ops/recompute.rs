@@ -1,0 +1,182 @@
+//! What can be spared where the gradients of a loss, or of a part of a model, are made.
+//!
+//! Candle makes the gradient of a variable in two more passes than it needs: as zeros, and as the sum of those and what an
+//! operation computed. Within [`backward`] and [`recompute`] the operations hand the gradients of variables over instead.
+//!
+//! Checkpointing (Chen et al., "Training deep nets with sublinear memory cost", arXiv 1604.06174) runs a part of a model a
+//! second time before its backward. The part's value is known by then: within [`recompute`] its last layer, if that
+//! is a [`closing_linear`], is not computed. Of the products of a transformer block that is a third of the forward's.
+
+#[cfg(feature = "cuda")]
+use candle_core::CudaStorage;
+use candle_core::backprop::GradStore;
+use candle_core::{CpuStorage, CustomOp3, InplaceOp1, Layout, Result, Shape, Tensor, TensorId};
+use std::cell::RefCell;
+use std::collections::HashMap;
+
+#[cfg(feature = "cuda")]
+use super::cuda;
+use super::linear::{self, linear};
+
+/// What is spared at the moment.
+struct Scope {
+    /// Gradients that were handed over, each summed in the order of its parts.
+    handed_over: HashMap<TensorId, Tensor>,
+    closing_values_are_needed: bool,
+}
+
+thread_local! {
+    static SCOPES: RefCell<Vec<Scope>> = const { RefCell::new(vec![]) };
+}
+
+/// `loss.backward()` with the gradients of variables handed over.
+///
+/// # Errors
+/// What candle says.
+pub fn backward(loss: &Tensor) -> Result<GradStore> {
+    within(true, || loss.backward())
+}
+
+/// Runs a part of a model whose value is known, and its backward. Where the value is that of a [`closing_linear`], it is not
+/// computed again, and using it is an error.
+///
+/// # Errors
+/// What `run` says.
+pub fn recompute(run: impl FnOnce() -> Result<GradStore>) -> Result<GradStore> {
+    within(false, run)
+}
+
+fn within(closing_values_are_needed: bool, run: impl FnOnce() -> Result<GradStore>) -> Result<GradStore> {
+    /// Leaves the scope, also where `run` panics.
+    struct Entered;
+    impl Drop for Entered {
+        fn drop(&mut self) {
+            SCOPES.with_borrow_mut(Vec::pop);
+        }
+    }
+    let scope = Scope { handed_over: HashMap::new(), closing_values_are_needed };
+    SCOPES.with_borrow_mut(|scopes| scopes.push(scope));
+    let entered = Entered;
+    let mut gradients = run()?;
+    let handed_over = SCOPES
+        .with_borrow_mut(|scopes| scopes.last_mut().map(|scope| std::mem::take(&mut scope.handed_over)));
+    drop(entered);
+    for (id, gradient) in handed_over.unwrap_or_default() {
+        let sum = match gradients.get_id(id) {
+            Some(earlier) => (earlier + gradient)?,
+            None => gradient,
+        };
+        gradients.insert_id(id, sum);
+    }
+    Ok(gradients)
+}
+
+/// Hands the gradient of a variable over, where that is possible; answers what is left for candle's store.
+pub(super) fn hand_over(tensor: &Tensor, gradient: Option<Tensor>) -> Result<Option<Tensor>> {
+    let Some(gradient) = gradient else { return Ok(None) };
+    SCOPES.with_borrow_mut(|scopes| match scopes.last_mut() {
+        Some(scope) if tensor.is_variable() => {
+            let sum = match scope.handed_over.remove(&tensor.id()) {
+                Some(earlier) => (earlier + gradient)?,
+                None => gradient,
+            };
+            scope.handed_over.insert(tensor.id(), sum);
+            Ok(None)
+        }
+        _ => Ok(Some(gradient)),
+    })
+}
+
+/// `residual + linear(xs, weight, bias)` as the last operation of a part of a model: within [`recompute`] it has no value.
+///
+/// `residual` `[.., out]`; the others as in [`linear`].
+///
+/// # Errors
+/// As [`linear`], and [`OpError::Shapes`](super::OpError::Shapes) for a residual of another shape than the result.
+pub fn closing_linear(
+    residual: &Tensor,
+    xs: &Tensor,
+    weight: &Tensor,
+    bias: Option<&Tensor>,
+) -> Result<Tensor> {
+    let is_spared =
+        SCOPES.with_borrow(|scopes| scopes.last().is_some_and(|scope| !scope.closing_values_are_needed));
+    // The gradient of the bias does not pass through candle's graph, which has no operation with four inputs.
+    if !is_spared || bias.is_some_and(|bias| bias.track_op() && !bias.is_variable()) {
+        return residual + linear(xs, weight, bias)?;
+    }
+    linear::check(xs, weight, bias)?;
+    let operation = ClosingLinear { bias: bias.cloned() };
+    let closing = residual.apply_op3(&xs.contiguous()?, &weight.contiguous()?, operation)?;
+    closing.inplace_op1(&Vacate)?;
+    Ok(closing)
+}
+
+struct ClosingLinear {
+    bias: Option<Tensor>,
+}
+
+impl CustomOp3 for ClosingLinear {
+    fn name(&self) -> &'static str {
+        "closing_linear"
+    }
+
+    fn cpu_fwd(
+        &self,
+        _: &CpuStorage,
+        residual: &Layout,
+        _: &CpuStorage,
+        _: &Layout,
+        _: &CpuStorage,
+        _: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        Ok((CpuStorage::F32(vec![]), residual.shape().clone()))
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        residual: &CudaStorage,
+        layout: &Layout,
+        _: &CudaStorage,
+        _: &Layout,
+        _: &CudaStorage,
+        _: &Layout,
+    ) -> Result<(CudaStorage, Shape)> {
+        Ok((cuda::recompute::no_value(residual)?, layout.shape().clone()))
+    }
+
+    fn bwd(
+        &self,
+        _: &Tensor,
+        xs: &Tensor,
+        weight: &Tensor,
+        _: &Tensor,
+        grad: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
+        let (d_xs, d_weight, d_bias) = linear::backward(xs, weight, self.bias.as_ref(), grad)?;
+        if let Some(bias) = &self.bias {
+            hand_over(bias, d_bias)?;
+        }
+        Ok((Some(grad.clone()), d_xs, hand_over(weight, d_weight)?))
+    }
+}
+
+/// Takes the storage of a tensor away: it keeps its shape and type, and every operation refuses it.
+struct Vacate;
+
+impl InplaceOp1 for Vacate {
+    fn name(&self) -> &'static str {
+        "vacate"
+    }
+
+    fn cpu_fwd(&self, storage: &mut CpuStorage, _: &Layout) -> Result<()> {
+        *storage = CpuStorage::F6E2M3(vec![]);
+        Ok(())
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(&self, storage: &mut CudaStorage, _: &Layout) -> Result<()> {
+        cuda::recompute::vacate(storage)
+    }
+}

@@ -1,0 +1,88 @@
+//! What is spared while gradients are made changes none of them.
+
+use super::cases::{large, random, small};
+use super::{run, upstream};
+use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor, Var};
+use ferrozero_kernels::ops;
+
+/// Starts a backward from a given gradient without looking at the value.
+struct Inject(Tensor);
+
+impl CustomOp1 for Inject {
+    fn name(&self) -> &'static str {
+        "inject"
+    }
+
+    fn cpu_fwd(&self, _: &CpuStorage, _: &Layout) -> Result<(CpuStorage, Shape)> {
+        Ok((CpuStorage::F32(vec![0.0]), Shape::from(())))
+    }
+
+    fn bwd(&self, _: &Tensor, _: &Tensor, _: &Tensor) -> Result<Option<Tensor>> {
+        Ok(Some(self.0.clone()))
+    }
+}
+
+fn elements(tensor: &Tensor) -> Vec<f32> {
+    tensor.flatten_all().unwrap().to_vec1().unwrap()
+}
+
+#[test]
+fn recomputed_gradients_are_those_of_a_plain_backward() {
+    for case in small().into_iter().chain(large()) {
+        let inputs = case.inputs();
+        let expected = run(&case.ours, &inputs).gradients;
+        let variables: Vec<Var> = inputs.iter().map(|input| Var::from_tensor(input).unwrap()).collect();
+        let tensors: Vec<Tensor> = variables.iter().map(|variable| variable.as_tensor().clone()).collect();
+        let gradients = ops::recompute(|| {
+            let result = (case.ours)(&tensors)?;
+            let upstream = upstream(result.dims(), result.dtype())?;
+            result.apply_op1(Inject(upstream))?.backward()
+        });
+        let gradients = gradients.unwrap();
+        for (variable, expected) in variables.iter().zip(expected) {
+            let gradient = gradients.get(variable).expect("no gradient reached an input");
+            assert_eq!(elements(gradient), elements(&expected), "{}", case.name);
+        }
+    }
+}
+
+#[test]
+fn a_variable_used_several_times_gets_the_sum() {
+    let weight = Var::from_tensor(&random(&[5, 5], 1)).unwrap();
+    let table = random(&[3, 5], 2);
+    let loss = || {
+        let hidden = ops::linear(&table, &weight, None)?;
+        // Once by an operation of ours that hands its gradient over, once by candle's own that does not.
+        ops::linear(&hidden, &weight, None)?.matmul(&weight)?.sum_all()
+    };
+    let plain = loss().unwrap().backward().unwrap();
+    let spared = ops::backward(&loss().unwrap()).unwrap();
+    let [plain, spared] = [plain, spared].map(|store| elements(store.get(&weight).unwrap()));
+    for (plain, spared) in plain.iter().zip(&spared) {
+        assert!((plain - spared).abs() <= 1e-5 * plain.abs().max(1.0), "{spared} and not {plain}");
+    }
+}
+
+#[test]
+fn a_value_that_was_spared_is_refused_by_every_operation() {
+    let [residual, xs] = [random(&[2, 3], 1), random(&[2, 4], 2)];
+    let weight = Var::from_tensor(&random(&[3, 4], 3)).unwrap();
+    let result = ops::recompute(|| {
+        let closed = ops::closing_linear(&residual, &xs, &weight, None)?;
+        assert!(closed.gelu().is_err() && (&closed + 1.0).is_err() && closed.to_vec2::<f32>().is_err());
+        assert!(ops::gelu(&closed).is_err());
+        closed.apply_op1(Inject(residual.clone()))?.backward()
+    });
+    assert_eq!(result.unwrap().get(&weight).unwrap().dims(), [3, 4]);
+    // And outside it has its value again.
+    assert!(ops::closing_linear(&residual, &xs, &weight, None).unwrap().to_vec2::<f32>().is_ok());
+}
+
+#[test]
+fn a_failed_recomputation_leaves_nothing_behind() {
+    let weight = Var::from_tensor(&random(&[3, 4], 3)).unwrap();
+    let xs = random(&[2, 4], 2);
+    assert!(ops::recompute(|| Err(candle_core::Error::Msg("no".into()))).is_err());
+    let store = ops::linear(&xs, &weight, None).unwrap().backward().unwrap();
+    assert!(store.get(&weight).is_some());
+}
