@@ -110,25 +110,24 @@ impl Attention {
         self.angles.rotate(&xs.transpose(1, 2)?.contiguous()?, position)
     }
 
-    /// `xs` [B, T, K·D] with each head as often as there are queries for it: [B, T, H·D].
-    fn repeat(&self, xs: &Tensor) -> Result<Tensor> {
-        if self.heads == self.key_value_heads {
-            return Ok(xs.clone());
-        }
-        let (b, t, _) = xs.dims3()?;
-        let (k, d, queries) = (self.key_value_heads, self.head_width, self.heads / self.key_value_heads);
-        xs.reshape((b, t, k, 1, d))?.broadcast_as((b, t, k, queries, d))?.reshape((b, t, self.heads * d))
+    /// As [`Self::heads`] from the first position on, with the heads side by side as they were: [B, T, heads·D].
+    fn side_by_side(&self, xs: &Tensor, heads: usize, norm: Option<&Norm>) -> Result<Tensor> {
+        let normed = match norm {
+            Some(norm) => {
+                let (b, t, width) = xs.dims3()?;
+                norm.forward(&xs.reshape((b, t, heads, self.head_width))?)?.reshape((b, t, width))?
+            }
+            None => xs.clone(),
+        };
+        ops::rope_by_position(&normed, &self.angles.cosines, &self.angles.sines, heads)
     }
 
     fn forward(&self, xs: &Tensor) -> Result<Tensor> {
-        let (b, t, _) = xs.dims3()?;
-        let rows = |xs: Tensor| xs.transpose(1, 2)?.reshape((b, t, ())); // [B, heads, T, D] → [B, T, heads·D]
-        let q = rows(self.heads(&self.q_proj.forward(xs)?, self.heads, self.q_norm.as_ref(), 0)?)?;
-        let k =
-            rows(self.heads(&self.k_proj.forward(xs)?, self.key_value_heads, self.k_norm.as_ref(), 0)?)?;
+        let (h, k_heads) = (self.heads, self.key_value_heads);
+        let q = self.side_by_side(&self.q_proj.forward(xs)?, h, self.q_norm.as_ref())?; // [B, T, H·D]
+        let k = self.side_by_side(&self.k_proj.forward(xs)?, k_heads, self.k_norm.as_ref())?; // [B, T, K·D]
         let v = self.v_proj.forward(xs)?; // [B, T, K·D]
-        let packed = Tensor::cat(&[&q, &self.repeat(&k)?, &self.repeat(&v)?], 2)?; // [B, T, 3·H·D]
-        self.o_proj.forward(&ops::causal_attention(&packed, self.heads)?)
+        self.o_proj.forward(&ops::grouped_causal_attention(&q, &k, &v, h, k_heads)?)
     }
 
     /// As [`Self::forward`] for the tokens that follow those in `cache`, without gradients.

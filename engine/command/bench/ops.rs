@@ -191,12 +191,7 @@ fn cases(arguments: &OpsArguments) -> Result<Vec<Case>> {
             },
         )?,
         Case::new("gelu", &[&[b, t, 4 * c]], |x| ops::gelu(&x[0]), |x| x[0].gelu())?,
-        Case::new(
-            "swiglu",
-            &[&[b, t, 8 * c]],
-            |x| ops::swiglu(&x[0]),
-            |x| candle_nn::ops::swiglu(&x[0]),
-        )?,
+        Case::new("swiglu", &[&[b, t, 8 * c]], |x| ops::swiglu(&x[0]), |x| candle_nn::ops::swiglu(&x[0]))?,
         Case::new("rope", &[&[b, h, t, d]], move |x| ops::rope(&x[0], &cos, &sin), composed_rope)?,
         Case::new(
             "causal_attention",
@@ -238,7 +233,8 @@ pub fn run(arguments: OpsArguments) -> CommandResult {
         for line in std::io::stdin().lock().lines() {
             let name = line?;
             let case = cases.iter().find(|case| case.name == name);
-            let case = case.ok_or_else(|| configuration(format!("bench ops: there is no operation {name}")))?;
+            let case =
+                case.ok_or_else(|| configuration(format!("bench ops: there is no operation {name}")))?;
             println!("{}", case.run(&case.ours)?);
         }
         return Ok(());

@@ -1,8 +1,8 @@
-//! Causal self-attention on packed queries, keys and values.
+//! Causal self-attention.
 
 #[cfg(feature = "cuda")]
 use candle_core::CudaStorage;
-use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor};
+use candle_core::{CpuStorage, CustomOp1, CustomOp3, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
 
 #[cfg(feature = "cuda")]
@@ -32,6 +32,35 @@ pub fn causal_attention(qkv: &Tensor, heads: usize) -> Result<Tensor> {
         }
         _ => Err(shapes_error(NAME, "expected [B, T, 3·C] with C a multiple of the heads", &[qkv.shape()])),
     }
+}
+
+/// [`causal_attention`] where several query heads share a key and value head (Ainslie et al., arXiv 2305.13245).
+///
+/// `query` `[B, T, heads·D]`, `key` and `value` `[B, T, key_value_heads·D]` → `[B, T, heads·D]`; query head `h` takes key and
+/// value head `h·key_value_heads/heads`.
+///
+/// # Errors
+/// As [`causal_attention`]; shapes must be as above, and `heads` a multiple of `key_value_heads`.
+pub fn grouped_causal_attention(
+    query: &Tensor,
+    key: &Tensor,
+    value: &Tensor,
+    heads: usize,
+    key_value_heads: usize,
+) -> Result<Tensor> {
+    let sizes = GroupedSizes::new(query.shape(), heads, key_value_heads);
+    let sizes = sizes.filter(|sizes| [key, value].iter().all(|tensor| *tensor.dims() == sizes.key_dims()));
+    let Some(sizes) = sizes else {
+        let shapes = [query.shape(), key.shape(), value.shape()];
+        let expected = "expected [B, T, H·D] and twice [B, T, K·D] with H a multiple of K";
+        return Err(shapes_error(GroupedAttention::NAME, expected, &shapes));
+    };
+    if query.device().is_cuda() {
+        let packed = [query.clone(), sizes.repeat(key)?, sizes.repeat(value)?];
+        return causal_attention(&Tensor::cat(&packed, 2)?, heads);
+    }
+    let operation = GroupedAttention { heads, key_value_heads };
+    query.contiguous()?.apply_op3(&key.contiguous()?, &value.contiguous()?, operation)
 }
 
 pub(super) const NAME: &str = "causal_attention";
@@ -84,6 +113,139 @@ impl CustomOp1 for CausalAttention {
             },
         );
         Ok(Some(cpu_tensor(d_qkv, qkv)?))
+    }
+}
+
+struct GroupedAttention {
+    heads: usize,
+    key_value_heads: usize,
+}
+
+impl GroupedAttention {
+    const NAME: &'static str = "grouped_causal_attention";
+
+    fn sizes(&self, query: &Shape) -> Result<GroupedSizes> {
+        GroupedSizes::new(query, self.heads, self.key_value_heads)
+            .ok_or_else(|| shapes_error(Self::NAME, "expected [B, T, H·D]", &[query]))
+    }
+}
+
+impl CustomOp3 for GroupedAttention {
+    fn name(&self) -> &'static str {
+        Self::NAME
+    }
+
+    fn cpu_fwd(
+        &self,
+        query: &CpuStorage,
+        query_layout: &Layout,
+        key: &CpuStorage,
+        key_layout: &Layout,
+        value: &CpuStorage,
+        value_layout: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        let query = elements::<f32>(Self::NAME, query, query_layout)?;
+        let key = elements::<f32>(Self::NAME, key, key_layout)?;
+        let value = elements::<f32>(Self::NAME, value, value_layout)?;
+        let sizes = self.sizes(query_layout.shape())?;
+        let mut out = vec![0f32; query.len()];
+        let outputs = sizes.query.column_blocks(&mut out, sizes.query.channels);
+        outputs.into_par_iter().enumerate().for_each_init(Vec::new, |scratch, (index, out)| {
+            sizes.head(query, key, value, index).forward(out, scratch);
+        });
+        Ok((CpuStorage::F32(out), query_layout.shape().clone()))
+    }
+
+    fn bwd(
+        &self,
+        query: &Tensor,
+        key: &Tensor,
+        value: &Tensor,
+        _res: &Tensor,
+        grad: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
+        let grad = grad.contiguous()?;
+        let sizes = self.sizes(query.shape())?;
+        let [q, k, v, dy] = [query, key, value, &grad].map(|tensor| Input::new(Self::NAME, tensor));
+        let (q, k, v) = (q.elements::<f32>()?, k.elements::<f32>()?, v.elements::<f32>()?);
+        let d_out = dy.elements::<f32>()?;
+        let [mut dq, mut dk, mut dv] = [q, k, v].map(|input| vec![0f32; input.len()]);
+        let mut d_queries = sizes.query.column_blocks(&mut dq, sizes.query.channels).into_iter();
+        let d_keys = sizes.key.column_blocks(&mut dk, sizes.key.channels);
+        let d_values = sizes.key.column_blocks(&mut dv, sizes.key.channels);
+        let queries = sizes.queries();
+        // A task a key head: its gradient is the sum over its queries, in their order.
+        let tasks: Vec<_> = d_keys
+            .into_iter()
+            .zip(d_values)
+            .map(|(d_key, d_value)| (d_queries.by_ref().take(queries).collect::<Vec<_>>(), d_key, d_value))
+            .collect();
+        let positions = sizes.query.positions;
+        tasks.into_par_iter().enumerate().for_each_init(
+            Default::default,
+            |scratch, (task, (d_queries, mut d_key, mut d_value))| {
+                for (number, query) in d_queries.into_iter().enumerate() {
+                    let index = task * queries + number;
+                    let d_out = sizes.query.head_columns(d_out, index, sizes.query.channels, 0);
+                    let (key, value) = (d_key.rows(0, positions), d_value.rows(0, positions));
+                    sizes.head(q, k, v, index).backward(HeadGradient { query, key, value }, d_out, scratch);
+                }
+            },
+        );
+        Ok((Some(cpu_tensor(dq, query)?), Some(cpu_tensor(dk, key)?), Some(cpu_tensor(dv, value)?)))
+    }
+}
+
+/// Sizes of the queries, and of the keys and values.
+#[derive(Clone, Copy)]
+struct GroupedSizes {
+    query: Sizes,
+    key: Sizes,
+}
+
+impl GroupedSizes {
+    fn new(query: &Shape, heads: usize, key_value_heads: usize) -> Option<Self> {
+        let &[batch, positions, channels] = query.dims() else { return None };
+        if key_value_heads == 0 || !heads.is_multiple_of(key_value_heads) || heads == 0 {
+            return None;
+        }
+        if channels == 0 || !channels.is_multiple_of(heads) {
+            return None;
+        }
+        let head_width = channels / heads;
+        let sizes = |heads| Sizes { batch, positions, channels: heads * head_width, heads, head_width };
+        Some(Self { query: sizes(heads), key: sizes(key_value_heads) })
+    }
+
+    fn key_dims(&self) -> [usize; 3] {
+        [self.key.batch, self.key.positions, self.key.channels]
+    }
+
+    /// Query heads that share a key head.
+    fn queries(&self) -> usize {
+        self.query.heads / self.key.heads
+    }
+
+    /// Query head `index`, counted over all sequences, with its keys and values.
+    fn head<'a>(&self, query: &'a [f32], key: &'a [f32], value: &'a [f32], index: usize) -> Head<'a> {
+        let key_index = index / self.queries();
+        Head {
+            positions: self.query.positions,
+            query: self.query.head_columns(query, index, self.query.channels, 0),
+            key: self.key.head_columns(key, key_index, self.key.channels, 0),
+            value: self.key.head_columns(value, key_index, self.key.channels, 0),
+        }
+    }
+
+    /// Keys or values with each head as often as there are queries for it: `[B, T, H·D]`.
+    fn repeat(&self, xs: &Tensor) -> Result<Tensor> {
+        let Sizes { batch, positions, heads, head_width, .. } = self.key;
+        if self.queries() == 1 {
+            return Ok(xs.clone());
+        }
+        xs.reshape((batch, positions, heads, 1, head_width))?
+            .broadcast_as((batch, positions, heads, self.queries(), head_width))?
+            .reshape((batch, positions, self.query.channels))
     }
 }
 

@@ -12,7 +12,9 @@
 //! | [`gelu`], [`silu`], [`swiglu`] | element by element | the whole formula, one pass each way |
 //! | [`softmax_last_dim`], [`causal_softmax`] | `[.., T, S]` | scale, mask and softmax |
 //! | [`rope`], [`rope_i`] | `[B, H, T, D]` | both halves of the rotation |
+//! | [`rope_by_position`] | `[B, T, H·D]` | the same on heads that lie side by side |
 //! | [`causal_attention`] | `[B, T, 3·C] → [B, T, C]` | attention on packed q, k, v; no T×T matrix is kept |
+//! | [`grouped_causal_attention`] | `[B, T, H·D], twice [B, T, K·D] → [B, T, H·D]` | the same where query heads share keys and values |
 //! | [`cross_entropy`], [`linear_cross_entropy`] | `[N, C] → []` | log-softmax and mean; no full logits in the latter |
 //!
 //! **Devices and dtypes.** On the CPU the elements are `f32`. On a CUDA device (feature `cuda`) they are `f32`, `bf16` or `f16`,
@@ -44,12 +46,12 @@ mod softmax;
 mod vector;
 
 pub use activation::{gelu, silu, swiglu};
-pub use attention::causal_attention;
+pub use attention::{causal_attention, grouped_causal_attention};
 pub use cross_entropy::{cross_entropy, linear_cross_entropy};
 pub use embedding::embedding;
 pub use error::OpError;
 pub use linear::linear;
 pub use norm::{layer_norm, rms_norm};
 pub use recompute::{backward, closing_linear, recompute};
-pub use rope::{rope, rope_i};
+pub use rope::{rope, rope_by_position, rope_i};
 pub use softmax::{causal_softmax, softmax_last_dim};

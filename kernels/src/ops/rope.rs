@@ -22,7 +22,7 @@ use super::vector::{chunk_elements, vectorized};
 /// [`OpError::Shapes`](super::OpError::Shapes) unless the shapes are as above;
 /// [`OpError::TrackedConstant`](super::OpError::TrackedConstant) if `cos` or `sin` is tracked for gradients.
 pub fn rope(xs: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<Tensor> {
-    rotate_checked(xs, cos, sin, Rope { name: "rope", interleaved: false })
+    rotate_checked(xs, cos, sin, Rope { name: "rope", interleaved: false, by_position: false })
 }
 
 /// [`rope`] on the pairs (element `2·i`, element `2·i + 1`), as [`candle_nn::rotary_emb::rope_i`].
@@ -30,7 +30,27 @@ pub fn rope(xs: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<Tensor> {
 /// # Errors
 /// As [`rope`].
 pub fn rope_i(xs: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<Tensor> {
-    rotate_checked(xs, cos, sin, Rope { name: "rope_i", interleaved: true })
+    rotate_checked(xs, cos, sin, Rope { name: "rope_i", interleaved: true, by_position: false })
+}
+
+/// [`rope`] on heads that lie side by side at each position: `xs` `[B, T, heads·D]`, as a projection gives them.
+///
+/// # Errors
+/// As [`rope`].
+pub fn rope_by_position(xs: &Tensor, cos: &Tensor, sin: &Tensor, heads: usize) -> Result<Tensor> {
+    let op = Rope { name: "rope_by_position", interleaved: false, by_position: true };
+    let &[batch, positions, width] = xs.dims() else {
+        return Err(shapes_error(op.name, BY_POSITION, &[xs.shape(), cos.shape(), sin.shape()]));
+    };
+    if heads == 0 || !width.is_multiple_of(heads) {
+        return Err(shapes_error(op.name, BY_POSITION, &[xs.shape(), cos.shape(), sin.shape()]));
+    }
+    let split = xs.reshape((batch, positions, heads, width / heads))?;
+    let rotated = match xs.device().is_cuda() {
+        true => rope(&split.transpose(1, 2)?, cos, sin)?.transpose(1, 2)?,
+        false => rotate_checked(&split, cos, sin, op)?,
+    };
+    rotated.reshape((batch, positions, width))
 }
 
 fn rotate_checked(xs: &Tensor, cos: &Tensor, sin: &Tensor, op: Rope) -> Result<Tensor> {
@@ -39,7 +59,7 @@ fn rotate_checked(xs: &Tensor, cos: &Tensor, sin: &Tensor, op: Rope) -> Result<T
             return Err(OpError::TrackedConstant { op: op.name, input }.into());
         }
     }
-    if Sizes::new(xs.shape(), cos.shape()).is_none() || cos.shape() != sin.shape() {
+    if op.sizes(xs.shape(), cos.shape()).is_none() || cos.shape() != sin.shape() {
         return Err(shapes_error(op.name, SHAPES, &[xs.shape(), cos.shape(), sin.shape()]));
     }
     xs.contiguous()?.apply_op3(&cos.contiguous()?, &sin.contiguous()?, op)
@@ -47,9 +67,14 @@ fn rotate_checked(xs: &Tensor, cos: &Tensor, sin: &Tensor, op: Rope) -> Result<T
 
 const SHAPES: &str = "expected [B, H, T, D] with D even, and cos and sin [T' ≥ T, D/2] or [B, T' ≥ T, D/2]";
 
+const BY_POSITION: &str =
+    "expected [B, T, heads·D] with D even, and cos and sin [T' ≥ T, D/2] or [B, T' ≥ T, D/2]";
+
 struct Rope {
     name: &'static str,
     interleaved: bool,
+    /// Whether `xs` is `[B, T, H, D]` and not `[B, H, T, D]`.
+    by_position: bool,
 }
 
 /// How the rows of `xs` find their row of `cos` and `sin`.
@@ -60,34 +85,43 @@ pub(super) struct Sizes {
     pub(super) head_width: usize,
     /// Rows of a table between one sequence and the next: 0 if all share one.
     pub(super) table_rows: usize,
+    /// Rows that follow each other at one position: 1 where positions follow each other within a head.
+    rows_a_position: usize,
 }
 
 impl Sizes {
-    fn new(xs: &Shape, table: &Shape) -> Option<Self> {
-        let &[batch, heads, positions, head_width] = xs.dims() else { return None };
+    fn new(xs: &Shape, table: &Shape, by_position: bool) -> Option<Self> {
+        let &[batch, second, third, head_width] = xs.dims() else { return None };
+        let (heads, positions) = if by_position { (third, second) } else { (second, third) };
+        let rows_a_position = if by_position { heads } else { 1 };
         let (table_positions, table_width, table_rows) = match *table.dims() {
             [rows, width] => (rows, width, 0),
             [sequences, rows, width] if sequences == batch => (rows, width, rows),
             _ => return None,
         };
         let fits = 2 * table_width == head_width && positions <= table_positions;
-        fits.then_some(Sizes { heads, positions, head_width, table_rows })
+        fits.then_some(Sizes { heads, positions, head_width, table_rows, rows_a_position })
     }
 
     /// Where the table's row for a row of `xs` starts, in elements.
     #[inline(always)]
     fn table_start(self, row: usize) -> usize {
         let sequence = row / (self.heads * self.positions);
-        (sequence * self.table_rows + row % self.positions) * (self.head_width / 2)
+        let position = row / self.rows_a_position % self.positions;
+        (sequence * self.table_rows + position) * (self.head_width / 2)
     }
 }
 
 impl Rope {
+    fn sizes(&self, xs: &Shape, table: &Shape) -> Option<Sizes> {
+        Sizes::new(xs, table, self.by_position)
+    }
+
     /// The same on a CUDA device.
     #[cfg(feature = "cuda")]
     fn rotation(&self, xs: &Shape, table: &Shape, direction: f32) -> Result<Rotation> {
-        let Rope { name: op, interleaved } = *self;
-        let sizes = Sizes::new(xs, table).ok_or_else(|| shapes_error(op, SHAPES, &[xs, table]))?;
+        let Rope { name: op, interleaved, .. } = *self;
+        let sizes = self.sizes(xs, table).ok_or_else(|| shapes_error(op, SHAPES, &[xs, table]))?;
         Ok(Rotation { op, interleaved, sizes, direction })
     }
 
@@ -122,7 +156,7 @@ impl CustomOp3 for Rope {
         let xs = elements::<f32>(self.name, xs, xs_layout)?;
         let cos = elements::<f32>(self.name, cos, cos_layout)?;
         let sin = elements::<f32>(self.name, sin, sin_layout)?;
-        let out = match Sizes::new(shape, cos_layout.shape()) {
+        let out = match self.sizes(shape, cos_layout.shape()) {
             Some(sizes) => self.rotate(xs, cos, sin, sizes, 1.0),
             None => Vec::new(),
         };
@@ -158,7 +192,7 @@ impl CustomOp3 for Rope {
             return Ok((Some(rotation.backward(&grad, cos, sin)?), None, None));
         }
         let [dy, c, s] = [&grad, cos, sin].map(|tensor| Input::new(self.name, tensor));
-        let dx = match Sizes::new(xs.shape(), cos.shape()) {
+        let dx = match self.sizes(xs.shape(), cos.shape()) {
             Some(sizes) => self.rotate(dy.elements()?, c.elements()?, s.elements()?, sizes, -1.0),
             None => Vec::new(),
         };

@@ -80,6 +80,9 @@ pub fn small() -> Vec<Case> {
     for (batch, positions, heads, head_width) in [(1, 1, 1, 1), (2, 3, 3, 2), (1, 17, 2, 5), (1, 67, 1, 1)] {
         cases.push(causal_attention(batch, positions, heads, head_width));
     }
+    for (batch, positions, heads, keys, head_width) in [(1, 1, 1, 1, 1), (2, 3, 6, 2, 2), (1, 67, 3, 1, 5)] {
+        cases.push(grouped_causal_attention(batch, positions, heads, keys, head_width));
+    }
     for (rows, width, vocabulary_size) in [(1, 1, 1), (3, 17, 5), (40, 3, 7), (17, 2, 33)] {
         cases.push(embedding(rows, width, vocabulary_size));
     }
@@ -100,6 +103,7 @@ pub fn large() -> Vec<Case> {
     cases.extend(rope_cases(2, 3, 129, 33, true));
     cases.extend(linear_cases(301, 193, 257));
     cases.push(causal_attention(2, 150, 3, 17));
+    cases.push(grouped_causal_attention(2, 150, 6, 3, 17));
     cases.push(embedding(1101, 301, 193));
     cases.push(cross_entropy(301, 193));
     cases.push(linear_cross_entropy(1101, 17, 2100));
@@ -191,12 +195,21 @@ fn rope_cases(batch: usize, heads: usize, positions: usize, pairs: usize, batche
         let (cos, sin) = (cos.clone(), sin.clone());
         move |x: &[Tensor]| ops::rope(&x[0], &beside(&x[0], &cos)?, &beside(&x[0], &sin)?)
     };
+    let by_position = {
+        let (cos, sin) = (cos.clone(), sin.clone());
+        move |x: &[Tensor]| {
+            let xs = x[0].transpose(1, 2)?.reshape((batch, positions, heads * 2 * pairs))?;
+            let rotated = ops::rope_by_position(&xs, &beside(&x[0], &cos)?, &beside(&x[0], &sin)?, heads)?;
+            rotated.reshape((batch, positions, heads, 2 * pairs))?.transpose(1, 2)
+        }
+    };
     let neighbours = {
         let (cos, sin) = (cos.clone(), sin.clone());
         move |x: &[Tensor]| ops::rope_i(&x[0], &beside(&x[0], &cos)?, &beside(&x[0], &sin)?)
     };
     vec![
         Case::new("rope", &[&shape], halves, composed(false)),
+        Case::new("rope_by_position", &[&shape], by_position, composed(false)),
         Case::new("rope_i", &[&shape], neighbours, composed(true)),
     ]
 }
@@ -237,6 +250,32 @@ fn causal_attention(batch: usize, positions: usize, heads: usize, head_width: us
     Case::new(
         &format!("causal_attention, {heads} heads"),
         &[&[batch, positions, 3 * channels]],
+        ours,
+        composed,
+    )
+}
+
+fn grouped_causal_attention(
+    batch: usize,
+    positions: usize,
+    heads: usize,
+    key_value_heads: usize,
+    head_width: usize,
+) -> Case {
+    let packed = causal_attention(batch, positions, heads, head_width).composed;
+    let composed = move |x: &[Tensor]| {
+        let repeat = |xs: &Tensor| {
+            let split = xs.reshape((batch, positions, key_value_heads, 1, head_width))?;
+            let shape = (batch, positions, key_value_heads, heads / key_value_heads, head_width);
+            split.broadcast_as(shape)?.reshape((batch, positions, heads * head_width))
+        };
+        packed(&[Tensor::cat(&[x[0].clone(), repeat(&x[1])?, repeat(&x[2])?], 2)?])
+    };
+    let ours = move |x: &[Tensor]| ops::grouped_causal_attention(&x[0], &x[1], &x[2], heads, key_value_heads);
+    let keys = [batch, positions, key_value_heads * head_width];
+    Case::new(
+        &format!("grouped_causal_attention, {heads} heads"),
+        &[&[batch, positions, heads * head_width], &keys, &keys],
         ours,
         composed,
     )
