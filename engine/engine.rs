@@ -281,7 +281,7 @@ impl Engine {
         let moves = boundary_home != Tier::Device;
         Rehearsal::run(layout.clone(), tensors.clone(), self.device.clone(), moves, |rehearsal, finish| {
             let pass = || {
-                let loss = loss()?;
+                let loss = ferrozero_kernels::ops::before_backward(loss)?;
                 self.passes.report(finish(&rehearsal, &loss))
             };
             self.passes.within(Mode::Rehearsal(rehearsal.clone()), pass)

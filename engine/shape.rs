@@ -12,8 +12,8 @@ use std::path::Path;
 /// and the gradients that are under way beside it. Counted over the engine's own blocks, whose attention keeps no scores.
 const WORKING_WIDTHS: u64 = 34;
 
-/// Logits that the engine's cross-entropy on the CPU device has at once: 8 MiB.
-const TILE_ELEMENTS: u64 = 2 << 20;
+/// Rows whose logits the engine's cross-entropy on the CPU device has at once.
+const LOGIT_ROWS: u64 = 256;
 
 /// What kind of blocks a model has.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -268,7 +268,7 @@ impl ModelShape {
 
     /// Bytes of the model's own tensors at their peak, boundaries apart: the backward of a block, or the loss, whichever is
     /// more. Of a gated perceptron's backward more is kept than of a plain one's. The loss has all logits of B·T `tokens`
-    /// and their gradients where `logits` says so, else a tile of them.
+    /// and their gradients where `logits` says so, else those of some rows.
     pub fn working_bytes(&self, tokens: usize, element_bytes: usize, logits: bool) -> u64 {
         let (tokens, c, f) = (tokens as u64, self.hidden as u64, self.feed_forward as u64);
         let gated = match self.family {
@@ -277,8 +277,8 @@ impl ModelShape {
         };
         let block = tokens * (WORKING_WIDTHS * c + gated);
         let all = tokens * self.vocabulary as u64;
-        let logits = if logits { all } else { all.min(TILE_ELEMENTS) };
-        let loss = 4 * tokens * c + 2 * logits;
+        let logits = if logits { 2 * all } else { self.vocabulary as u64 * tokens.min(LOGIT_ROWS) };
+        let loss = 4 * tokens * c + logits;
         block.max(loss) * element_bytes as u64
     }
 

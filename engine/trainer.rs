@@ -344,7 +344,7 @@ impl Trainer {
         self.attach(pass)?;
         let step = self.step + 1;
         let (loss, mut store) = self.passes.within(Mode::Scheduled(pass.clone()), || {
-            let loss = loss()?;
+            let loss = ops::before_backward(loss)?;
             let value = loss.to_dtype(DType::F32)?.to_scalar::<f32>()?;
             if !value.is_finite() {
                 return self.passes.report(Err(Error::NonFiniteLoss { step, loss: value }));

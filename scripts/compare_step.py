@@ -1,7 +1,9 @@
 #!/usr/bin/env python3
 """Compares training steps on the CPU: ferrozero with states on disk, PyTorch, and DeepSpeed's ZeRO-Infinity.
 
-The model is a GPT in f32 whose blocks are recomputed in the backward pass, trained by AdamW:
+The model is a GPT in f32 whose blocks are recomputed in the backward pass, trained by AdamW. With --config FILE it is
+the Llama-like model of a Hugging Face config.json, random, and PyTorch's is transformers' own (pip install transformers);
+--smollm2 takes the shape of SmolLM2-135M:
 
 - ferrozero: `bench step --placement disk`;
 - PyTorch: everything in memory, torch.utils.checkpoint around each block, torch.optim.AdamW(fused=True);
@@ -43,12 +45,35 @@ SIZES = {
     "batch": (4, "sequences of a step"),
 }
 
+SMOLLM2 = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_act": "silu",
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "max_position_embeddings": 8192,
+    "num_attention_heads": 9,
+    "num_hidden_layers": 30,
+    "num_key_value_heads": 3,
+    "rms_norm_eps": 1e-05,
+    "rope_theta": 100000,
+    "tie_word_embeddings": True,
+    "vocab_size": 49152,
+}
+
 # What rounding changes in the loss of the second step is far below this; a wrong gradient is above it.
 LOSS_TOLERANCE = 1e-3
 
 
 def parameter_count(arguments):
     """Parameters of the model."""
+    if arguments.config:
+        shape = json.loads(arguments.config.read_text())
+        width, layers, wide = (shape[name] for name in ("hidden_size", "num_hidden_layers", "intermediate_size"))
+        keys = shape["num_key_value_heads"] * width // shape["num_attention_heads"]
+        heads = 1 if shape.get("tie_word_embeddings") else 2
+        layer = 2 * width * (width + keys) + 3 * width * wide + 2 * width
+        return heads * shape["vocab_size"] * width + layers * layer + width
     width = arguments.hidden
     embeddings = (arguments.vocab + arguments.seq) * width
     return embeddings + arguments.layers * (12 * width * width + 13 * width) + 2 * width
@@ -112,6 +137,22 @@ def gpt(arguments, use_reentrant):
     return Gpt
 
 
+def llama(arguments):
+    """transformers' model of a config.json, with its layers recomputed in the backward pass."""
+    torch, transformers = common.need("torch"), common.need("transformers")
+    config = transformers.AutoConfig.for_model(**json.loads(arguments.config.read_text()))
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.train()
+
+    def loss(inputs, targets):
+        logits = model(input_ids=inputs, use_cache=False).logits
+        return torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+    loss.parameters = model.parameters
+    return loss
+
+
 def decay_groups(model):
     """Parameters by whether they decay: matrices do. ZeRO keeps the whole shape beside what it partitions."""
     decay, others = [], []
@@ -124,7 +165,7 @@ def decay_groups(model):
 def start_torch(arguments):
     """PyTorch with everything in memory. Returns its version, and what makes a step and returns the loss."""
     torch = common.need("torch")
-    model = gpt(arguments, use_reentrant=False)()
+    model = llama(arguments) if arguments.config else gpt(arguments, use_reentrant=False)()
     optimizer = torch.optim.AdamW(decay_groups(model), fused=True, **SETTINGS)
 
     def step(inputs, targets):
@@ -230,9 +271,10 @@ def start_peer(arguments):
     torch.manual_seed(1)
     versions, step = {"torch": start_torch, "deepspeed": start_deepspeed}[arguments.serve_peer](arguments)
     shape = (arguments.batch, arguments.seq)
+    vocabulary = json.loads(arguments.config.read_text())["vocab_size"] if arguments.config else arguments.vocab
 
     def respond(_):
-        inputs, targets = (torch.randint(arguments.vocab, shape) for _ in range(2))
+        inputs, targets = (torch.randint(vocabulary, shape) for _ in range(2))
         started = time.perf_counter()
         loss = step(inputs, targets).item()
         seconds = time.perf_counter() - started
@@ -253,6 +295,8 @@ def main():
     options.add_argument("--sub-group-size", type=int, default=10_000_000, help=sub_group)
     pipeline = "let DeepSpeed read and write states beside its updates, with three times the buffers"
     options.add_argument("--pipeline", action="store_true", help=pipeline)
+    options.add_argument("--config", type=Path, help="config.json of a Llama-like model, in place of the GPT")
+    options.add_argument("--smollm2", action="store_true", help="the shape of SmolLM2-135M")
     arguments = common.parse(options)
     for name in SIZES:
         if getattr(arguments, name) < 1:
@@ -265,6 +309,11 @@ def main():
         options.error(f"{arguments.dir} exists already; name a folder that can be removed afterwards")
     arguments.dir.mkdir(parents=True)
     try:
+        if arguments.smollm2:
+            arguments.config = arguments.dir / "config.json"
+            arguments.config.write_text(json.dumps(SMOLLM2))
+            # The processes of the peers are started with the same options.
+            sys.argv = [each for each in sys.argv if each != "--smollm2"] + ["--config", str(arguments.config)]
         return compare(arguments)
     finally:
         shutil.rmtree(arguments.dir, ignore_errors=True)
@@ -273,11 +322,15 @@ def main():
 def compare(arguments):
     """Measures and reports."""
     command = [arguments.binary, "bench", "step", "--serve", "--placement", "disk"]
+    if arguments.config:
+        command += ["--config", arguments.config]
     for name in SIZES:
         command += [f"--{name}", getattr(arguments, name)]
     ours = common.Server(OURS, [*command, "--dir", arguments.dir / "ferrozero"])
     environment = {"OMP_NUM_THREADS": str(common.cpus()), "DS_ACCELERATOR": "cpu"}
-    peers = [(TORCH, "torch", environment), (DEEPSPEED, "deepspeed", environment)]
+    peers = [(TORCH, "torch", environment)]
+    if not arguments.config:
+        peers.append((DEEPSPEED, "deepspeed", environment))
     servers, unavailable = common.start_peers(peers, arguments)
     answers = common.take_turns([ours, *servers], ["step"], arguments.rounds, unavailable)
     tokens = arguments.batch * arguments.seq

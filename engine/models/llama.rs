@@ -170,7 +170,7 @@ impl Perceptron {
 
     /// `residual` plus what the perceptron makes of `xs`.
     fn close(&self, residual: &Tensor, xs: &Tensor) -> Result<Tensor> {
-        let gated = (ops::silu(&self.gate_proj.forward(xs)?)? * self.up_proj.forward(xs)?)?; // [B, T, F]
+        let gated = ops::gated_silu(&self.gate_proj.forward(xs)?, &self.up_proj.forward(xs)?)?; // [B, T, F]
         self.down_proj.close(residual, &gated)
     }
 }

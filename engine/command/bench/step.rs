@@ -4,9 +4,13 @@
 use super::super::{CommandResult, configuration};
 use super::{Spread, spread};
 use crate::models::gpt::{Block, Gpt, GptConfig};
+use crate::models::linear::Adapting;
+use crate::models::llama::{self, Llama};
+use crate::models::llama_config::LlamaConfig;
 use crate::schedule::Queue;
-use crate::{AdamW, Config, Engine, Placement, Tier};
-use candle_core::{Device, Tensor};
+use crate::{AdamW, Config, Engine, Placement, Segment, Tier};
+use candle_core::{Device, Module, Tensor};
+use ferrozero_kernels::ops;
 use ferrozero_kernels::philox::Stream;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
@@ -35,6 +39,9 @@ pub struct StepArguments {
     /// Sequences of a step
     #[arg(long, default_value_t = 4)]
     batch: usize,
+    /// Hugging Face's config.json of a Llama-like model, in place of the GPT's sizes; its weights are random
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
     /// Largest gradient norm that is not scaled down [default: no clipping]
     #[arg(long)]
     clip: Option<f64>,
@@ -187,6 +194,9 @@ impl Server {
         for (option, size) in sizes {
             command.arg(option).arg(size.to_string());
         }
+        if let Some(config) = &arguments.config {
+            command.arg("--config").arg(config);
+        }
         if let Some(clip) = arguments.clip {
             command.arg("--clip").arg(clip.to_string());
         }
@@ -232,13 +242,6 @@ fn serve(arguments: &StepArguments) -> CommandResult {
 }
 
 fn serve_in(arguments: &StepArguments, folder: PathBuf) -> CommandResult {
-    let config = GptConfig {
-        vocabulary: arguments.vocab,
-        layers: arguments.layers,
-        hidden: arguments.hidden,
-        heads: arguments.heads,
-        sequence: arguments.seq,
-    };
     let (tier, directory) = match arguments.placement {
         Home::Device => (Tier::Device, None),
         Home::Host => (Tier::Host, None),
@@ -246,13 +249,12 @@ fn serve_in(arguments: &StepArguments, folder: PathBuf) -> CommandResult {
     };
     let placement = Placement::All(tier);
     let engine = Engine::new(Config { directory, placement, clip: arguments.clip, ..Config::default() })?;
-    let model =
-        Gpt::new(&config, engine.var_builder(), |vb, _| engine.segment(vb, |vb| Block::new(&config, vb)))?;
+    let model = Model::new(arguments, &engine)?;
     let random = Stream::new(1, "tokens");
     let tokens = |first: u64| {
         let count = (arguments.batch * arguments.seq) as u64;
         let tokens =
-            (0..count).map(|i| (random.integer(first + i) % arguments.vocab as u64) as u32).collect();
+            (0..count).map(|i| (random.integer(first + i) % model.vocabulary() as u64) as u32).collect();
         Tensor::from_vec(tokens, (arguments.batch, arguments.seq), &Device::Cpu)
     };
     let loss = |step: u64| model.loss(&tokens((2 * step) << 32)?, &tokens((2 * step + 1) << 32)?);
@@ -282,6 +284,55 @@ fn serve_in(arguments: &StepArguments, folder: PathBuf) -> CommandResult {
     };
     println!("{}", serde_json::to_string(&footprint)?);
     Ok(())
+}
+
+/// What trains.
+enum Model {
+    Gpt(Gpt<Segment<Block>>),
+    Llama(Llama<Segment<llama::Block>>),
+}
+
+impl Model {
+    fn new(arguments: &StepArguments, engine: &Engine) -> CommandResult<Self> {
+        let Some(path) = &arguments.config else {
+            let config = GptConfig {
+                vocabulary: arguments.vocab,
+                layers: arguments.layers,
+                hidden: arguments.hidden,
+                heads: arguments.heads,
+                sequence: arguments.seq,
+            };
+            let block = |vb, _| engine.segment(vb, |vb| Block::new(&config, vb));
+            return Ok(Self::Gpt(Gpt::new(&config, engine.var_builder(), block)?));
+        };
+        let source = path.display().to_string();
+        let text =
+            std::fs::read_to_string(path).map_err(|error| configuration(format!("{source}: {error}")))?;
+        let config = LlamaConfig::from_json(&serde_json::from_str(&text)?, &source, arguments.seq)?;
+        let adapting = Adapting::default();
+        let block = |vb| engine.segment(vb, |vb| llama::Block::new(&config, &adapting, vb));
+        Ok(Self::Llama(Llama::new(&config, engine.var_builder(), block)?))
+    }
+
+    fn head(&self) -> &Tensor {
+        match self {
+            Self::Gpt(model) => model.head(),
+            Self::Llama(model) => model.head(),
+        }
+    }
+
+    fn vocabulary(&self) -> usize {
+        self.head().dims()[0]
+    }
+
+    /// Mean cross-entropy of `targets` [B, T] after `tokens` [B, T].
+    fn loss(&self, tokens: &Tensor, targets: &Tensor) -> candle_core::Result<Tensor> {
+        let hidden = match self {
+            Self::Gpt(model) => model.hidden(tokens)?,
+            Self::Llama(model) => model.hidden(tokens, |_, layer, xs| layer.forward(xs))?,
+        };
+        ops::linear_cross_entropy(&hidden.flatten(0, 1)?, self.head(), &targets.flatten_all()?)
+    }
 }
 
 /// The most memory that this process had at once, as the kernel counts it.

@@ -2,7 +2,7 @@
 
 #[cfg(feature = "cuda")]
 use candle_core::CudaStorage;
-use candle_core::{CpuStorage, CustomOp1, D, Layout, Result, Shape, Tensor};
+use candle_core::{CpuStorage, CustomOp1, CustomOp2, D, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
 
 #[cfg(feature = "cuda")]
@@ -44,6 +44,20 @@ pub fn swiglu(xs: &Tensor) -> Result<Tensor> {
         return Err(shapes_error(SwiGlu::NAME, "the last dimension must be even", &[xs.shape()]));
     }
     xs.contiguous()?.apply_op1(SwiGlu)
+}
+
+/// `silu(gate)·up` for two tensors of one shape, as [`swiglu`] for halves of one.
+///
+/// # Errors
+/// As [`swiglu`]; the shapes must be equal.
+pub fn gated_silu(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
+    if gate.shape() != up.shape() {
+        return Err(shapes_error(GatedSilu::NAME, "expected equal shapes", &[gate.shape(), up.shape()]));
+    }
+    if gate.device().is_cuda() {
+        return silu(gate)? * up;
+    }
+    gate.contiguous()?.apply_op2(&up.contiguous()?, GatedSilu)
 }
 
 /// A function of one element, over slices.
@@ -151,6 +165,56 @@ impl CustomOp1 for SwiGlu {
     }
 }
 
+struct GatedSilu;
+
+impl GatedSilu {
+    const NAME: &'static str = "gated_silu";
+}
+
+impl CustomOp2 for GatedSilu {
+    fn name(&self) -> &'static str {
+        Self::NAME
+    }
+
+    fn cpu_fwd(
+        &self,
+        gate: &CpuStorage,
+        gate_layout: &Layout,
+        up: &CpuStorage,
+        up_layout: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        let gate = elements::<f32>(Self::NAME, gate, gate_layout)?;
+        let up = elements::<f32>(Self::NAME, up, up_layout)?;
+        let mut out = vec![0f32; gate.len()];
+        let chunk = chunk_elements(1);
+        out.par_chunks_mut(chunk)
+            .zip(gate.par_chunks(chunk))
+            .zip(up.par_chunks(chunk))
+            .for_each(|((out, gate), up)| gated_forward(out, gate, up));
+        Ok((CpuStorage::F32(out), gate_layout.shape().clone()))
+    }
+
+    fn bwd(
+        &self,
+        gate: &Tensor,
+        up: &Tensor,
+        _res: &Tensor,
+        grad: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>)> {
+        let grad = grad.contiguous()?;
+        let [g, u, dy] = [gate, up, &grad].map(|tensor| Input::new(Self::NAME, tensor));
+        let (g, u, dy) = (g.elements::<f32>()?, u.elements::<f32>()?, dy.elements::<f32>()?);
+        let (mut d_gate, mut d_up) = (vec![0f32; g.len()], vec![0f32; u.len()]);
+        let chunk = chunk_elements(1);
+        d_gate
+            .par_chunks_mut(chunk)
+            .zip(d_up.par_chunks_mut(chunk))
+            .zip(g.par_chunks(chunk).zip(u.par_chunks(chunk)).zip(dy.par_chunks(chunk)))
+            .for_each(|((d_gate, d_up), ((gate, up), dy))| gated_backward(d_gate, d_up, gate, up, dy));
+        Ok((Some(cpu_tensor(d_gate, gate)?), Some(cpu_tensor(d_up, up)?)))
+    }
+}
+
 /// `2·√(2/π)`: GELU needs twice `u`.
 const TWO_SQRT_2_OVER_PI: f32 = 1.595_769;
 const CUBIC: f32 = 0.044_715;
@@ -190,6 +254,21 @@ vectorized! {
             for ((out, &gate), &up) in out.iter_mut().zip(gate).zip(up) {
                 *out = gate * sigmoid(gate) * up;
             }
+        }
+    }
+
+    fn gated_forward(out: &mut [f32], gate: &[f32], up: &[f32]) {
+        for ((out, &gate), &up) in out.iter_mut().zip(gate).zip(up) {
+            *out = gate * sigmoid(gate) * up;
+        }
+    }
+
+    fn gated_backward(d_gate: &mut [f32], d_up: &mut [f32], gate: &[f32], up: &[f32], dy: &[f32]) {
+        let inputs = gate.iter().zip(up).zip(dy);
+        for ((d_gate, d_up), ((&gate, &up), &dy)) in d_gate.iter_mut().zip(d_up).zip(inputs) {
+            let s = sigmoid(gate);
+            *d_gate = dy * up * s * (1.0 + gate * (1.0 - s));
+            *d_up = dy * gate * s;
         }
     }
 

@@ -4,13 +4,15 @@
 use candle_core::CudaStorage;
 use candle_core::{CpuStorage, CustomOp2, CustomOp3, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
+use std::ops::Range;
+use std::sync::Mutex;
 
 #[cfg(feature = "cuda")]
 use super::cuda;
 use super::error::{OpError, shapes_error};
 use super::input::{Input, cpu_tensor, elements};
 use super::matrix::{Matrix, MatrixMut, Threads, multiply};
-use super::recompute::hand_over;
+use super::recompute::{backward_follows, hand_over};
 use super::vector::{chunk_elements, exp, maximum, sum_by, vectorized};
 
 /// `mean(log Σ e^logits − logits[target])` over the rows: `logits` `[N, V]`, `targets` `[N]` of `u32`, a scalar.
@@ -33,12 +35,13 @@ pub fn cross_entropy(logits: &Tensor, targets: &Tensor) -> Result<Tensor> {
     loss_and_sums.get(0)
 }
 
-/// [`cross_entropy`] of the logits `hidden·weightᵀ`, of which only a tile exists at a time.
+/// [`cross_entropy`] of the logits `hidden·weightᵀ`, of which only a part exists at a time.
 ///
-/// `hidden` `[N, C]`, `weight` `[V, C]`, `targets` `[N]` of `u32`, result a scalar. A tile has at most 8 MiB (1024 rows by
-/// 2048 entries of the vocabulary, say), on a CUDA device 16 Mi logits of all rows; the sums of a row run over its tiles as in Milakov and Gimelshein,
-/// *Online normalizer calculation for softmax* (arXiv 1805.02867). The backward recomputes the logits tile by tile,
-/// and with `d` the gradient of a tile adds `d·weight` to `d hidden` and `dᵀ·hidden` to `d weight`. Gradients of
+/// `hidden` `[N, C]`, `weight` `[V, C]`, `targets` `[N]` of `u32`, result a scalar. On the CPU the part is those of 256 rows, on a
+/// CUDA device 16 Mi logits of all rows, whose sums run over the parts as in Milakov and Gimelshein,
+/// *Online normalizer calculation for softmax* (arXiv 1805.02867). With `d` the gradient of a part of the logits,
+/// `d·weight` is added to `d hidden` and `dᵀ·hidden` to `d weight`. The backward makes the logits again for that; on the CPU, the
+/// forward within [`before_backward`](super::before_backward) makes the gradients while it has them. Gradients of
 /// inputs that are not tracked are not computed.
 ///
 /// In f16 the gradient of a logit, at most `dy/N`, soon is too small for its type: scale the loss.
@@ -61,11 +64,16 @@ pub fn linear_cross_entropy(hidden: &Tensor, weight: &Tensor, targets: &Tensor) 
         ));
     }
     let (hidden, weight, targets) = (hidden.contiguous()?, weight.contiguous()?, targets.contiguous()?);
-    let loss_and_sums = hidden.apply_op3(&weight, &targets, LinearCrossEntropy)?;
+    let gradients = match backward_follows() {
+        true => Some([hidden.track_op(), weight.track_op()]),
+        false => None,
+    };
+    let operation = LinearCrossEntropy { wanted: gradients, made: Mutex::new(None) };
+    let loss_and_sums = hidden.apply_op3(&weight, &targets, operation)?;
     loss_and_sums.get(0)
 }
 
-/// What is known of a row's logits after some of them.
+/// What the loss needs to know of a row's logits.
 #[derive(Clone, Copy)]
 struct RowSum {
     maximum: f32,
@@ -117,7 +125,7 @@ impl CustomOp2 for CrossEntropy {
         let targets = elements::<u32>(Self::NAME, targets, targets_layout)?;
         OpError::check_targets(Self::NAME, targets, vocabulary_size)?;
         let mut sums = vec![RowSum::EMPTY; targets.len()];
-        add_tile(&mut sums, logits, targets, Columns { first: 0, count: vocabulary_size });
+        add_logits(&mut sums, logits, targets, vocabulary_size);
         Ok(loss_and_log_sums(&sums))
     }
 
@@ -150,13 +158,20 @@ impl CustomOp2 for CrossEntropy {
         let (targets, res) = (Input::new(Self::NAME, targets), Input::new(Self::NAME, res));
         let log_sums = &res.elements::<f32>()?[1..];
         let mut gradient = input.elements::<f32>()?.to_vec();
-        let columns = Columns { first: 0, count: vocabulary_size };
-        tile_gradient(&mut gradient, log_sums, targets.elements::<u32>()?, columns, scale);
+        logits_gradient(&mut gradient, log_sums, targets.elements::<u32>()?, vocabulary_size, scale);
         Ok((Some(cpu_tensor(gradient, logits)?), None))
     }
 }
 
-struct LinearCrossEntropy;
+/// Gradients of the hidden states and of the weight, where they are wanted.
+type HeadGradients = [Option<Vec<f32>>; 2];
+
+struct LinearCrossEntropy {
+    /// Whether the forward makes gradients, and of which inputs.
+    wanted: Option<[bool; 2]>,
+    /// What it made of the loss's, until the backward takes it.
+    made: Mutex<Option<HeadGradients>>,
+}
 
 impl LinearCrossEntropy {
     const NAME: &'static str = "linear_cross_entropy";
@@ -182,11 +197,20 @@ impl CustomOp3 for LinearCrossEntropy {
         let weight = Matrix::new(elements(Self::NAME, weight, weight_layout)?, vocabulary_size, width);
         let targets = elements::<u32>(Self::NAME, targets, targets_layout)?;
         OpError::check_targets(Self::NAME, targets, vocabulary_size)?;
+        let head = Head { hidden, weight, targets };
+        let mut gradients = self.wanted.map(|wanted| head.zeros(wanted));
         let mut sums = vec![RowSum::EMPTY; rows];
         let mut logits = Vec::new();
-        for tile in tiles(rows, vocabulary_size) {
-            tile.logits(&mut logits, hidden, weight);
-            add_tile(&mut sums[tile.rows()], &logits, &targets[tile.rows()], tile.columns);
+        for block in head.blocks() {
+            head.logits(&block, &mut logits);
+            add_logits(&mut sums[block.clone()], &logits, &targets[block.clone()], vocabulary_size);
+            if let Some(gradients) = &mut gradients {
+                let log_sums: Vec<f32> = sums[block.clone()].iter().map(RowSum::log_sum).collect();
+                head.add_gradients(&block, &mut logits, &log_sums, 1.0 / rows as f32, gradients);
+            }
+        }
+        if let Ok(mut made) = self.made.lock() {
+            *made = gradients;
         }
         Ok(loss_and_log_sums(&sums))
     }
@@ -219,129 +243,160 @@ impl CustomOp3 for LinearCrossEntropy {
                 cuda::cross_entropy::linear_backward(Self::NAME, hidden, weight, targets, res, grad)?;
             return Ok((gradients.0, hand_over(weight, gradients.1)?, None));
         }
-        let (rows, width) = hidden.dims2()?;
-        let vocabulary_size = weight.dim(0)?;
-        let scale = grad.get(0)?.to_scalar::<f32>()? / rows as f32;
-        let [h, w, targets, res] =
-            [hidden, weight, targets, res].map(|tensor| Input::new(Self::NAME, tensor));
-        let h = Matrix::new(h.elements()?, rows, width);
-        let w = Matrix::new(w.elements()?, vocabulary_size, width);
-        let (targets, log_sums) = (targets.elements::<u32>()?, &res.elements::<f32>()?[1..]);
-
-        let gradient = |tensor: &Tensor| tensor.track_op().then(|| vec![0f32; tensor.elem_count()]);
-        let (mut d_hidden, mut d_weight) = (gradient(hidden), gradient(weight));
-        let mut d_logits = Vec::new();
-        for tile in tiles(rows, vocabulary_size) {
-            tile.logits(&mut d_logits, h, w);
-            tile_gradient(&mut d_logits, &log_sums[tile.rows()], &targets[tile.rows()], tile.columns, scale);
-            let Tile { first_row, row_count, columns } = tile;
-            let d_logits = Matrix::new(&d_logits, row_count, columns.count);
-            if let Some(d_hidden) = &mut d_hidden {
-                let destination = &mut d_hidden[first_row * width..(first_row + row_count) * width];
-                let destination = MatrixMut::new(destination, row_count, width);
-                let weight = w.rows(columns.first, columns.count);
-                multiply(destination, columns.first > 0, d_logits, weight, Threads::All);
+        let upstream = grad.get(0)?.to_scalar::<f32>()?;
+        let made = self.made.lock().ok().and_then(|mut made| made.take());
+        let [d_hidden, d_weight] = match made {
+            Some(mut made) => {
+                if upstream != 1.0 {
+                    made.iter_mut().flatten().for_each(|gradient| multiply_by(gradient, upstream));
+                }
+                made
             }
-            if let Some(d_weight) = &mut d_weight {
-                let destination =
-                    &mut d_weight[columns.first * width..(columns.first + columns.count) * width];
-                let destination = MatrixMut::new(destination, columns.count, width);
-                let hidden = h.rows(first_row, row_count);
-                multiply(destination, first_row > 0, d_logits.transposed(), hidden, Threads::All);
+            None => {
+                let (rows, width) = hidden.dims2()?;
+                let [h, w, targets, res] =
+                    [hidden, weight, targets, res].map(|tensor| Input::new(Self::NAME, tensor));
+                let head = Head {
+                    hidden: Matrix::new(h.elements()?, rows, width),
+                    weight: Matrix::new(w.elements()?, weight.dim(0)?, width),
+                    targets: targets.elements::<u32>()?,
+                };
+                let log_sums = &res.elements::<f32>()?[1..];
+                let mut gradients = head.zeros([hidden.track_op(), weight.track_op()]);
+                let mut logits = Vec::new();
+                for block in head.blocks() {
+                    head.logits(&block, &mut logits);
+                    let log_sums = &log_sums[block.clone()];
+                    head.add_gradients(&block, &mut logits, log_sums, upstream / rows as f32, &mut gradients);
+                }
+                gradients
             }
-        }
+        };
         let tensor = |elements: Option<Vec<f32>>, like| elements.map(|elements| cpu_tensor(elements, like));
         let d_weight = hand_over(weight, tensor(d_weight, weight).transpose()?)?;
         Ok((tensor(d_hidden, hidden).transpose()?, d_weight, None))
     }
 }
 
-/// Logits of a tile: 8 MiB.
-const TILE_ELEMENTS: usize = 2 * 1024 * 1024;
-/// Rows of a tile: the weight is read once for so many.
-const TILE_ROWS: usize = 1024;
+/// Rows whose logits exist together: the weight, and its gradient, is passed over once for so many.
+const BLOCK_ROWS: usize = 256;
 
-/// Some columns of the logits: entries of the vocabulary.
-#[derive(Clone, Copy)]
-pub(super) struct Columns {
-    pub(super) first: usize,
-    pub(super) count: usize,
+/// The layer that makes logits, and what they should be.
+struct Head<'a> {
+    hidden: Matrix<'a>,
+    weight: Matrix<'a>,
+    targets: &'a [u32],
 }
 
-/// A part of the `[N, V]` logits.
-struct Tile {
-    first_row: usize,
-    row_count: usize,
-    columns: Columns,
-}
-
-/// The tiles of `[rows, vocabulary_size]` logits, row by row.
-fn tiles(rows: usize, vocabulary_size: usize) -> impl Iterator<Item = Tile> {
-    (0..rows).step_by(TILE_ROWS).flat_map(move |first_row| {
-        let row_count = TILE_ROWS.min(rows - first_row);
-        let width = TILE_ELEMENTS / row_count;
-        (0..vocabulary_size).step_by(width).map(move |first| {
-            let columns = Columns { first, count: width.min(vocabulary_size - first) };
-            Tile { first_row, row_count, columns }
-        })
-    })
-}
-
-impl Tile {
-    fn rows(&self) -> std::ops::Range<usize> {
-        self.first_row..self.first_row + self.row_count
+impl Head<'_> {
+    fn blocks(&self) -> impl Iterator<Item = Range<usize>> + use<> {
+        let rows = self.targets.len();
+        (0..rows).step_by(BLOCK_ROWS).map(move |first| first..(first + BLOCK_ROWS).min(rows))
     }
 
-    /// The tile's part of `hidden·weightᵀ`, row-major.
-    fn logits(&self, out: &mut Vec<f32>, hidden: Matrix<'_>, weight: Matrix<'_>) {
-        out.resize(self.row_count * self.columns.count, 0.0);
-        let destination = MatrixMut::new(out, self.row_count, self.columns.count);
-        let hidden = hidden.rows(self.first_row, self.row_count);
-        let weight = weight.rows(self.columns.first, self.columns.count);
-        multiply(destination, false, hidden, weight.transposed(), Threads::All);
+    fn vocabulary_size(&self) -> usize {
+        self.weight.row_count()
+    }
+
+    fn zeros(&self, wanted: [bool; 2]) -> HeadGradients {
+        let width = self.hidden.columns();
+        let [hidden, weight] = [self.targets.len(), self.vocabulary_size()].map(|rows| rows * width);
+        [wanted[0].then(|| vec![0f32; hidden]), wanted[1].then(|| vec![0f32; weight])]
+    }
+
+    /// The logits of some rows.
+    fn logits(&self, block: &Range<usize>, out: &mut Vec<f32>) {
+        out.resize(block.len() * self.vocabulary_size(), 0.0);
+        let destination = MatrixMut::new(out, block.len(), self.vocabulary_size());
+        let hidden = self.hidden.rows(block.start, block.len());
+        multiply(destination, false, hidden, self.weight.transposed(), Threads::All);
+    }
+
+    /// Turns the logits of some rows into their gradient, and adds what follows for the inputs.
+    fn add_gradients(
+        &self,
+        block: &Range<usize>,
+        logits: &mut [f32],
+        log_sums: &[f32],
+        scale: f32,
+        [d_hidden, d_weight]: &mut HeadGradients,
+    ) {
+        let (width, vocabulary_size) = (self.hidden.columns(), self.vocabulary_size());
+        logits_gradient(logits, log_sums, &self.targets[block.clone()], vocabulary_size, scale);
+        let d_logits = Matrix::new(logits, block.len(), vocabulary_size);
+        if let Some(d_hidden) = d_hidden {
+            let destination = &mut d_hidden[block.start * width..block.end * width];
+            let destination = MatrixMut::new(destination, block.len(), width);
+            multiply(destination, false, d_logits, self.weight, Threads::All);
+        }
+        if let Some(d_weight) = d_weight {
+            let destination = MatrixMut::new(d_weight, vocabulary_size, width);
+            let hidden = self.hidden.rows(block.start, block.len());
+            multiply(destination, block.start > 0, d_logits.transposed(), hidden, Threads::All);
+        }
     }
 }
 
-/// Adds a tile of logits to the sums of its rows.
-fn add_tile(sums: &mut [RowSum], logits: &[f32], targets: &[u32], columns: Columns) {
-    let chunk = chunk_elements(columns.count);
-    let chunk_rows = chunk / columns.count;
+/// Adds the logits of some rows to their sums.
+fn add_logits(sums: &mut [RowSum], logits: &[f32], targets: &[u32], vocabulary_size: usize) {
+    let chunk = chunk_elements(vocabulary_size);
+    let chunk_rows = chunk / vocabulary_size;
     sums.par_chunks_mut(chunk_rows)
         .zip(targets.par_chunks(chunk_rows))
         .zip(logits.par_chunks(chunk))
-        .for_each(|((sums, targets), logits)| add_rows(sums, logits, targets, columns));
+        .for_each(|((sums, targets), logits)| add_rows(sums, logits, targets, vocabulary_size));
 }
 
-/// Turns a tile of logits into its gradient in place.
-fn tile_gradient(logits: &mut [f32], log_sums: &[f32], targets: &[u32], columns: Columns, scale: f32) {
-    let chunk = chunk_elements(columns.count);
-    let chunk_rows = chunk / columns.count;
+/// Turns logits into their gradient in place.
+fn logits_gradient(
+    logits: &mut [f32],
+    log_sums: &[f32],
+    targets: &[u32],
+    vocabulary_size: usize,
+    scale: f32,
+) {
+    let chunk = chunk_elements(vocabulary_size);
+    let chunk_rows = chunk / vocabulary_size;
     logits
         .par_chunks_mut(chunk)
         .zip(log_sums.par_chunks(chunk_rows))
         .zip(targets.par_chunks(chunk_rows))
-        .for_each(|((logits, log_sums), targets)| row_gradients(logits, log_sums, targets, columns, scale));
+        .for_each(|((logits, log_sums), targets)| {
+            row_gradients(logits, log_sums, targets, vocabulary_size, scale);
+        });
+}
+
+fn multiply_by(gradient: &mut [f32], factor: f32) {
+    gradient.par_chunks_mut(chunk_elements(1)).for_each(|chunk| {
+        for element in chunk {
+            *element *= factor;
+        }
+    });
 }
 
 vectorized! {
-    fn add_rows(sums: &mut [RowSum], logits: &[f32], targets: &[u32], columns: Columns) {
-        for ((row, logits), &target) in sums.iter_mut().zip(logits.chunks_exact(columns.count)).zip(targets) {
-            let largest = row.maximum.max(maximum(logits));
-            row.sum = row.sum * exp(row.maximum - largest) + sum_by(logits, |logit| exp(logit - largest));
-            row.maximum = largest;
-            if let Some(&logit) = (target as usize).checked_sub(columns.first).and_then(|column| logits.get(column)) {
-                row.target_logit = logit;
-            }
+    fn add_rows(sums: &mut [RowSum], logits: &[f32], targets: &[u32], vocabulary_size: usize) {
+        let rows = sums.iter_mut().zip(logits.chunks_exact(vocabulary_size)).zip(targets);
+        for ((row, logits), &target) in rows {
+            row.maximum = maximum(logits);
+            row.sum = sum_by(logits, |logit| exp(logit - row.maximum));
+            row.target_logit = logits.get(target as usize).copied().unwrap_or(f32::NAN);
         }
     }
 
-    fn row_gradients(logits: &mut [f32], log_sums: &[f32], targets: &[u32], columns: Columns, scale: f32) {
-        for ((logits, &log_sum), &target) in logits.chunks_exact_mut(columns.count).zip(log_sums).zip(targets) {
+    fn row_gradients(
+        logits: &mut [f32],
+        log_sums: &[f32],
+        targets: &[u32],
+        vocabulary_size: usize,
+        scale: f32,
+    ) {
+        let rows = logits.chunks_exact_mut(vocabulary_size).zip(log_sums).zip(targets);
+        for ((logits, &log_sum), &target) in rows {
             for logit in logits.iter_mut() {
                 *logit = scale * exp(*logit - log_sum);
             }
-            let column = (target as usize).checked_sub(columns.first);
-            if let Some(gradient) = column.and_then(|column| logits.get_mut(column)) {
+            if let Some(gradient) = logits.get_mut(target as usize) {
                 *gradient -= scale;
             }
         }

@@ -34,6 +34,11 @@ impl<'a> Matrix<'a> {
         Matrix { elements, rows, columns, row_stride, column_stride: 1 }
     }
 
+    /// Rows.
+    pub(super) fn row_count(self) -> usize {
+        self.rows
+    }
+
     /// Elements a row.
     pub(super) fn columns(self) -> usize {
         self.columns

@@ -9,7 +9,7 @@
 //! | [`linear`] | `[.., in] → [.., out]` | product and bias; weight gradient laid out like the weight |
 //! | [`closing_linear`] | `[.., in], residual [.., out] → [.., out]` | the end of a block, not computed where only gradients are asked for |
 //! | [`layer_norm`], [`rms_norm`] | `[.., C] → [.., C]` | statistics, scale and shift |
-//! | [`gelu`], [`silu`], [`swiglu`] | element by element | the whole formula, one pass each way |
+//! | [`gelu`], [`silu`], [`swiglu`], [`gated_silu`] | element by element | the whole formula, one pass each way |
 //! | [`softmax_last_dim`], [`causal_softmax`] | `[.., T, S]` | scale, mask and softmax |
 //! | [`rope`], [`rope_i`] | `[B, H, T, D]` | both halves of the rotation |
 //! | [`rope_by_position`] | `[B, T, H·D]` | the same on heads that lie side by side |
@@ -45,13 +45,13 @@ mod rope;
 mod softmax;
 mod vector;
 
-pub use activation::{gelu, silu, swiglu};
+pub use activation::{gated_silu, gelu, silu, swiglu};
 pub use attention::{causal_attention, grouped_causal_attention};
 pub use cross_entropy::{cross_entropy, linear_cross_entropy};
 pub use embedding::embedding;
 pub use error::OpError;
 pub use linear::linear;
 pub use norm::{layer_norm, rms_norm};
-pub use recompute::{backward, closing_linear, recompute};
+pub use recompute::{backward, before_backward, closing_linear, recompute};
 pub use rope::{rope, rope_by_position, rope_i};
 pub use softmax::{causal_softmax, softmax_last_dim};

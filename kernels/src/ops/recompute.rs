@@ -11,7 +11,7 @@
 use candle_core::CudaStorage;
 use candle_core::backprop::GradStore;
 use candle_core::{CpuStorage, CustomOp3, InplaceOp1, Layout, Result, Shape, Tensor, TensorId};
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
 
 #[cfg(feature = "cuda")]
@@ -69,6 +69,32 @@ fn within(closing_values_are_needed: bool, run: impl FnOnce() -> Result<GradStor
         gradients.insert_id(id, sum);
     }
     Ok(gradients)
+}
+
+thread_local! {
+    static BACKWARD_FOLLOWS: Cell<bool> = const { Cell::new(false) };
+}
+
+/// Runs the forward of a loss whose backward follows: operations may make gradients at once where what they need for them is
+/// large and at hand.
+///
+/// # Errors
+/// What `run` says.
+pub fn before_backward<T>(run: impl FnOnce() -> Result<T>) -> Result<T> {
+    /// Puts back what was before, also where `run` panics.
+    struct Before(bool);
+    impl Drop for Before {
+        fn drop(&mut self) {
+            BACKWARD_FOLLOWS.set(self.0);
+        }
+    }
+    let _before = Before(BACKWARD_FOLLOWS.replace(true));
+    run()
+}
+
+/// Whether the forward that runs is one that a backward follows.
+pub(super) fn backward_follows() -> bool {
+    BACKWARD_FOLLOWS.get()
 }
 
 /// Hands the gradient of a variable over, where that is possible; answers what is left for candle's store.

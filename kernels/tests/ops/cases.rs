@@ -116,6 +116,7 @@ fn element_cases(shape: &[usize]) -> Vec<Case> {
     vec![
         Case::new("gelu", &[shape], |x| ops::gelu(&x[0]), |x| x[0].gelu()),
         Case::new("silu", &[shape], |x| ops::silu(&x[0]), |x| x[0].silu()),
+        Case::new("gated_silu", &[shape, shape], |x| ops::gated_silu(&x[0], &x[1]), |x| x[0].silu()? * &x[1]),
         Case::new("swiglu", &[&doubled], |x| ops::swiglu(&x[0]), |x| candle_nn::ops::swiglu(&x[0])),
     ]
 }

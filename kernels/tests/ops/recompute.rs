@@ -86,3 +86,27 @@ fn a_failed_recomputation_leaves_nothing_behind() {
     let store = ops::linear(&xs, &weight, None).unwrap().backward().unwrap();
     assert!(store.get(&weight).is_some());
 }
+
+#[test]
+fn gradients_made_in_the_forward_are_those_of_the_backward() {
+    // More rows than one part of the logits has.
+    let (rows, width, vocabulary_size) = (515, 7, 33);
+    let variable = |shape: &[usize], seed| Var::from_tensor(&random(shape, seed)).unwrap();
+    let (hidden, weight) = (variable(&[rows, width], 1), variable(&[vocabulary_size, width], 2));
+    let targets: Vec<u32> = (0..rows).map(|row| (row * 5 % vocabulary_size) as u32).collect();
+    let targets = Tensor::from_vec(targets, rows, hidden.device()).unwrap();
+    let loss = || ops::linear_cross_entropy(&hidden, &weight, &targets);
+    let gradients = |loss: &Tensor| {
+        let store = ops::backward(loss).unwrap();
+        [&hidden, &weight].map(|variable| elements(store.get(variable).unwrap()))
+    };
+    let later = gradients(&loss().unwrap());
+    let at_once = ops::before_backward(loss).unwrap();
+    assert_eq!(gradients(&at_once), later);
+    // They are made once; a second backward makes them again.
+    assert_eq!(gradients(&at_once), later);
+    let scaled = ops::before_backward(|| loss()? * 3.0).unwrap();
+    for (scaled, later) in gradients(&scaled).iter().flatten().zip(later.iter().flatten()) {
+        assert!((scaled - 3.0 * later).abs() <= 1e-6, "{scaled} and not three times {later}");
+    }
+}

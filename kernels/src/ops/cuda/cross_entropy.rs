@@ -7,7 +7,6 @@ use candle_core::{CudaStorage, Layout, Result, Shape, Tensor};
 
 use super::launch::{Float, allocate, by_dtype, enqueue, module, result, rows, size, tensor, threads, view};
 use super::matrix::{self, multiply};
-use crate::ops::cross_entropy::Columns;
 use crate::ops::error::OpError;
 use crate::ops::input::Input;
 
@@ -116,6 +115,13 @@ fn checked_targets<'a>(
     let targets = view::<u32>(op, storage, layout)?;
     OpError::check_targets(op, &device.clone_dtoh(&targets)?, vocabulary_size)?;
     Ok(targets)
+}
+
+/// Some columns of the logits: entries of the vocabulary.
+#[derive(Clone, Copy)]
+struct Columns {
+    first: usize,
+    count: usize,
 }
 
 /// The columns of the tiles of `[rows, vocabulary_size]` logits.
