@@ -52,7 +52,7 @@ impl Rotation {
         cos: &CudaView<'_, T>,
         sin: &CudaView<'_, T>,
     ) -> Result<CudaSlice<T>> {
-        let Sizes { heads, positions, head_width, table_rows } = self.sizes;
+        let Sizes { heads, positions, head_width, table_rows, .. } = self.sizes;
         let sizes =
             [heads, positions, head_width / 2, table_rows].map(|elements| size::<u32>(self.op, elements));
         let [heads, positions, pairs, table_rows] = sizes;
