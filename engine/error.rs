@@ -150,6 +150,18 @@ pub enum Error {
     /// An earlier failure has stopped this trainer.
     #[error("the trainer was stopped by an earlier error ({0}): open the last commit with a new trainer")]
     Stopped(String),
+    /// A run's log that cannot be read.
+    #[error(
+        "{path}, line {line}: {reason}; the run itself does not need the file: where it is damaged, move it away"
+    )]
+    RunLog {
+        /// The file.
+        path: PathBuf,
+        /// The line, from 1.
+        line: u64,
+        /// What is wrong with it.
+        reason: String,
+    },
     /// A file that could not be read or written.
     #[error("{path}: {source}")]
     File {

@@ -320,6 +320,7 @@ impl Dispatcher {
         if self.stopped.is_some() {
             return;
         }
+        tracing::debug!(step = context.adamw.step, operations = operations.len(), "schedule");
         for operation in operations {
             self.order.admit(operation, Note { context: context.clone(), started_s: 0.0, waited_s: 0.0 });
         }
@@ -328,13 +329,22 @@ impl Dispatcher {
     fn finished(&mut self, id: u64, held: Held, result: Result<()>) {
         let Some((operation, note)) = self.order.finish(id) else { return };
         self.put_back(&operation, held);
-        self.trace.events.push(TraceEvent {
+        let event = TraceEvent {
             operation,
             step: note.context.adamw.step,
             start_s: note.started_s,
             end_s: self.started.elapsed().as_secs_f64(),
             waited_s: note.waited_s,
-        });
+        };
+        tracing::trace!(
+            operation = operation.name(),
+            queue = operation.queue().name(),
+            step = event.step,
+            start_s = event.start_s,
+            end_s = event.end_s,
+            "done"
+        );
+        self.trace.events.push(event);
         if let Err(error) = result {
             self.fail(error);
         }

@@ -10,6 +10,7 @@ use crate::pass::Observed;
 use crate::schedule::{Operation, Stream};
 use crate::simulator::{Compute, Forecast, Machine, Simulator};
 use ferrozero_offload::Tier;
+use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::sync::Arc;
 
@@ -363,6 +364,64 @@ impl fmt::Display for Bytes {
     }
 }
 
+/// What some of the memory is for, in bytes.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PlanRow {
+    /// What it is for.
+    pub name: String,
+    /// Of the device; none where the device does not count.
+    pub device_bytes: Option<u64>,
+    /// Of the host.
+    pub host_bytes: u64,
+    /// Of the disk, once.
+    pub disk_bytes: u64,
+}
+
+impl Plan {
+    /// What all memory is for.
+    pub fn table(&self) -> Vec<PlanRow> {
+        let mut rows = vec![];
+        let mut row = |name: &str, device_bytes: Option<u64>, host_bytes: u64, disk_bytes: u64| {
+            rows.push(PlanRow { name: name.to_owned(), device_bytes, host_bytes, disk_bytes });
+        };
+        for stream in Stream::ALL {
+            let home = |tier| self.stream_bytes(stream, tier);
+            let in_slots = if stream == Stream::Master { 0 } else { home(Tier::Device) };
+            if stream == Stream::Gradient && self.gradient_passes_through {
+                continue;
+            }
+            row(stream.name(), Some(in_slots), home(Tier::Host), home(Tier::Disk));
+        }
+        row(&format!("slots ({})", self.arrangement.slots.len()), Some(self.slot_bytes()), 0, 0);
+        let of_use = |uses: &[BufferUse]| -> u64 {
+            let of_use = self.arrangement.buffers.iter().filter(|buffer| uses.contains(&buffer.use_));
+            of_use.map(|buffer| buffer.bytes as u64).sum()
+        };
+        let boundaries: u64 = self.calls.iter().map(|call| 4 * call.boundary_elements as u64).sum();
+        match self.arrangement.boundary_home {
+            Tier::Disk => {
+                row("boundary activations", Some(0), of_use(&[BufferUse::BoundaryPieces]), boundaries)
+            }
+            Tier::Host => row("boundary activations", Some(0), of_use(&[BufferUse::BoundaryHome]), 0),
+            Tier::Device => {}
+        }
+        row("pieces on their way: parameters", Some(0), of_use(&[BufferUse::FetchPieces]), 0);
+        row("pieces on their way: states", Some(0), of_use(&[BufferUse::StatePieces]), 0);
+        let staging = of_use(&[BufferUse::Staging]);
+        if staging > 0 {
+            row("pieces in the device's type", Some(0), staging, 0);
+        }
+        row("gradients on their way", Some(self.gradient_bytes()), of_use(&[BufferUse::GradientPieces]), 0);
+        row("activations and other tensors", self.working_bytes, 0, 0);
+        rows
+    }
+
+    /// What the user granted.
+    pub fn limits(&self) -> &Limits {
+        &self.limits
+    }
+}
+
 impl fmt::Display for Plan {
     fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
         let row = |f: &mut fmt::Formatter, name: &str, device: u64, host: u64, disk: u64| {
@@ -372,37 +431,11 @@ impl fmt::Display for Plan {
         let segments = self.layout.groups.len() - 1;
         writeln!(f, "plan: {parameters:.1} M parameters in {segments} segments and a resident group")?;
         writeln!(f, "  {:<34}{:>12}{:>12}{:>12}", "", "device", "host", "disk")?;
-        for stream in Stream::ALL {
-            let home = |tier| self.stream_bytes(stream, tier);
-            let in_slots = if stream == Stream::Master { 0 } else { home(Tier::Device) };
-            if stream == Stream::Gradient && self.gradient_passes_through {
-                continue;
+        for PlanRow { name, device_bytes, host_bytes, disk_bytes } in self.table() {
+            match device_bytes {
+                Some(device_bytes) => row(f, &name, device_bytes, host_bytes, disk_bytes)?,
+                None => writeln!(f, "  {name:<34}{:>12}", "not counted")?,
             }
-            row(f, stream.name(), in_slots, home(Tier::Host), home(Tier::Disk))?;
-        }
-        row(f, &format!("slots ({})", self.arrangement.slots.len()), self.slot_bytes(), 0, 0)?;
-        let of_use = |uses: &[BufferUse]| -> u64 {
-            let of_use = self.arrangement.buffers.iter().filter(|buffer| uses.contains(&buffer.use_));
-            of_use.map(|buffer| buffer.bytes as u64).sum()
-        };
-        let boundaries: u64 = self.calls.iter().map(|call| 4 * call.boundary_elements as u64).sum();
-        match self.arrangement.boundary_home {
-            Tier::Disk => {
-                row(f, "boundary activations", 0, of_use(&[BufferUse::BoundaryPieces]), boundaries)?
-            }
-            Tier::Host => row(f, "boundary activations", 0, of_use(&[BufferUse::BoundaryHome]), 0)?,
-            Tier::Device => {}
-        }
-        row(f, "pieces on their way: parameters", 0, of_use(&[BufferUse::FetchPieces]), 0)?;
-        row(f, "pieces on their way: states", 0, of_use(&[BufferUse::StatePieces]), 0)?;
-        let staging = of_use(&[BufferUse::Staging]);
-        if staging > 0 {
-            row(f, "pieces in the device's type", 0, staging, 0)?;
-        }
-        row(f, "gradients on their way", self.gradient_bytes(), of_use(&[BufferUse::GradientPieces]), 0)?;
-        match self.working_bytes {
-            Some(bytes) => row(f, "activations and other tensors", bytes, 0, 0)?,
-            None => writeln!(f, "  {:<34}{:>12}", "activations and other tensors", "not counted")?,
         }
         row(f, "in all", self.device_bytes(), self.host_bytes(), self.disk_home_bytes())?;
         let limit = |limit: Option<u64>| match limit {

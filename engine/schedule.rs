@@ -10,7 +10,7 @@
 
 use crate::arrangement::Call;
 use crate::layout::Layout;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 /// Index of a group in the [`Layout`].
 pub type GroupIndex = usize;
@@ -175,7 +175,7 @@ pub enum Operation {
 }
 
 /// What runs one operation after another and beside the others.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 pub enum Queue {
     /// Disk reads that the device waits for: parameters and boundaries.
     FetchRead,

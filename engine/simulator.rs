@@ -13,7 +13,7 @@ use crate::layout::Layout;
 use crate::order::Order;
 use crate::schedule::{Operation, Queue};
 use crate::trace::{Trace, TraceEvent};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use std::fmt;
 
 pub use machine::Machine;
@@ -66,7 +66,7 @@ impl Compute {
 }
 
 /// What a step will take.
-#[derive(Debug, Clone, PartialEq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Forecast {
     /// Seconds of a step in a long run.
     pub step_s: f64,

@@ -1,10 +1,12 @@
 //! What really happened, recorded against the schedule.
 
 mod chrome;
+mod timeline;
 
 use crate::schedule::{Operation, Queue};
 
 pub use chrome::ChromeTrace;
+pub use timeline::Span;
 
 /// One operation as it ran.
 #[derive(Debug, Clone, Copy)]

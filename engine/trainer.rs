@@ -294,6 +294,7 @@ impl Trainer {
     }
 
     fn try_step(&mut self, mut loss: impl FnMut(usize) -> candle_core::Result<Tensor>) -> Result<StepReport> {
+        let _span = tracing::debug_span!("step", step = self.step + 1).entered();
         let started = Instant::now();
         let context = self.run(&self.train_schedules)?;
         let pass = self.pass(true);
@@ -312,7 +313,7 @@ impl Trainer {
         self.step += 1;
         self.note_heap();
         let step_s = started.elapsed().as_secs_f64();
-        Ok(StepReport {
+        let report = StepReport {
             step: self.step,
             loss: (sum / self.plan.accumulate as f64) as f32,
             gradient_norm: norm.norm,
@@ -321,7 +322,10 @@ impl Trainer {
             step_s,
             exposed_stall: *lock(&pass.stall_s) / step_s,
             trace,
-        })
+        };
+        let StepReport { loss, gradient_norm, exposed_stall, .. } = report;
+        tracing::debug!(loss, gradient_norm, step_s, exposed_stall, "done");
+        Ok(report)
     }
 
     fn pass(&self, train: bool) -> Arc<ScheduledPass> {
@@ -399,6 +403,7 @@ impl Trainer {
     }
 
     fn try_evaluate<T>(&mut self, run: impl FnOnce() -> candle_core::Result<T>) -> Result<T> {
+        let _span = tracing::debug_span!("evaluation", after_step = self.step).entered();
         self.run(&self.evaluate_schedules)?;
         let pass = self.pass(false);
         self.attach(&pass)?;
@@ -432,6 +437,7 @@ impl Trainer {
         let Some(store) = self.stores.state.clone() else {
             return Err(Error::Configuration("a commit needs a folder: set directory (--dir)".into()));
         };
+        tracing::debug!(step = self.step, "commit");
         self.settle()?;
         let progress = Progress::of(self.step, &self.plan, self.loss_scale);
         let document = serde_json::json!({ "engine": progress, "user": user });

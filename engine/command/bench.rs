@@ -1,8 +1,10 @@
 //! `ferrozero bench`.
 
 pub(in crate::command) mod adamw;
+mod copy;
 pub(in crate::command) mod io;
 mod ops;
+mod scale;
 mod step;
 
 use super::CommandResult;
@@ -16,10 +18,14 @@ pub enum Bench {
     /// The optimizer's loop, in turns with a loop that moves the same bytes.
     #[command(name = "adamw")]
     AdamW(adamw::AdamWArguments),
+    /// Pieces between host and device as the engine moves them, in turns with one copy of all their bytes.
+    Copy(copy::CopyArguments),
     /// The disk store, in turns with fio where that is installed.
     Io(io::IoArguments),
     /// Forward and backward of each fused operation, in turns with the same composed of candle's own.
     Ops(ops::OpsArguments),
+    /// The largest model that there is a plan for, by host memory: predicted, not run.
+    Scale(Box<scale::ScaleArguments>),
     /// Training steps of a GPT under a placement, in turns with another placement.
     Step(step::StepArguments),
 }
@@ -28,8 +34,10 @@ pub enum Bench {
 pub fn run(bench: Bench) -> CommandResult {
     match bench {
         Bench::AdamW(arguments) => adamw::run(arguments),
+        Bench::Copy(arguments) => copy::run(arguments),
         Bench::Io(arguments) => io::run(arguments),
         Bench::Ops(arguments) => ops::run(arguments),
+        Bench::Scale(arguments) => scale::run(*arguments),
         Bench::Step(arguments) => step::run(arguments),
     }
 }

@@ -1,5 +1,7 @@
 //! `ferrozero finetune`: trains a model further that others have trained, and writes a folder that transformers loads.
 
+use super::journal::{About, Journal};
+use super::output::{Output, quoted};
 use super::pretrained::{ends, folder_of};
 use super::settings::ComputeType;
 use super::train::stop_flag;
@@ -12,6 +14,7 @@ use crate::export::export_safetensors;
 use crate::learning_rate::LearningRate;
 use crate::models::linear::Adapting;
 use crate::models::pretrained::Pretrained;
+use crate::run_log::Summary;
 use crate::{AdamW, Config, Engine, Trainer};
 use candle_core::{DType, Device, Tensor};
 use serde_json::{Value, json};
@@ -19,7 +22,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::Ordering;
 
 /// Options of `ferrozero finetune`.
-#[derive(Debug, clap::Args)]
+#[derive(Debug, clap::Args, serde::Serialize)]
 pub struct FinetuneArguments {
     /// Hugging Face folder, or GGUF file
     model: PathBuf,
@@ -77,6 +80,12 @@ pub struct FinetuneArguments {
     /// Seed of the data's order
     #[arg(long, default_value_t = 1)]
     seed: u64,
+    /// Write loss, learning rate, gradient norm, tokens a second and exposed stall as events for TensorBoard
+    #[arg(long, value_name = "DIR")]
+    tensorboard: Option<PathBuf>,
+    /// Say nothing but errors
+    #[arg(long, short)]
+    quiet: bool,
     /// Train adapters of this rank beside frozen weights (LoRA); 0 trains all weights
     #[arg(long, default_value_t = 0)]
     lora_rank: usize,
@@ -105,6 +114,7 @@ pub fn run(arguments: FinetuneArguments) -> CommandResult {
         let text = "--seq, --batch, --accumulate, --epochs and --eval-every must be above 0";
         return Err(configuration(text.into()).into());
     }
+    let output = Output::new(false, arguments.quiet);
     let pretrained = Pretrained::open(path, *seq)?;
     let tokenizer_path =
         arguments.tokenizer.clone().unwrap_or_else(|| folder_of(path).join("tokenizer.json"));
@@ -113,7 +123,7 @@ pub fn run(arguments: FinetuneArguments) -> CommandResult {
     let data =
         Examples::read(&arguments.data, &tokenizer, end, &arguments.dir, (arguments.seed, *batch, *seq))?;
     let steps = (epochs * data.training() as f64 / (batch * accumulate) as f64).ceil() as u64;
-    println!("data: {} sequences for training, {steps} steps", data.training());
+    output.say(format_args!("data: {} sequences for training, {steps} steps", data.training()));
     let engine = Engine::new(Config {
         device: crate::open_device(&arguments.device)?,
         dtype: arguments.dtype.on(&arguments.device)?,
@@ -128,7 +138,7 @@ pub fn run(arguments: FinetuneArguments) -> CommandResult {
         ..Config::default()
     })?;
     if engine.resumed().is_some_and(|user| user["data"] != data.fingerprint()) {
-        println!("notice: the data is not the data of the run that is resumed");
+        output.say("notice: the data is not the data of the run that is resumed");
     }
     let adapting = Adapting {
         rank: arguments.lora_rank,
@@ -145,7 +155,7 @@ pub fn run(arguments: FinetuneArguments) -> CommandResult {
         let all = Tensor::arange(0u32, batch.targets.elem_count() as u32, batch.targets.device())?;
         model.loss(&batch.inputs, &batch.targets, Some(&all))
     })?;
-    println!("{plan}");
+    output.say(&plan);
     if adapting.rank > 0 && !plan.layout().parameters().iter().any(|(name, _)| Adapting::is_adapter(name)) {
         let targets = adapting.targets.join(", ");
         return Err(configuration(format!(
@@ -174,8 +184,17 @@ pub fn run(arguments: FinetuneArguments) -> CommandResult {
         Ok(sum / batches as f32)
     };
     let document = || json!({ "data": data.fingerprint() });
+    let about = About {
+        model: path.display().to_string(),
+        steps,
+        tokens: (seq * batch * accumulate) as u64,
+        settings: serde_json::to_value(&arguments)?,
+        tensorboard: arguments.tensorboard.as_deref(),
+    };
+    let mut journal = Journal::begin(&trainer, about, &output)?;
+    let mut train_loss = None;
     let (mut best, mut worse) = (evaluate(&mut trainer)?, 0);
-    println!("validation loss at first {best:.4}");
+    output.say(format_args!("validation loss at first {best:.4}"));
     while trainer.steps() < steps && !stop.load(Ordering::SeqCst) {
         let step = trainer.steps();
         trainer.set_learning_rate(rate.at(step));
@@ -183,34 +202,54 @@ pub fn run(arguments: FinetuneArguments) -> CommandResult {
             let batch = data.train_batch(step * *accumulate as u64 + micro_batch as u64)?;
             model.loss(&batch.inputs, &batch.targets, Some(&batch.counted))
         })?;
-        println!(
+        output.say(format_args!(
             "step {}/{steps}  loss {:.4}  {:.2} s  stall {:.0} %",
             report.step,
             report.loss,
             report.step_s,
             100.0 * report.exposed_stall
-        );
-        if report.step % arguments.eval_every == 0 && report.step < steps {
-            let loss = evaluate(&mut trainer)?;
-            println!("step {}: validation loss {loss:.4}", report.step);
+        ));
+        train_loss = Some(report.loss);
+        let validation_loss = match report.step % arguments.eval_every == 0 && report.step < steps {
+            true => Some(evaluate(&mut trainer)?),
+            false => None,
+        };
+        journal.step(&report, validation_loss, &trainer, &output)?;
+        if let Some(loss) = validation_loss {
+            output.say(format_args!("step {}: validation loss {loss:.4}", report.step));
             trainer.commit_behind(document())?;
             worse = if loss < best { 0 } else { worse + 1 };
             best = best.min(loss);
             if arguments.patience > 0 && worse >= arguments.patience {
-                println!("stopped: {worse} evaluations without a better one");
+                output.say(format_args!("stopped: {worse} evaluations without a better one"));
                 break;
             }
         }
     }
-    println!("validation loss at last {:.4}", evaluate(&mut trainer)?);
+    let validation_loss = evaluate(&mut trainer)?;
+    output.say(format_args!("validation loss at last {validation_loss:.4}"));
     trainer.commit(document())?;
+    let measured = journal.summary(&trainer);
     if adapting.rank > 0 && !arguments.lora_merge {
         write_adapters(path, &adapting, &trainer, &arguments.out)?;
     } else {
         write_model(&pretrained, &adapting, &trainer, &tokenizer_path, &arguments.out)?;
     }
-    println!("digest of the weights {}", trainer.weights_digest()?);
-    println!("the result is in {}", arguments.out.display());
+    let summary = Summary {
+        train_loss,
+        validation_loss: Some(validation_loss).filter(|loss| loss.is_finite()),
+        weights_digest: trainer.weights_digest()?,
+        ..measured
+    };
+    output.say(format_args!("digest of the weights {}", summary.weights_digest));
+    output.say(format_args!("the result is in {}", arguments.out.display()));
+    journal.finish(summary, &output)?;
+    let (out, dir) = (quoted(arguments.out.display()), quoted(arguments.dir.display()));
+    match arguments.lora_rank > 0 && !arguments.lora_merge {
+        // Adapters alone are not a model to generate with.
+        true => output.next(format_args!("ferrozero report {dir} -o report.html")),
+        false => output.next(format_args!("ferrozero generate {out} --prompt TEXT; ferrozero report {dir}")),
+    }
     Ok(())
 }
 

@@ -5,21 +5,26 @@ mod checkpoint;
 mod config;
 mod deepspeed;
 mod finetune;
+mod help;
+mod journal;
+mod output;
 mod plan;
 mod pretrained;
 mod probe;
+mod report;
 mod settings;
 mod train;
 
 use crate::error::Error;
 use clap::{CommandFactory, Parser, Subcommand};
 use std::process::ExitCode;
+use tracing_subscriber::EnvFilter;
 
 pub use settings::{TrainArguments, TrainSettings};
 
 /// Trains models that are larger than the memory of the machine that trains them.
 #[derive(Debug, Parser)]
-#[command(name = "ferrozero", version, arg_required_else_help = true, after_help = EXIT_CODES)]
+#[command(name = "ferrozero", version, arg_required_else_help = true, after_help = help::EXIT_CODES)]
 pub struct CommandLine {
     #[command(subcommand)]
     command: Command,
@@ -31,77 +36,89 @@ enum Command {
     ///
     /// Without options: about 38 million parameters at byte level, on the sources of cargo's packages, in 384 MiB of
     /// memory, in about three minutes.
-    #[command(after_help = TRAIN_EXAMPLES, args_override_self = true)]
+    #[command(after_help = help::TRAIN, args_override_self = true)]
     Train(Box<TrainArguments>),
     /// Train a model further that others have trained, on prompts and answers or on text.
+    #[command(after_help = help::FINETUNE)]
     Finetune(Box<finetune::FinetuneArguments>),
     /// Continue a text with a model that others have trained, which may be larger than memory.
+    #[command(after_help = help::GENERATE)]
     Generate(Box<pretrained::GenerateArguments>),
+    /// Make a page of a run's log: loss, time, memory and disk, as predicted and as they were.
+    #[command(after_help = help::REPORT)]
+    Report(report::ReportArguments),
     /// Tell what a run's folder holds: commit, step, groups, bytes, homes.
+    #[command(after_help = help::INSPECT)]
     Inspect(checkpoint::FolderArguments),
     /// Read all of a run's states, check all sums, and name what is damaged.
+    #[command(after_help = help::VERIFY)]
     Verify(checkpoint::FolderArguments),
     /// Copy a run's last commit to another folder, or over several disks.
+    #[command(after_help = help::COPY)]
     Copy(checkpoint::CopyArguments),
     /// Write the parameters of a run's last commit to a safetensors file.
+    #[command(after_help = help::EXPORT)]
     Export(checkpoint::ExportArguments),
     /// Make a run's folder of a safetensors file: its parameters, no step, moments of zero.
+    #[command(after_help = help::IMPORT)]
     Import(checkpoint::ImportArguments),
     /// Measure this machine, in about 10 seconds, and write machine.json for `ferrozero plan`.
-    #[command(after_help = PROBE_EXAMPLES)]
+    #[command(after_help = help::PROBE)]
     Probe(probe::ProbeArguments),
     /// Tell what fits and how fast it will be, without the model and without the machine.
-    #[command(after_help = PLAN_EXAMPLES)]
+    #[command(after_help = help::PLAN)]
     Plan(Box<plan::PlanArguments>),
     /// Explain a file of settings, or a configuration of DeepSpeed's; write the schema of settings.
-    #[command(subcommand)]
+    #[command(subcommand, after_help = help::CONFIG)]
     Config(config::Config),
     /// Write what a shell needs to complete this command line.
+    #[command(after_help = help::COMPLETIONS)]
     Completions {
         /// The shell
         shell: clap_complete::Shell,
     },
     /// Write the manual page.
+    #[command(after_help = help::MAN)]
     Man,
     /// Measure against a reference that runs in the same process.
-    #[command(subcommand)]
+    #[command(subcommand, after_help = help::BENCH)]
     Bench(bench::Bench),
 }
-
-const EXIT_CODES: &str = "\
-Exit codes: 0 done, 1 an error that is told on standard error, 2 a command line that is not understood, 130 ended at once by a
-second Ctrl-C.";
-
-const PLAN_EXAMPLES: &str = "\
-Examples:
-  ferrozero probe && ferrozero plan --machine machine.json --memory 384MiB
-  ferrozero plan --model gpt3-13b --device rtx4090-24g --host 128GiB --nvme 7GB/s --seq 1024
-  ferrozero plan --model llama/config.json --device h100-80g --host 128GiB --nvme nvme-gen4 --json
-  ferrozero plan --model gpt2 --device rtx4090-24g --host 64GiB --nvme nvme-gen4 --max-model
-
-Memory and time of computing are estimated from the model's shape. `ferrozero train` measures both before it plans.";
-
-const PROBE_EXAMPLES: &str = "\
-Examples:
-  ferrozero probe
-  ferrozero probe --dir /mnt/nvme/run --out workstation.json --again";
-
-const TRAIN_EXAMPLES: &str = "\
-Examples:
-  ferrozero train
-  ferrozero train --data book.txt --layers 6 --hidden 384 --heads 6 --steps 300 --dir book-run
-  ferrozero train --dir book-run --resume --steps 600
-  ferrozero train --json > steps.jsonl
-
-Ctrl-C finishes the step, commits and stops; a second one stops at once.";
 
 /// Runs the command line of the process.
 pub fn run() -> ExitCode {
     let CommandLine { command } = CommandLine::parse();
-    let result = match command {
+    let trains = matches!(command, Command::Train(_) | Command::Finetune(_));
+    if !trains {
+        // A reader that goes away ends a command, as it does with other programs. It is no reason to stop training.
+        sigpipe::reset();
+    }
+    match observe().and_then(|()| execute(command)) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            output::say_error(&error);
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Writes on standard error what the engine does, as far as `FERROZERO_LOG` asks for it.
+fn observe() -> CommandResult {
+    let Ok(filter) = std::env::var("FERROZERO_LOG") else { return Ok(()) };
+    let filter = EnvFilter::try_new(&filter).map_err(|error| {
+        configuration(format!("FERROZERO_LOG={filter}: {error}; write it as debug, or as ferrozero=trace"))
+    })?;
+    let is_coloured = anstream::AutoStream::choice(&std::io::stderr()) != anstream::ColorChoice::Never;
+    let subscriber = tracing_subscriber::fmt().with_env_filter(filter).with_ansi(is_coloured);
+    subscriber.with_writer(std::io::stderr).try_init().map_err(|error| error as _)
+}
+
+fn execute(command: Command) -> CommandResult {
+    match command {
         Command::Train(arguments) => train::run(*arguments),
         Command::Finetune(arguments) => finetune::run(*arguments),
         Command::Generate(arguments) => pretrained::generate(*arguments),
+        Command::Report(arguments) => report::run(arguments),
         Command::Inspect(arguments) => checkpoint::inspect(arguments),
         Command::Verify(arguments) => checkpoint::verify(arguments),
         Command::Copy(arguments) => checkpoint::copy(arguments),
@@ -116,13 +133,6 @@ pub fn run() -> ExitCode {
         }
         Command::Man => manual(),
         Command::Bench(bench) => bench::run(bench),
-    };
-    match result {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("error: {error}");
-            ExitCode::FAILURE
-        }
     }
 }
 

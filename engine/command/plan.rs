@@ -1,5 +1,6 @@
 //! `ferrozero plan`: what fits and how fast it will be, without running the model.
 
+use super::output::{quoted, say_next};
 use super::{CommandResult, configuration};
 use crate::byte_size::ByteSize;
 use crate::plan::Bytes;
@@ -63,7 +64,7 @@ pub struct PlanArguments {
     nvme: Option<String>,
     /// Host memory that a run may use [default: all that the machine has]
     #[arg(long, value_name = "SIZE")]
-    memory: Option<ByteSize>,
+    pub(in crate::command) memory: Option<ByteSize>,
     /// Device memory that a run may use [default: all that the machine has]
     #[arg(long, value_name = "SIZE")]
     device_memory: Option<ByteSize>,
@@ -94,10 +95,33 @@ pub struct PlanArguments {
     segments_per_block: u16,
     /// The largest model of the family that trains here, instead of this one
     #[arg(long)]
-    max_model: bool,
+    pub(in crate::command) max_model: bool,
     /// Write the answer as JSON
     #[arg(long)]
-    json: bool,
+    pub(in crate::command) json: bool,
+    /// Do not say what to do next
+    #[arg(long, short)]
+    quiet: bool,
+}
+
+/// The command that comes after this answer.
+fn next(arguments: &PlanArguments, question: &Question, answer: &Answer) -> String {
+    if arguments.device.is_some() {
+        return "on that machine, ferrozero probe, and ferrozero plan without --device".into();
+    }
+    let memory = ByteSize(answer.plan.memory_bytes().next_multiple_of(1 << 20));
+    let memory = arguments.memory.unwrap_or(memory);
+    let sizes = format!(
+        "--seq {} --batch {} --accumulate {} --memory {memory}",
+        question.sequence, question.batch, question.accumulate
+    );
+    if let Some(path) = arguments.model.as_ref().filter(|name| name.ends_with(".json")) {
+        let folder = Path::new(path).parent().filter(|folder| !folder.as_os_str().is_empty());
+        let folder = quoted(folder.unwrap_or(Path::new(".")).display());
+        return format!("ferrozero finetune {folder} --data FILE --out DIR {sizes}");
+    }
+    let ModelShape { layers, hidden, heads, .. } = question.shape;
+    format!("ferrozero train --layers {layers} --hidden {hidden} --heads {heads} {sizes}")
 }
 
 fn tier(text: &str) -> Result<Tier, String> {
@@ -125,13 +149,17 @@ pub fn run(arguments: PlanArguments) -> CommandResult {
     let advice = question.advice(&answer);
     if json {
         println!("{}", object(&question, &answer, &advice));
-    } else {
-        print(&question, &answer, &advice);
+        return Ok(());
+    }
+    print(&question, &answer, &advice);
+    if !arguments.quiet {
+        say_next(next(&arguments, &question, &answer));
     }
     Ok(())
 }
 
-fn question(arguments: &PlanArguments) -> CommandResult<Question> {
+/// What the arguments ask.
+pub(in crate::command) fn question(arguments: &PlanArguments) -> CommandResult<Question> {
     let sizes = [
         ("layers", arguments.layers),
         ("hidden", arguments.hidden),

@@ -4,6 +4,7 @@ use super::bench::adamw::{BYTES_PER_PARAMETER, Runs};
 use super::bench::io::Sweep;
 use super::bench::io::disk::Disk;
 use super::bench::spread;
+use super::output::{quoted, say_next};
 use super::{CommandResult, configuration};
 use crate::plan::Bytes;
 use crate::simulator::Machine;
@@ -46,22 +47,27 @@ pub struct ProbeArguments {
     /// Write the numbers as JSON on standard output too
     #[arg(long)]
     json: bool,
+    /// Say nothing but errors, and with --json the numbers
+    #[arg(long, short)]
+    quiet: bool,
 }
 
 /// Measures, unless that was done before.
 pub fn run(arguments: ProbeArguments) -> CommandResult {
-    let ProbeArguments { dir, out, threads, again, json } = arguments;
+    let ProbeArguments { dir, out, threads, again, json, quiet } = arguments;
     let is_measured = out.exists() && !again;
     let machine = match is_measured {
         true => Machine::from_file(&out)?,
         false => {
-            let machine = measure(&dir, threads)?;
+            let machine = measure(&dir, threads, quiet)?;
             machine.save(&out)?;
             machine
         }
     };
     if json {
         println!("{}", serde_json::to_string(&machine)?);
+    }
+    if json || quiet {
         return Ok(());
     }
     print(&machine);
@@ -69,7 +75,7 @@ pub fn run(arguments: ProbeArguments) -> CommandResult {
         true => println!("\nread from {}; measure again with --again", out.display()),
         false => println!("\nwritten to {}", out.display()),
     }
-    println!("next: ferrozero plan --machine {}", out.display());
+    say_next(format_args!("ferrozero plan --machine {}", quoted(out.display())));
     Ok(())
 }
 
@@ -98,12 +104,15 @@ fn print(machine: &Machine) {
     }
 }
 
-fn measure(dir: &Path, threads: Option<usize>) -> CommandResult<Machine> {
+fn measure(dir: &Path, threads: Option<usize>, quiet: bool) -> CommandResult<Machine> {
     let processors = std::thread::available_parallelism().map_or(1, usize::from);
     let threads = threads.unwrap_or(processors);
     let pool = Pool::new(threads)?;
     let style = ProgressStyle::with_template("{bar:24} {pos}/{len} {msg}")?;
-    let bar = ProgressBar::new(MEASUREMENTS).with_style(style);
+    let bar = match quiet {
+        true => ProgressBar::hidden(),
+        false => ProgressBar::new(MEASUREMENTS).with_style(style),
+    };
     let next = |what: &'static str| {
         bar.inc(u64::from(bar.message() != ""));
         bar.set_message(what);

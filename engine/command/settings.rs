@@ -140,6 +140,14 @@ pub struct TrainArguments {
     #[arg(long, value_name = "FILE.json")]
     #[serde(skip)]
     pub trace: Option<PathBuf>,
+    /// Write loss, learning rate, gradient norm, tokens a second and exposed stall as events for TensorBoard
+    #[arg(long, value_name = "DIR")]
+    #[serde(skip)]
+    pub tensorboard: Option<PathBuf>,
+    /// Say nothing but errors, and with --json the objects: no plan, progress, sample or summary
+    #[arg(long, short)]
+    #[serde(skip)]
+    pub quiet: bool,
     /// Tokens of the text that is generated at the end, 0 for none [default: 80]
     #[arg(long)]
     #[serde(skip_serializing_if = "Option::is_none")]

@@ -1,119 +1,23 @@
 //! `ferrozero train`.
 
+use super::CommandResult;
+use super::journal::{About, Journal};
+use super::output::{Output, quoted};
 use super::settings::{TrainArguments, TrainSettings};
-use super::{CommandResult, configuration};
 use crate::data::{Corpus, Dataset, TokenFile, Tokenizer};
 use crate::generate::{Sampling, generate};
 use crate::learning_rate::LearningRate;
 use crate::models::gpt::{Block, Gpt};
 use crate::plan::Bytes;
-use crate::simulator::{Forecast, measure};
+use crate::run_log::Summary;
 use crate::trace::ChromeTrace;
-use crate::{AdamW, Config, Engine, Plan, Segment, StepReport, Trainer};
+use crate::{AdamW, Config, Engine, Segment, Trainer};
 use candle_core::DType;
-use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::{Value, json};
-use std::cmp::Ordering;
-use std::io::{IsTerminal, Write};
 use std::sync::Arc;
 use std::sync::atomic::{self, AtomicBool};
-use std::time::{Duration, Instant};
 
 const VALIDATION_BATCHES: usize = 8;
-/// Where no progress bar can be drawn, a line is written this often.
-const LINE_EVERY: Duration = Duration::from_secs(10);
-
-const SECONDS_PER_DAY: f64 = 86_400.0;
-
-/// How fast a run wears its drive out: drives are rated in bytes that can be written.
-struct Wear {
-    bytes_per_step: f64,
-    bytes_per_day: f64,
-}
-
-/// The step of a process whose trace is measured for the prediction: the first one makes what later ones reuse.
-const MEASURED_STEP: u64 = 2;
-
-/// The time of steps, predicted from one of them and measured over those after it.
-#[derive(Default)]
-struct Pace {
-    steps: u64,
-    forecast: Option<Forecast>,
-    step_s: Vec<f64>,
-}
-
-impl Pace {
-    fn note(&mut self, report: &StepReport, plan: &Plan) {
-        self.steps += 1;
-        match self.steps.cmp(&MEASURED_STEP) {
-            Ordering::Less => {}
-            Ordering::Equal => {
-                self.forecast =
-                    measure(&report.trace, plan).map(|(machine, compute)| plan.forecast(&machine, &compute));
-            }
-            Ordering::Greater => self.step_s.push(report.step_s),
-        }
-    }
-
-    /// Median seconds of the steps after the one that the prediction is made of.
-    fn median_step_s(&mut self) -> Option<f64> {
-        self.step_s.sort_by(f64::total_cmp);
-        self.step_s.get(self.step_s.len() / 2).copied()
-    }
-}
-
-/// Where people read: standard output, or standard error if programs read standard output.
-struct Output {
-    json: bool,
-    bar: ProgressBar,
-    last_line: Option<Instant>,
-}
-
-impl Output {
-    fn new(json: bool) -> Self {
-        Self { json, bar: ProgressBar::hidden(), last_line: None }
-    }
-
-    fn say(&self, text: impl std::fmt::Display) {
-        self.bar.suspend(|| if self.json { eprintln!("{text}") } else { println!("{text}") });
-    }
-
-    fn object(&self, object: &Value) -> CommandResult {
-        if self.json {
-            let mut stdout = std::io::stdout().lock();
-            writeln!(stdout, "{object}")
-                .and_then(|()| stdout.flush())
-                .map_err(|error| configuration(format!("standard output does not take more: {error}")))?;
-        }
-        Ok(())
-    }
-
-    fn start(&mut self, done: u64, steps: u64) -> CommandResult {
-        if std::io::stderr().is_terminal() {
-            let style = ProgressStyle::with_template("{bar:24} {pos}/{len} {msg} [{elapsed} + {eta}]")?;
-            self.bar = ProgressBar::new(steps).with_position(done).with_style(style);
-            self.bar.reset_eta();
-        }
-        Ok(())
-    }
-
-    fn step(&mut self, report: &StepReport, tokens: usize, steps: u64) {
-        let text = format!(
-            "loss {:.4}  {:.0} tokens/s  {:.2} s/step  stall {:.0} %",
-            report.loss,
-            tokens as f64 / report.step_s,
-            report.step_s,
-            100.0 * report.exposed_stall
-        );
-        self.bar.set_position(report.step);
-        self.bar.set_message(text.clone());
-        let due = self.last_line.is_none_or(|last| last.elapsed() >= LINE_EVERY) || report.step == steps;
-        if self.bar.is_hidden() && due {
-            self.last_line = Some(Instant::now());
-            eprintln!("step {}/{steps}  {text}", report.step);
-        }
-    }
-}
 
 /// The parts of a run.
 struct Run {
@@ -124,15 +28,13 @@ struct Run {
     trainer: Trainer,
     output: Output,
     timeline: Option<ChromeTrace>,
-    pace: Pace,
+    journal: Journal,
     fingerprint: String,
-    /// Bytes written and steps made when the first step of this process began, and that moment.
-    began: (u64, u64, Instant),
 }
 
 /// Trains as the arguments say.
 pub fn run(arguments: TrainArguments) -> CommandResult {
-    let mut output = Output::new(arguments.json);
+    let mut output = Output::new(arguments.json, arguments.quiet);
     let resumed = match arguments.resume {
         true => Some(Engine::committed(&TrainSettings::folder(&arguments)?)?),
         false => None,
@@ -158,20 +60,16 @@ pub fn run(arguments: TrainArguments) -> CommandResult {
     let (model, trainer) = prepare(&settings, &arguments, &tokenizer, &data, &output)?;
     let timeline =
         arguments.trace.as_deref().map(|path| ChromeTrace::create(path, trainer.plan())).transpose()?;
-    output.start(trainer.steps(), settings.steps)?;
-    let began = (trainer.usage().written_bytes, trainer.steps(), Instant::now());
-    let mut run = Run {
-        settings,
-        tokenizer,
-        data,
-        model,
-        trainer,
-        output,
-        timeline,
-        pace: Pace::default(),
-        fingerprint,
-        began,
+    let about = About {
+        model: format!("GPT, {} blocks of width {}", settings.layers, settings.hidden),
+        steps: settings.steps,
+        tokens: (settings.accumulate * settings.batch * settings.seq) as u64,
+        settings: serde_json::to_value(&settings)?,
+        tensorboard: arguments.tensorboard.as_deref(),
     };
+    let journal = Journal::begin(&trainer, about, &output)?;
+    output.start(trainer.steps(), settings.steps)?;
+    let mut run = Run { settings, tokenizer, data, model, trainer, output, timeline, journal, fingerprint };
     run.train(&stop)
 }
 
@@ -241,7 +139,7 @@ impl Run {
             steps,
             floor: settings.lr_floor * settings.lr,
         };
-        let tokens = settings.accumulate * settings.batch * settings.seq;
+        let tokens = (settings.accumulate * settings.batch * settings.seq) as u64;
         let mut last = None;
         while self.trainer.steps() < steps && !stop.load(atomic::Ordering::SeqCst) {
             let step = self.trainer.steps();
@@ -252,27 +150,17 @@ impl Run {
                 model.loss(&batch.inputs, &batch.targets)
             })?;
             self.output.step(&report, tokens, steps);
-            self.pace.note(&report, self.trainer.plan());
             if let Some(timeline) = &mut self.timeline {
                 timeline.append(&report.trace)?;
             }
             let is_due = |every: u64| every > 0 && report.step.is_multiple_of(every) && report.step < steps;
-            let mut object = json!({
-                "step": report.step,
-                "loss": report.loss,
-                "tokens_per_s": tokens as f64 / report.step_s,
-                "step_s": report.step_s,
-                "exposed_stall": report.exposed_stall,
-                "lr": report.learning_rate,
-                "grad_norm": report.gradient_norm,
-                "skipped": report.skipped,
-            });
+            let mut validation_loss = None;
             if is_due(self.settings.eval_every) {
                 let loss = self.validate()?;
-                object["validation_loss"] = json!(loss);
                 self.output.say(format_args!("step {}: validation loss {loss:.4}", report.step));
+                validation_loss = Some(loss);
             }
-            self.output.object(&object)?;
+            self.journal.step(&report, validation_loss, &self.trainer, &self.output)?;
             if is_due(self.settings.commit_every) {
                 let document = self.document()?;
                 self.trainer.commit_behind(document)?;
@@ -284,19 +172,8 @@ impl Run {
         if let Some(timeline) = &mut self.timeline {
             timeline.append(&self.trainer.take_trace()?)?;
         }
-        self.output.bar.finish_and_clear();
-        let wear = self.wear();
-        self.summarize(last, wear)
-    }
-
-    /// What the steps of this process wrote to disk.
-    fn wear(&self) -> Wear {
-        let (written_bytes, steps, at) = self.began;
-        let written_bytes = (self.trainer.usage().written_bytes - written_bytes) as f64;
-        Wear {
-            bytes_per_step: written_bytes / (self.trainer.steps() - steps).max(1) as f64,
-            bytes_per_day: written_bytes / at.elapsed().as_secs_f64() * SECONDS_PER_DAY,
-        }
+        self.output.finish();
+        self.summarize(last)
     }
 
     /// What a commit says of the run.
@@ -327,14 +204,13 @@ impl Run {
         Ok(self.tokenizer.decode(&tokens))
     }
 
-    fn summarize(&mut self, train_loss: Option<f32>, wear: Wear) -> CommandResult {
+    fn summarize(&mut self, train_loss: Option<f32>) -> CommandResult {
+        let measured = self.journal.summary(&self.trainer);
         let validation_loss = self.validate()?;
-        let text = if self.settings.sample > 0 { self.sample()? } else { String::new() };
+        let is_sampled = self.settings.sample > 0 && self.output.is_read();
+        let text = if is_sampled { self.sample()? } else { String::new() };
         let digest = self.trainer.weights_digest()?;
-        let usage = self.trainer.usage();
-        let steps = self.trainer.steps();
-        let measured_step_s = self.pace.median_step_s();
-        let predicted_step_s = self.pace.forecast.as_ref().map(|forecast| forecast.step_s);
+        let steps = measured.step;
         let say = |text: std::fmt::Arguments| self.output.say(text);
         match steps < self.settings.steps {
             true => say(format_args!(
@@ -347,13 +223,12 @@ impl Run {
             say(format_args!("  train loss of the last step   {loss:.4}"));
         }
         say(format_args!("  validation loss               {validation_loss:.4}"));
-        let skipped = self.trainer.skipped_steps();
-        if skipped > 0 {
-            say(format_args!("  skipped, f16 had overflowed   {skipped} steps"));
+        if measured.skipped_steps > 0 {
+            say(format_args!("  skipped, f16 had overflowed   {} steps", measured.skipped_steps));
         }
         let tiers = [
-            ("device", usage.peak_device_bytes, usage.planned_device_bytes),
-            ("host", usage.peak_host_bytes, usage.planned_host_bytes),
+            ("device", measured.peak_device_bytes, measured.planned_device_bytes),
+            ("host", measured.peak_host_bytes, measured.planned_host_bytes),
         ];
         for (tier, peak, planned) in tiers {
             say(format_args!(
@@ -362,18 +237,18 @@ impl Run {
                 Bytes(planned)
             ));
         }
-        say(format_args!("  files                         {}", Bytes(usage.disk_bytes)));
-        if let (Some(predicted), Some(measured)) = (predicted_step_s, measured_step_s) {
-            let off = 100.0 * (predicted / measured - 1.0);
+        say(format_args!("  files                         {}", Bytes(measured.disk_bytes)));
+        if let (Some(predicted_s), Some(step_s)) = (measured.predicted_step_s, measured.measured_step_s) {
+            let off = 100.0 * (predicted_s / step_s - 1.0);
             say(format_args!(
-                "  step time predicted {predicted:.3} s, measured {measured:.3} s ({off:+.1} % off)"
+                "  step time predicted {predicted_s:.3} s, measured {step_s:.3} s ({off:+.1} % off)"
             ));
         }
-        if wear.bytes_per_step > 0.0 {
+        if measured.written_bytes_per_step > 0.0 {
             say(format_args!(
                 "  written to disk               {} a step; {:.2} TB a day at this pace",
-                Bytes(wear.bytes_per_step as u64),
-                wear.bytes_per_day / 1e12
+                Bytes(measured.written_bytes_per_step as u64),
+                measured.written_bytes_per_day / 1e12
             ));
         }
         say(format_args!("  checkpoint                    {}", self.settings.dir.display()));
@@ -381,24 +256,19 @@ impl Run {
         if !text.is_empty() {
             say(format_args!("  sample: {text}"));
         }
-        self.output.object(&json!({
-            "summary": true,
-            "step": steps,
-            "skipped_steps": self.trainer.skipped_steps(),
-            "train_loss": train_loss,
-            "validation_loss": validation_loss,
-            "peak_host_bytes": usage.peak_host_bytes,
-            "planned_host_bytes": usage.planned_host_bytes,
-            "peak_device_bytes": usage.peak_device_bytes,
-            "planned_device_bytes": usage.planned_device_bytes,
-            "disk_bytes": usage.disk_bytes,
-            "predicted_step_s": predicted_step_s,
-            "measured_step_s": measured_step_s,
-            "written_bytes_per_step": wear.bytes_per_step,
-            "written_bytes_per_day": wear.bytes_per_day,
-            "weights_digest": digest,
-            "checkpoint": self.settings.dir,
-            "sample": text,
-        }))
+        let summary = Summary {
+            train_loss,
+            validation_loss: Some(validation_loss).filter(|loss| loss.is_finite()),
+            weights_digest: digest,
+            sample: text,
+            ..measured
+        };
+        self.journal.finish(summary, &self.output)?;
+        let dir = quoted(self.settings.dir.display());
+        match steps < self.settings.steps {
+            true => self.output.next(format_args!("ferrozero train --resume --dir {dir}")),
+            false => self.output.next(format_args!("ferrozero report {dir} -o report.html")),
+        }
+        Ok(())
     }
 }
