@@ -6,9 +6,12 @@ use crate::error::{Error, Result};
 use crate::layout::{ALIGNMENT_ELEMENTS, Layout};
 use crate::pass::{Mode, Observed, Passes, lock};
 use crate::plan::{Limits, Placement, Plan};
+use crate::probe;
 use crate::registry::{GroupTensors, ParameterRule, Registry};
 use crate::rehearsal::Rehearsal;
+use crate::search::Search;
 use crate::segment::Segment;
+use crate::simulator::Machine;
 use crate::stores::{self, Progress, Stores};
 use crate::trainer::Trainer;
 use crate::weights::InitialValues;
@@ -43,7 +46,7 @@ pub struct Config {
     pub resume: bool,
     /// Homes of the state streams.
     pub placement: Placement,
-    /// Home of boundary activations; none: the device, or disk where that would not fit.
+    /// Home of boundary activations; none: what makes steps shortest.
     pub boundaries: Option<Tier>,
     /// Micro-batches of a step.
     pub accumulate: usize,
@@ -59,10 +62,12 @@ pub struct Config {
     pub backend: BackendChoice,
     /// Bytes of a piece, a multiple of 4 KiB; none: 4 MiB, or what the folder's checkpoint has.
     pub piece_bytes: Option<usize>,
-    /// Slots of each class of groups; none: two, or one where memory is short.
+    /// Slots of each class of groups; none: what makes steps shortest.
     pub slots: Option<usize>,
-    /// Pieces of parameters that may be read ahead of their upload; none: four, or one where memory is short.
+    /// Pieces of parameters that may be read ahead of their upload; none: what makes steps shortest.
     pub look_ahead: Option<usize>,
+    /// How fast the machine is, from `ferrozero probe`; none: measured when the plan is made, in less than a second.
+    pub machine: Option<Machine>,
     /// Faults that the disk tier acts out, for tests.
     pub faults: Option<FaultPlan>,
     /// Bandwidths of a slower disk, for tests and measurements.
@@ -93,6 +98,7 @@ impl Default for Config {
             piece_bytes: None,
             slots: None,
             look_ahead: None,
+            machine: None,
             faults: None,
             throttle: None,
             cuda_fault: None,
@@ -238,8 +244,9 @@ impl Engine {
         Ok(Segment::new(module?, group, self.passes.clone()))
     }
 
-    /// Rehearses `loss` once and makes the plan. Nothing large is allocated for longer than the rehearsal, which runs
-    /// each kind of segment once, with parameters of zero.
+    /// Rehearses `loss` and makes the plan: of those within the limits the one whose steps are shortest, by the machine's
+    /// numbers and the computing time of the rehearsal. Nothing large is allocated for longer than that, and it runs each
+    /// kind of segment a few times, with parameters of zero.
     ///
     /// # Errors
     /// [`Error::MissingGradient`], [`Error::BudgetTooSmall`], and whatever `loss` returns.
@@ -253,22 +260,75 @@ impl Engine {
             values.check(&layout.parameters())?;
         }
         let tensors = Arc::new(GroupTensors::new(&layout, &self.registry.parameters()));
-        let on_disk_possible =
-            self.config.directory.is_some() || self.config.backend == BackendChoice::Memory;
-        let homes = match self.config.boundaries {
-            Some(home) => vec![home],
-            None if on_disk_possible => vec![Tier::Device, Tier::Disk],
-            None => vec![Tier::Device],
+        let limits = self.limits()?;
+        let observed = self.observe(&layout, &tensors, &limits, &loss)?;
+        let has_disk = self.has_disk();
+        let search = Search {
+            layout,
+            limits,
+            adamw,
+            accumulate: self.config.accumulate,
+            // Whether gradients of f16 have overflowed is known when all of them are, as the norm is.
+            clip: self.config.clip.or((self.config.dtype == DType::F16).then_some(f64::INFINITY)),
+            has_disk,
+            ranks: 1,
+            observed,
+            check: &|plan| match plan.uses_disk() && !has_disk {
+                true => Err(Error::Configuration(
+                    "a placement on disk needs a folder: set directory (--dir)".into(),
+                )),
+                false => Ok(()),
+            },
         };
-        let mut refused = None;
-        for home in homes {
-            let observed = self.rehearse(&layout, &tensors, home, &loss)?;
-            match self.plan_with(layout.clone(), observed, home, &adamw) {
-                Err(error @ Error::BudgetTooSmall { .. }) => refused = Some(error),
-                planned => return planned,
-            }
+        search.best(&self.machine())
+    }
+
+    /// Whether there is a disk to leave anything on.
+    fn has_disk(&self) -> bool {
+        self.config.directory.is_some() || self.config.backend == BackendChoice::Memory
+    }
+
+    /// What the machine does as far as plans depend on it.
+    fn machine(&self) -> Machine {
+        let config = &self.config;
+        let measured = || {
+            probe::quick(probe::QuickLook {
+                directory: config.directory.as_deref().filter(|_| config.backend != BackendChoice::Memory),
+                threads: config.threads,
+                memory_bytes: config.memory_bytes,
+                is_apart: self.device.is_apart(),
+            })
+        };
+        let mut machine = config.machine.clone().unwrap_or_else(measured);
+        if let Some(Throttle { read_bytes_per_s, write_bytes_per_s }) = config.throttle {
+            machine.disk_read_bytes_per_s = machine.disk_read_bytes_per_s.min(read_bytes_per_s);
+            machine.disk_write_bytes_per_s = machine.disk_write_bytes_per_s.min(write_bytes_per_s);
         }
-        Err(refused.unwrap_or_else(|| crate::work::internal("no home for boundaries was tried")))
+        machine
+    }
+
+    /// The model as it is with each home of boundaries that can be.
+    fn observe(
+        &self,
+        layout: &Arc<Layout>,
+        tensors: &Arc<GroupTensors>,
+        limits: &Limits,
+        loss: &dyn Fn() -> candle_core::Result<Tensor>,
+    ) -> Result<Vec<(Tier, Observed)>> {
+        if let Some(home) = limits.boundaries {
+            return Ok(vec![(home, self.rehearse(layout, tensors, home, loss)?)]);
+        }
+        let mut observed = vec![(Tier::Device, self.rehearse(layout, tensors, Tier::Device, loss)?)];
+        // Without a device of its own the host's memory is where boundaries are anyway.
+        let host = self.device.is_apart().then_some(Tier::Host);
+        let disk = self.has_disk().then_some(Tier::Disk);
+        let away: Vec<Tier> = host.into_iter().chain(disk).collect();
+        let is_limited = limits.memory_bytes.is_some() || limits.device_bytes.is_some();
+        if is_limited && let Some(&first) = away.first() {
+            let moved = self.rehearse(layout, tensors, first, loss)?;
+            observed.extend(away.into_iter().map(|home| (home, moved.clone())));
+        }
+        Ok(observed)
     }
 
     fn rehearse(
@@ -289,50 +349,20 @@ impl Engine {
         .map_err(|error| self.device.explain(error, 0))
     }
 
-    fn plan_with(
-        &self,
-        layout: Arc<Layout>,
-        observed: Observed,
-        boundary_home: Tier,
-        adamw: &AdamW,
-    ) -> Result<Plan> {
+    fn limits(&self) -> Result<Limits> {
         let config = &self.config;
-        let on_disk_possible = config.directory.is_some() || config.backend == BackendChoice::Memory;
-        let device = DeviceKind { dtype: config.dtype, apart: self.device.is_apart() };
-        let limits = Limits {
+        Ok(Limits {
             memory_bytes: config.memory_bytes,
             device_bytes: match config.device_memory_bytes {
                 Some(bytes) => Some(bytes),
                 None => self.device.default_limit_bytes()?,
             },
-            // Without a folder there is no disk to leave anything on.
-            placement: match &config.placement {
-                Placement::Auto if !on_disk_possible => Placement::All(match device.holds_masters() {
-                    true => Tier::Device,
-                    false => Tier::Host,
-                }),
-                placement => placement.clone(),
-            },
+            placement: config.placement.clone(),
             boundaries: config.boundaries,
             slots: config.slots,
             look_ahead: config.look_ahead,
-            device,
-        };
-        let plan = Plan::make(
-            layout,
-            observed,
-            limits,
-            adamw.clone(),
-            // Whether gradients of f16 have overflowed is known when all of them are, as the norm is.
-            (config.accumulate, config.clip.or((config.dtype == DType::F16).then_some(f64::INFINITY))),
-            boundary_home,
-        )?;
-        if plan.uses_disk() && !on_disk_possible {
-            return Err(Error::Configuration(
-                "a placement on disk needs a folder: set directory (--dir)".into(),
-            ));
-        }
-        Ok(plan)
+            device: DeviceKind { dtype: config.dtype, apart: self.device.is_apart() },
+        })
     }
 
     /// Allocates what the plan says, and makes the initial state or takes it from the checkpoint.

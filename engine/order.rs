@@ -83,6 +83,12 @@ impl<T> Order<T> {
         awaited
     }
 
+    /// The next operation of a queue, whether it may start or not.
+    pub fn next(&self, queue: Queue) -> Option<Operation> {
+        let id = self.queues[queue as usize].front()?;
+        self.entries.get(id).map(|entry| entry.operation)
+    }
+
     /// The next operation of a queue, if it may start now.
     pub fn startable(&self, queue: Queue) -> Option<(u64, Operation)> {
         let id = *self.queues[queue as usize].front()?;

@@ -9,6 +9,7 @@ use crate::layout::Layout;
 use crate::registry::GroupTensors;
 use crate::rehearsal::{Rehearsal, Trial};
 use crate::schedule::{Operation, Queue};
+use crate::simulator::Compute;
 use crate::vacancy::{self, DeviceRun};
 use candle_core::backprop::GradStore;
 use candle_core::{Shape, Tensor};
@@ -411,4 +412,6 @@ pub struct Observed {
     pub calls: Vec<Call>,
     /// Peak of what the model's own tensors take, in bytes; none where memory is not counted.
     pub working_bytes: Option<u64>,
+    /// How long computing takes.
+    pub compute: Compute,
 }

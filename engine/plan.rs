@@ -4,7 +4,7 @@
 use crate::arrangement::{Arrangement, BufferUse, Call, Depths, DeviceKind, GroupPlacement, Needs};
 use crate::builder::{Builder, gradient_passes_through};
 use crate::engine::AdamW;
-use crate::error::{Error, Result};
+use crate::error::Error;
 use crate::layout::Layout;
 use crate::pass::Observed;
 use crate::schedule::{Operation, Stream};
@@ -20,7 +20,7 @@ const BOOKKEEPING_BYTES: u64 = 4 << 20;
 /// Which homes the user wants.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Placement {
-    /// As much in memory as the budget allows: gradients first, then parameters, then moments, the rest on disk.
+    /// What makes steps shortest within the limits, as the simulator costs them.
     Auto,
     /// Every stream of every group in one tier.
     All(Tier),
@@ -56,77 +56,34 @@ pub struct Plan {
     pub(crate) accumulate: usize,
     pub(crate) clip: Option<f64>,
     pub(crate) adamw: AdamW,
+    pub(crate) prediction: Option<Prediction>,
     limits: Limits,
+    depths: Depths,
     working_bytes: Option<u64>,
     gradient_passes_through: bool,
 }
 
-impl Plan {
-    /// Finds the placements that move least within the limits.
-    ///
-    /// # Errors
-    /// [`Error::BudgetTooSmall`] if nothing fits, and [`Error::Configuration`] for homes that cannot be.
-    pub(crate) fn make(
-        layout: Arc<Layout>,
-        observed: Observed,
-        limits: Limits,
-        adamw: AdamW,
-        (accumulate, clip): (usize, Option<f64>),
-        boundary_home: Tier,
-    ) -> Result<Self> {
-        let make = |placements: Vec<GroupPlacement>, depths: Depths| {
-            let homes = (placements, boundary_home, depths);
-            Self::with(&layout, &observed, &limits, &adamw, (accumulate, clip), homes)
-        };
-        let all = |placement: GroupPlacement| {
-            let mut placements = vec![placement; layout.groups.len()];
-            // The resident group is always on the device, and its masters too if that can be.
-            if limits.device.holds_masters() {
-                placements[layout.resident()].master = Tier::Device;
-            }
-            placements
-        };
-        let start = match &limits.placement {
-            Placement::Auto => GroupPlacement::all(Tier::Disk),
-            Placement::All(tier) => GroupPlacement::all(*tier),
-            Placement::Each(placement) => *placement,
-        };
-        let on_device = Stream::ALL.iter().filter(|&&stream| start.home(stream) == Tier::Device).count();
-        let whole = limits.device.apart && on_device == Stream::ALL.len();
-        if on_device > 0 && !limits.device.holds_masters() && !whole {
-            return Err(Error::Configuration(
-                "some state streams have their home on the device, which cannot be alone: on a CUDA device all streams of \
-                 a group are at home or none, and on the CPU device they are apart from parameters in another type than f32"
-                    .into(),
-            ));
-        }
-        let comfortable = Depths {
-            slots: limits.slots.unwrap_or(2),
-            look_ahead: limits.look_ahead.unwrap_or(4),
-            state_pieces: 16,
-            gradient_sets: 2,
-        };
-        let least = Depths {
-            slots: limits.slots.unwrap_or(1),
-            look_ahead: limits.look_ahead.unwrap_or(1),
-            state_pieces: 4,
-            gradient_sets: 1,
-        };
-        let mut plan = make(all(start), comfortable);
-        let mut depths = comfortable;
-        if !plan.fits() {
-            plan = make(all(start), least);
-            depths = least;
-        }
-        if !plan.fits() {
-            return Err(plan.too_small());
-        }
-        if limits.placement == Placement::Auto {
-            plan = plan.bring_closer(&make, depths);
-        }
-        Ok(plan)
-    }
+/// Why a plan was chosen.
+#[derive(Debug, Clone)]
+pub struct Prediction {
+    /// What a step is to take.
+    pub forecast: Forecast,
+    /// Plans that were costed.
+    pub costed: usize,
+}
 
+impl fmt::Display for Prediction {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        let Self { forecast, costed } = self;
+        let stall = 100.0 * forecast.exposed_stall;
+        let plans =
+            if *costed == 1 { "the only plan".into() } else { format!("the fastest of {costed} plans") };
+        write!(f, "{plans}: {:.3} s a step predicted, ", forecast.step_s)?;
+        write!(f, "{stall:.0} % of it waiting; the bottleneck is {}", forecast.busiest.name())
+    }
+}
+
+impl Plan {
     /// The plan with these homes, home of boundaries and depths, whether it fits or not.
     pub(crate) fn with(
         layout: &Arc<Layout>,
@@ -141,6 +98,8 @@ impl Plan {
             Needs { layout, calls: &observed.calls, gradient_passes_through: passes, device: limits.device };
         Self {
             arrangement: Arc::new(Arrangement::new(&needs, placements, boundary_home, depths)),
+            depths,
+            prediction: None,
             layout: layout.clone(),
             calls: observed.calls.clone(),
             accumulate,
@@ -152,58 +111,20 @@ impl Plan {
         }
     }
 
-    /// Brings as many streams as fit from disk into memory, those first whose bytes cross most often.
-    fn bring_closer(self, make: &dyn Fn(Vec<GroupPlacement>, Depths) -> Self, depths: Depths) -> Self {
-        let mut best = self;
-        best = best.admit_groups(make, depths);
-        for stream in [Stream::Gradient, Stream::Master, Stream::FirstMoment, Stream::SecondMoment] {
-            if stream == Stream::Gradient && best.gradient_passes_through {
-                continue;
-            }
-            // On the CPU device, memory is memory: parameters that stay on the device need no slot to pass through.
-            let in_slots = stream == Stream::Master && best.limits.device.holds_masters();
-            let tier = if in_slots { Tier::Device } else { Tier::Host };
-            let resident = best.layout.resident();
-            for group in std::iter::once(resident).chain(0..resident) {
-                let mut placements = best.arrangement.placements.clone();
-                if placements[group].home(stream) != Tier::Disk {
-                    continue;
-                }
-                placements[group].set_home(stream, tier);
-                let candidate = make(placements, depths);
-                if candidate.fits() {
-                    best = candidate;
-                }
-            }
-        }
-        best
-    }
-
-    /// Brings as many groups as fit to a device that has memory of its own, with all of their states: it updates them itself,
-    /// and nothing of them crosses.
-    fn admit_groups(self, make: &dyn Fn(Vec<GroupPlacement>, Depths) -> Self, depths: Depths) -> Self {
-        let mut best = self;
-        // What the model's own tensors take must be known to say what fits beside them.
-        if !best.limits.device.apart || best.working_bytes.is_none() || best.limits.device_bytes.is_none() {
-            return best;
-        }
-        let resident = best.layout.resident();
-        for group in std::iter::once(resident).chain(0..resident) {
-            let mut placements = best.arrangement.placements.clone();
-            placements[group] = GroupPlacement::all(Tier::Device);
-            let candidate = make(placements, depths);
-            if candidate.fits() {
-                best = candidate;
-            }
-        }
-        best
-    }
-
     /// Whether it keeps to its limits of memory.
     pub(crate) fn fits(&self) -> bool {
-        let fits = |bytes: u64, limit: Option<u64>| limit.is_none_or(|limit| bytes <= limit);
-        fits(self.memory_bytes(), self.limits.memory_bytes)
-            && fits(self.device_bytes(), self.limits.device_bytes)
+        self.limits.memory_bytes.is_none_or(|limit| self.memory_bytes() <= limit) && self.device_fits()
+    }
+
+    /// Whether it keeps to its limit of device memory.
+    pub(crate) fn device_fits(&self) -> bool {
+        self.limits.device_bytes.is_none_or(|limit| self.device_bytes() <= limit)
+    }
+
+    /// Whether another plan has the same homes and depths.
+    pub(crate) fn has_same_choices(&self, other: &Self) -> bool {
+        (self.depths, self.boundaries()) == (other.depths, other.boundaries())
+            && self.placements() == other.placements()
     }
 
     /// Why it does not fit, and what would.
@@ -323,8 +244,24 @@ impl Plan {
 
     /// What a step by this plan will take on a machine.
     pub fn forecast(&self, machine: &Machine, compute: &Compute) -> Forecast {
-        let simulator = Simulator { layout: &self.layout, calls: &self.calls, machine, compute };
+        let (layout, calls, arrangement) = (&self.layout, &self.calls, &self.arrangement);
+        let simulator = Simulator { layout, calls, arrangement, machine, compute };
         simulator.forecast(&self.train_schedule())
+    }
+
+    /// Why it was chosen: what a step is to take, by the machine's numbers and the computing time of the rehearsal.
+    pub fn prediction(&self) -> Option<&Prediction> {
+        self.prediction.as_ref()
+    }
+
+    /// Slots and pieces.
+    pub fn depths(&self) -> Depths {
+        self.depths
+    }
+
+    /// Home of boundary activations.
+    pub fn boundaries(&self) -> Tier {
+        self.arrangement.boundary_home
     }
 
     /// Groups of the model.
@@ -438,6 +375,9 @@ impl fmt::Display for Plan {
             }
         }
         row(f, "in all", self.device_bytes(), self.host_bytes(), self.disk_home_bytes())?;
+        if let Some(prediction) = &self.prediction {
+            writeln!(f, "  {prediction}")?;
+        }
         let limit = |limit: Option<u64>| match limit {
             Some(limit) => format!("of {} granted", Bytes(limit)),
             None => "no limit granted".into(),
@@ -456,72 +396,5 @@ impl fmt::Display for Plan {
             Some(limit) => write!(f, "  memory in all {total} of {} granted", Bytes(limit)),
             None => write!(f, "  memory in all {total}, no limit granted"),
         }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::layout::{ALIGNMENT_ELEMENTS, Group};
-    use candle_core::DType;
-
-    const GROUPS: usize = 4;
-    /// Bytes of one group's parameters in f32.
-    const GROUP_BYTES: u64 = 4 * 8 * ALIGNMENT_ELEMENTS as u64;
-
-    /// A plan for a device with memory of its own, of which `device_bytes` are granted.
-    fn plan(working_bytes: Option<u64>, device_bytes: Option<u64>, clip: Option<f64>) -> Result<Plan> {
-        let group = |index: usize| {
-            let table = vec![(index, format!("p.{index}"), vec![8 * ALIGNMENT_ELEMENTS], true, true)];
-            Group::new(format!("h.{index}"), index == GROUPS, table)
-        };
-        let groups = (0..=GROUPS).map(group).collect();
-        let layout = Arc::new(Layout { groups, piece_elements: 4 * ALIGNMENT_ELEMENTS });
-        let call = |group| Call { group, boundary_elements: 0, boundary_moves: false };
-        let observed = Observed { calls: (0..GROUPS).map(call).collect(), working_bytes };
-        let limits = Limits {
-            memory_bytes: None,
-            device_bytes,
-            placement: Placement::Auto,
-            boundaries: None,
-            slots: None,
-            look_ahead: None,
-            device: DeviceKind { dtype: DType::BF16, apart: true },
-        };
-        Plan::make(layout, observed, limits, AdamW::default(), (1, clip), Tier::Device)
-    }
-
-    fn on_device(plan: &Plan) -> usize {
-        let whole = GroupPlacement::all(Tier::Device);
-        plan.placements().iter().filter(|&&placement| placement == whole).count()
-    }
-
-    #[test]
-    fn a_device_of_its_own_takes_as_many_whole_groups_as_fit_and_the_host_has_the_others() {
-        let none = on_device(&plan(Some(0), Some(4 * GROUP_BYTES), Some(1.0)).unwrap());
-        assert_eq!(none, 0);
-        let mut before = 0;
-        for groups in 4..40 {
-            let limit = groups * GROUP_BYTES;
-            let plan = plan(Some(0), Some(limit), Some(1.0)).unwrap();
-            assert!(plan.device_bytes() <= limit);
-            assert!(on_device(&plan) >= before, "{groups}");
-            before = on_device(&plan);
-            let host = GroupPlacement::all(Tier::Host);
-            assert!(plan.placements().iter().all(|&p| p == host || p == GroupPlacement::all(Tier::Device)));
-        }
-        assert_eq!(before, GROUPS + 1);
-    }
-
-    #[test]
-    fn where_the_models_own_tensors_are_not_counted_nothing_is_put_beside_them() {
-        assert_eq!(on_device(&plan(None, Some(1 << 40), None).unwrap()), 0);
-        assert_eq!(on_device(&plan(Some(0), None, None).unwrap()), 0);
-    }
-
-    #[test]
-    fn a_device_that_is_too_small_is_told_apart_from_a_host_that_is() {
-        let error = plan(Some(0), Some(GROUP_BYTES), None).unwrap_err();
-        assert!(matches!(error, Error::BudgetTooSmall { tier: Tier::Device, .. }), "{error}");
     }
 }

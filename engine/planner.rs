@@ -1,33 +1,23 @@
-//! Chooses a plan for a model that need not exist, on a machine that need not be here: searches over homes, slots, depths
-//! and homes of boundaries, and costs each candidate's schedule with the simulator.
-//!
-//! Bytes are those of the engine's own arrangement. Two things are estimated that a run measures: the model's own tensors
-//! and its computing time, see [`ModelShape`]. Schedules are costed in pieces that are as much larger as keeps their number
-//! bounded, so that a trillion parameters take seconds to plan.
+//! Plans for a model that need not exist, on a machine that need not be here: the search of runs, over numbers that are
+//! estimated where a run measures them: the model's own tensors and its computing time, see [`ModelShape`].
 
-use crate::arrangement::{Depths, DeviceKind, GroupPlacement, STAGGER_BYTES};
-use crate::builder::gradient_passes_through;
+use crate::arrangement::{Depths, DeviceKind};
 use crate::engine::AdamW;
 use crate::error::{Error, Result};
-use crate::layout::{ALIGNMENT_ELEMENTS, Layout};
 use crate::pass::Observed;
 use crate::plan::{Bytes, Limits, Placement, Plan};
 use crate::schedule::Stream;
+use crate::search::Search;
 use crate::shape::ModelShape;
-use crate::simulator::{Forecast, Machine};
+use crate::simulator::{Compute, Forecast, Machine};
 use candle_core::DType;
 use ferrozero_offload::Tier;
 use std::sync::Arc;
 
 /// Pieces of a run, as `train` cuts them.
 const PIECE_ELEMENTS: usize = 1 << 20;
-/// Pieces of all groups together that a schedule is costed in.
-const COSTED_PIECES: usize = 1500;
 /// Memory of a device that its driver and libraries take: CUDA's context and the workspace of its matrix products.
 const DEVICE_RESERVE_BYTES: u64 = 1 << 30;
-/// Plans whose steps differ by less than this share are equal, and the one with fewer bytes is better.
-const SAME_TIME: f64 = 0.005;
-
 /// What is fixed by the user. Everything that is none is chosen.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Choices {
@@ -94,7 +84,7 @@ impl Question {
         Limits {
             memory_bytes: self.machine.host_memory_bytes,
             device_bytes: self.machine.device_memory_bytes.map(|bytes| bytes.saturating_sub(reserve)),
-            placement: Placement::Auto,
+            placement: self.choices.placement.map_or(Placement::Auto, Placement::All),
             boundaries: self.choices.boundaries,
             slots: self.choices.slots,
             look_ahead: self.choices.look_ahead,
@@ -110,39 +100,40 @@ impl Question {
         self.machine.disk_bytes != Some(0)
     }
 
-    fn clip_norm(&self) -> Option<f64> {
-        self.clip.then_some(1.0)
-    }
-
     /// What a rehearsal would find out.
-    fn observed(&self, boundaries: Tier) -> Observed {
+    fn observed(&self, boundaries: Tier, compute: &Compute) -> Observed {
         let element_bytes = self.device().element_bytes() as usize;
         let calls = self.shape.calls(self.tokens(), element_bytes);
         let kept: u64 = calls.iter().map(|call| 4 * call.boundary_elements as u64).sum();
         let kept = if boundaries == Tier::Device { kept } else { 0 };
         // On a device of its own the cross-entropy is composed of candle's operations, which have all logits.
         let own = self.shape.working_bytes(self.tokens(), element_bytes, self.machine.is_apart());
-        Observed { calls, working_bytes: Some(kept + own) }
-    }
-
-    fn depths(&self) -> Vec<Depths> {
-        let depths = |slots: usize, look_ahead: usize, state_pieces, gradient_sets| Depths {
-            slots: self.choices.slots.unwrap_or(slots),
-            look_ahead: self.choices.look_ahead.unwrap_or(look_ahead),
-            state_pieces,
-            gradient_sets,
-        };
-        let mut all = vec![depths(2, 4, 16, 2), depths(1, 1, 4, 1), depths(2, 4, 16, 1), depths(3, 8, 32, 2)];
-        all.dedup();
-        all
+        Observed { calls, working_bytes: Some(kept + own), compute: compute.clone() }
     }
 
     fn boundary_homes(&self) -> Vec<Tier> {
-        match self.choices.boundaries {
-            Some(tier) => vec![tier],
-            None if self.has_disk() => vec![Tier::Device, Tier::Host, Tier::Disk],
-            None => vec![Tier::Device, Tier::Host],
+        if let Some(tier) = self.choices.boundaries {
+            return vec![tier];
         }
+        // Without a device of its own the host's memory is where boundaries are anyway.
+        let host = self.machine.is_apart().then_some(Tier::Host);
+        let disk = self.has_disk().then_some(Tier::Disk);
+        [Some(Tier::Device), host, disk].into_iter().flatten().collect()
+    }
+
+    fn search<T>(&self, compute: &Compute, search: impl FnOnce(&Search) -> Result<T>) -> Result<T> {
+        let homes = self.boundary_homes().into_iter();
+        search(&Search {
+            layout: Arc::new(self.shape.layout(PIECE_ELEMENTS, self.ranks)),
+            limits: self.limits(),
+            adamw: AdamW::default(),
+            accumulate: self.accumulate,
+            clip: self.clip.then_some(1.0),
+            has_disk: self.has_disk(),
+            ranks: self.ranks,
+            observed: homes.map(|home| (home, self.observed(home, compute))).collect(),
+            check: &|plan| self.check_disk(plan),
+        })
     }
 
     /// The plan that takes the least time of those that fit.
@@ -162,147 +153,54 @@ impl Question {
             )
         })?;
         let compute = self.shape.compute(self.batch, self.sequence, flop_per_s);
-        let fitting = self.fitting(false)?;
-        let costed = fitting.len();
-        let mut best: Option<Answer> = None;
-        for Candidate { plan, boundaries, depths } in fitting {
-            let forecast = self.costed(&plan, boundaries, depths).forecast(&self.machine, &compute);
-            let disk_bytes = self.disk_bytes(&plan);
-            let tokens_per_s = (self.tokens() * self.accumulate) as f64 / forecast.step_s;
-            let answer = Answer { plan, forecast, boundaries, depths, disk_bytes, tokens_per_s, costed };
-            let is_better = best.as_ref().is_none_or(|best| {
-                let ratio = answer.forecast.step_s / best.forecast.step_s;
-                // Of plans that are equally fast, the one that wears the disk least, and of those the smallest.
-                let wear = |answer: &Answer| {
-                    let bytes = answer.plan.device_bytes() + answer.plan.host_bytes();
-                    (answer.forecast.written_bytes, bytes)
-                };
-                ratio < 1.0 - SAME_TIME || (ratio < 1.0 + SAME_TIME && wear(&answer) < wear(best))
-            });
-            if is_better {
-                best = Some(answer);
+        let plan = self.search(&compute, |search| search.best(&self.machine))?;
+        let prediction = plan.prediction().cloned();
+        let prediction = prediction.ok_or_else(|| crate::work::internal("a plan without a prediction"))?;
+        Ok(Answer {
+            disk_bytes: self.disk_bytes(&plan),
+            tokens_per_s: (self.tokens() * self.accumulate) as f64 / prediction.forecast.step_s,
+            boundaries: plan.boundaries(),
+            depths: plan.depths(),
+            costed: prediction.costed,
+            forecast: prediction.forecast,
+            plan,
+        })
+    }
+
+    /// This question for the split of a step's sequences into micro-batches that is fastest, and its answer. A larger
+    /// micro-batch needs more memory for activations, which leaves less for states; more micro-batches move parameters and
+    /// gradients more often.
+    ///
+    /// # Errors
+    /// As [`Self::answer`], where no split has a plan.
+    pub fn best_split(&self) -> Result<(Self, Answer)> {
+        let sequences = self.batch * self.accumulate;
+        let splits = (1..=sequences).filter(|batch| sequences.is_multiple_of(*batch));
+        let questions = splits.map(|batch| Self { batch, accumulate: sequences / batch, ..self.clone() });
+        let mut best: Option<(Self, Answer)> = None;
+        let mut refusal = None;
+        for question in questions {
+            match question.answer() {
+                Ok(answer) => {
+                    if best.as_ref().is_none_or(|(_, best)| answer.tokens_per_s > best.tokens_per_s) {
+                        best = Some((question, answer));
+                    }
+                }
+                // That of the smallest micro-batch is what is least.
+                Err(error) => refusal = refusal.or(Some(error)),
             }
         }
-        best.ok_or_else(|| Error::Configuration("there is no plan to choose from".into()))
+        match (best, refusal) {
+            (Some(best), _) => Ok(best),
+            (None, Some(refusal)) => Err(refusal),
+            (None, None) => Err(Error::Configuration("a step needs at least one sequence".into())),
+        }
     }
 
     /// Whether any plan fits.
     pub fn fits(&self) -> bool {
-        self.fitting(true).is_ok()
-    }
-
-    /// Plans that fit; at least one.
-    fn fitting(&self, one_is_enough: bool) -> Result<Vec<Candidate>> {
-        let layout = Arc::new(self.shape.layout(PIECE_ELEMENTS, self.ranks));
-        let mut found: Vec<Candidate> = vec![];
-        let mut refusal: Option<Error> = None;
-        for boundaries in self.boundary_homes() {
-            for depths in self.depths() {
-                for priority in PRIORITIES {
-                    match self.place(&layout, boundaries, depths, priority) {
-                        Ok(plan) => {
-                            let is_new = found.iter().all(|other| {
-                                other.plan.placements() != plan.placements()
-                                    || other.depths != depths
-                                    || other.boundaries != boundaries
-                            });
-                            if is_new {
-                                found.push(Candidate { plan, boundaries, depths });
-                            }
-                            if one_is_enough {
-                                return Ok(found);
-                            }
-                        }
-                        Err(error) => refusal = Some(least(refusal, error)),
-                    }
-                }
-            }
-        }
-        match refusal {
-            Some(refusal) if found.is_empty() => Err(refusal),
-            _ => Ok(found),
-        }
-    }
-
-    /// Everything in the farthest tier, and then as much as fits brought closer in the order of `priority`.
-    fn place(
-        &self,
-        layout: &Arc<Layout>,
-        boundaries: Tier,
-        depths: Depths,
-        priority: [Stream; 4],
-    ) -> Result<Plan> {
-        let limits = self.limits();
-        let make = |placements: Vec<GroupPlacement>| {
-            self.plan_with(layout, &limits, (placements, boundaries, depths))
-        };
-        let far = self.choices.placement.unwrap_or(if self.has_disk() { Tier::Disk } else { Tier::Host });
-        let mut placements = vec![GroupPlacement::all(far); layout.groups.len()];
-        if limits.device.holds_masters() {
-            placements[layout.resident()].master = Tier::Device;
-        }
-        let start = make(placements.clone());
-        if !start.fits() {
-            return Err(start.too_small());
-        }
-        self.check_disk(&start)?;
-        if self.choices.placement.is_some() || far != Tier::Disk {
-            return Ok(start);
-        }
-        // What is left is given out by arithmetic; the plan that comes of it is counted in full.
-        let mut left = limits.memory_bytes.map_or(u64::MAX, |limit| limit - start.memory_bytes());
-        let mut moved = vec![];
-        let passes = gradient_passes_through(start.calls(), self.accumulate, self.clip);
-        let resident = layout.resident();
-        for stream in priority.into_iter().filter(|&stream| stream != Stream::Gradient || !passes) {
-            for group in std::iter::once(resident).chain(0..resident) {
-                let bytes = home_bytes(layout, stream.elements(layout, group));
-                if placements[group].home(stream) == Tier::Disk && bytes <= left {
-                    left -= bytes;
-                    let in_slot = stream == Stream::Master && limits.device.holds_masters();
-                    placements[group].set_home(stream, if in_slot { Tier::Device } else { Tier::Host });
-                    moved.push((group, stream));
-                }
-            }
-        }
-        loop {
-            let plan = make(placements.clone());
-            if plan.fits() {
-                return Ok(plan);
-            }
-            let Some((group, stream)) = moved.pop() else { return Ok(start) };
-            placements[group].set_home(stream, Tier::Disk);
-        }
-    }
-
-    fn plan_with(
-        &self,
-        layout: &Arc<Layout>,
-        limits: &Limits,
-        (placements, boundaries, depths): (Vec<GroupPlacement>, Tier, Depths),
-    ) -> Plan {
-        let make = |observed: &Observed| {
-            let homes = (placements.clone(), boundaries, depths);
-            let step = (self.accumulate, self.clip_norm());
-            Plan::with(layout, observed, limits, &AdamW::default(), step, homes)
-        };
-        let mut observed = self.observed(boundaries);
-        let plan = make(&observed);
-        if self.ranks == 1 {
-            return plan;
-        }
-        // A rank holds its share of a group's states, and in slots and gradients the whole group.
-        let whole = (self.ranks as u64 - 1) * plan.slot_and_gradient_bytes();
-        observed.working_bytes = observed.working_bytes.map(|bytes| bytes + whole);
-        make(&observed)
-    }
-
-    /// The plan in the pieces that it is costed in.
-    fn costed(&self, plan: &Plan, boundaries: Tier, depths: Depths) -> Plan {
-        let elements: usize = plan.layout().groups.iter().map(|group| group.elements).sum();
-        let piece = (elements / COSTED_PIECES).next_multiple_of(ALIGNMENT_ELEMENTS).max(PIECE_ELEMENTS);
-        let layout = Arc::new(Layout { piece_elements: piece, ..plan.layout().clone() });
-        self.plan_with(&layout, &self.limits(), (plan.placements().to_vec(), boundaries, depths))
+        let compute = Compute::none(self.shape.segments());
+        self.search(&compute, |search| search.fitting(true).map(drop)).is_ok()
     }
 
     /// Bytes of files: with a disk all states are on it, twice unless in place, and what has its home there alone.
@@ -402,37 +300,3 @@ impl Question {
 
 /// More blocks than any model has.
 const LAYERS_MAX: usize = 4096;
-
-/// Which streams come into memory first. Gradients and parameters cross most often, moments twice a step.
-const PRIORITIES: [[Stream; 4]; 2] = [
-    [Stream::Gradient, Stream::Master, Stream::FirstMoment, Stream::SecondMoment],
-    [Stream::Master, Stream::FirstMoment, Stream::SecondMoment, Stream::Gradient],
-];
-
-struct Candidate {
-    plan: Plan,
-    boundaries: Tier,
-    depths: Depths,
-}
-
-/// Of two refusals, the one that less is missing for. One for the host's memory came of a plan that the device has room
-/// for, so it goes before one for the device's; a disk that is too small is said where memory would be enough.
-fn least(one: Option<Error>, other: Error) -> Error {
-    let rank = |error: &Error| match error {
-        Error::BudgetTooSmall { tier: Tier::Device, needed_bytes, .. } => (2, *needed_bytes),
-        Error::BudgetTooSmall { needed_bytes, .. } => (1, *needed_bytes),
-        _ => (0, 0),
-    };
-    match one {
-        Some(one) if rank(&one) <= rank(&other) => one,
-        _ => other,
-    }
-}
-
-/// Bytes of the buffers that are home to a stream of `elements`.
-fn home_bytes(layout: &Layout, elements: usize) -> u64 {
-    let page = |elements: usize| (4 * elements + STAGGER_BYTES).next_multiple_of(4096) as u64;
-    let whole = elements / layout.piece_elements;
-    let rest = elements % layout.piece_elements;
-    whole as u64 * page(layout.piece_elements) + if rest > 0 { page(rest) } else { 0 }
-}

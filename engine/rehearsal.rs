@@ -1,6 +1,7 @@
-//! The rehearsal: the user's loss is computed and propagated back once before the plan is made. Each kind of segment runs once,
-//! with parameters of zero; its likes are skipped. That gives the order of the segments, the shapes of boundaries, the parameters
-//! that no gradient reaches, and the working memory of the model's own tensors.
+//! The rehearsal: the user's loss is computed and propagated back once before the plan is made. Each kind of segment runs twice,
+//! with parameters of zero, the first time to warm up and the second to be timed; its likes are skipped. That gives the order of
+//! the segments, the shapes of boundaries, the parameters that no gradient reaches, the working memory of the model's own tensors,
+//! and the time of computing.
 
 use crate::arrangement::Call;
 use crate::device::ComputeDevice;
@@ -8,10 +9,12 @@ use crate::error::{Error, Result};
 use crate::layout::Layout;
 use crate::pass::{GradientSink, Observed, lock};
 use crate::registry::GroupTensors;
+use crate::simulator::{Compute, ComputeTime};
 use crate::vacancy::{self, DeviceRun};
 use candle_core::{DType, Shape, Tensor};
 use std::collections::{BTreeSet, HashMap};
 use std::sync::{Arc, Mutex};
+use std::time::Instant;
 
 /// What makes two segments alike: code, parameters and inputs.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
@@ -24,8 +27,40 @@ struct Kind {
 #[derive(Debug, Clone, Default)]
 struct Known {
     output: Option<Shape>,
-    forward_bytes: u64,
-    backward_bytes: Option<u64>,
+    forward: Measured,
+    backward: Measured,
+}
+
+/// What runs of one kind of segment took, in one direction.
+#[derive(Debug, Clone, Copy, Default)]
+struct Measured {
+    runs: usize,
+    /// Most bytes beyond the parameters.
+    bytes: u64,
+    /// Least seconds.
+    seconds: f64,
+}
+
+impl Measured {
+    /// Runs that are worth their time: the first finds code and memory cold.
+    const RUNS: usize = 2;
+
+    fn is_known(&self) -> bool {
+        self.runs >= Self::RUNS
+    }
+
+    fn add(&mut self, bytes: u64, seconds: f64) {
+        self.seconds = if self.runs == 0 { seconds } else { self.seconds.min(seconds) };
+        self.bytes = self.bytes.max(bytes);
+        self.runs += 1;
+    }
+}
+
+/// One turn of a segment: a number of a call.
+#[derive(Debug, Clone, Copy)]
+enum Turn {
+    Forward(usize),
+    Backward(usize),
 }
 
 #[derive(Default)]
@@ -34,6 +69,29 @@ struct Findings {
     known: HashMap<Kind, Known>,
     peak_bytes: u64,
     missing: BTreeSet<String>,
+    /// Each turn, and the seconds of the user's own code before it.
+    turns: Vec<(Turn, f64)>,
+    /// Seconds of the user's own code after the last turn.
+    after_s: f64,
+}
+
+impl Findings {
+    fn compute(&self) -> Compute {
+        let mut compute = Compute::none(self.calls.len());
+        for &(turn, before_s) in &self.turns {
+            let (Turn::Forward(call) | Turn::Backward(call)) = turn;
+            let known = self.calls.get(call).and_then(|(_, kind)| self.known.get(kind));
+            let (of_turn, measured) = match turn {
+                Turn::Forward(call) => (compute.forward.get_mut(call), known.map(|known| known.forward)),
+                Turn::Backward(call) => (compute.backward.get_mut(call), known.map(|known| known.backward)),
+            };
+            if let (Some(of_turn), Some(measured)) = (of_turn, measured) {
+                *of_turn = ComputeTime { before_s, within_s: measured.seconds };
+            }
+        }
+        compute.detach.before_s = self.after_s;
+        compute
+    }
 }
 
 /// A rehearsal under way.
@@ -45,6 +103,8 @@ pub struct Rehearsal {
     moves_boundaries: bool,
     base_bytes: u64,
     findings: Mutex<Findings>,
+    /// When the last turn ended, or the rehearsal began.
+    user_code_since: Mutex<Instant>,
     resident_gradients: Mutex<HashMap<usize, Tensor>>,
 }
 
@@ -78,6 +138,7 @@ impl Rehearsal {
             moves_boundaries,
             base_bytes: device.used_bytes(),
             findings: Mutex::default(),
+            user_code_since: Mutex::new(Instant::now()),
             resident_gradients: Mutex::default(),
         });
         let result = within(this.clone(), &|this, loss| this.finish(loss));
@@ -90,6 +151,7 @@ impl Rehearsal {
         Ok(Observed {
             calls: findings.calls.iter().map(|(call, _)| call.clone()).collect(),
             working_bytes: (findings.peak_bytes > 0).then_some(findings.peak_bytes),
+            compute: findings.compute(),
         })
     }
 
@@ -102,11 +164,13 @@ impl Rehearsal {
         let missing = sink.missing();
         self.note_peak();
         drop(gradients);
+        let after_s = self.user_code_s()?;
         let mut findings = lock(&self.findings);
+        findings.after_s = after_s;
         findings.missing.extend(missing);
         // A segment without a backward: nothing reached its parameters.
         for (call, kind) in findings.calls.clone() {
-            if findings.known.get(&kind).is_none_or(|known| known.backward_bytes.is_none()) {
+            if findings.known.get(&kind).is_none_or(|known| known.backward.runs == 0) {
                 let table = &self.layout.groups[call.group].table;
                 findings
                     .missing
@@ -131,6 +195,12 @@ impl Rehearsal {
         findings.peak_bytes = findings.peak_bytes.max(needed);
     }
 
+    /// Seconds since the last turn ended, with all that the device was given to do since.
+    fn user_code_s(&self) -> Result<f64> {
+        self.device.synchronize()?;
+        Ok(lock(&self.user_code_since).elapsed().as_secs_f64())
+    }
+
     /// A segment's forward begins.
     pub fn begin_forward(
         self: &Arc<Self>,
@@ -138,6 +208,7 @@ impl Rehearsal {
         code: &'static str,
         inputs: &[&Tensor],
     ) -> Result<Trial> {
+        let before_s = self.user_code_s()?;
         self.note_peak();
         let first = inputs[0];
         let bytes = first.elem_count() * first.dtype().size_in_bytes();
@@ -149,9 +220,10 @@ impl Rehearsal {
         let kind = self.kind(group, code, inputs);
         let call = Call { group, boundary_elements, boundary_moves: moves };
         let mut findings = lock(&self.findings);
-        let known = findings.known.get(&kind).is_some_and(|known| known.output.is_some());
+        let known = findings.known.get(&kind).is_some_and(|known| known.forward.is_known());
         findings.calls.push((call, kind.clone()));
         let call = findings.calls.len() - 1;
+        findings.turns.push((Turn::Forward(call), before_s));
         drop(findings);
         let moves = moves && self.moves_boundaries;
         let elements = first.elem_count();
@@ -160,10 +232,12 @@ impl Rehearsal {
 
     /// A segment's backward begins.
     pub fn begin_backward(self: &Arc<Self>, call: usize, inputs: &[Tensor]) -> Result<Trial> {
+        let before_s = self.user_code_s()?;
         self.note_peak();
-        let findings = lock(&self.findings);
+        let mut findings = lock(&self.findings);
+        findings.turns.push((Turn::Backward(call), before_s));
         let (Call { group, boundary_moves, .. }, kind) = findings.calls[call].clone();
-        let known = findings.known.get(&kind).is_some_and(|known| known.backward_bytes.is_some());
+        let known = findings.known.get(&kind).is_some_and(|known| known.backward.is_known());
         drop(findings);
         let moves = boundary_moves && self.moves_boundaries && vacancy::is_vacant(&inputs[0]);
         let boundary_elements = inputs[0].elem_count();
@@ -203,7 +277,7 @@ impl Trial {
         Ok(self.moves.then(zeros).transpose()?)
     }
 
-    /// Runs the first of its kind; for the others the output's shape is known.
+    /// Runs the first ones of its kind; for the others the output's shape is known.
     pub fn forward(
         &mut self,
         run: impl FnOnce() -> candle_core::Result<(DeviceRun, Shape)>,
@@ -212,17 +286,20 @@ impl Trial {
             let shape =
                 lock(&self.rehearsal.findings).known.get(&self.kind).and_then(|known| known.output.clone());
             let shape = shape.ok_or_else(|| crate::work::internal("a known segment without an output"))?;
-            self.count(|known| known.forward_bytes);
+            self.count(|known| known.forward.bytes);
             let device = &self.rehearsal.device;
             return Ok((DeviceRun::zeros(shape.elem_count(), device.dtype(), device.device())?, shape));
         }
-        let (output, bytes) = self.measured(run)?;
-        let known = Known { output: Some(output.1.clone()), forward_bytes: bytes, backward_bytes: None };
-        lock(&self.rehearsal.findings).known.insert(self.kind.clone(), known);
+        let (output, bytes, seconds) = self.measured(run)?;
+        let mut findings = lock(&self.rehearsal.findings);
+        let known = findings.known.entry(self.kind.clone()).or_default();
+        known.output = Some(output.1.clone());
+        known.forward.add(bytes, seconds);
+        drop(findings);
         Ok(output)
     }
 
-    /// Runs the first of its kind.
+    /// Runs the first ones of its kind.
     pub fn backward<T>(
         &mut self,
         run: impl FnOnce(&mut GradientSink) -> candle_core::Result<T>,
@@ -234,29 +311,33 @@ impl Trial {
             self.group,
             &rehearsal.resident_gradients,
         );
-        let (gradients, bytes) = self.measured(|| run(&mut sink))?;
+        let (gradients, bytes, seconds) = self.measured(|| run(&mut sink))?;
         let mut findings = lock(&rehearsal.findings);
         findings.missing.extend(sink.missing());
         if let Some(known) = findings.known.get_mut(&self.kind) {
-            known.backward_bytes = Some(bytes);
+            known.backward.add(bytes, seconds);
         }
         Ok(gradients)
     }
 
-    /// Runs something with parameters of zero in place, and measures what it needs beyond them.
-    fn measured<T>(&self, run: impl FnOnce() -> candle_core::Result<T>) -> Result<(T, u64)> {
+    /// Runs something with parameters of zero in place, and measures the bytes that it needs beyond them and its seconds.
+    fn measured<T>(&self, run: impl FnOnce() -> candle_core::Result<T>) -> Result<(T, u64, f64)> {
         let Rehearsal { layout, tensors, device, base_bytes, .. } = &*self.rehearsal;
         let before_bytes = device.used_bytes();
         tensors.fill(self.group, device.zeros(&layout.groups[self.group])?)?;
         let with_parameters_bytes = device.used_bytes();
         device.reset_peak();
+        device.synchronize()?;
+        let started = Instant::now();
         let result = run();
+        device.synchronize()?;
+        let seconds = started.elapsed().as_secs_f64();
         let bytes = device.peak_bytes().saturating_sub(with_parameters_bytes);
         drop(tensors.take(self.group)?);
         let needed = before_bytes.saturating_sub(*base_bytes) + bytes;
         let mut findings = lock(&self.rehearsal.findings);
         findings.peak_bytes = findings.peak_bytes.max(needed);
-        Ok((result?, bytes))
+        Ok((result?, bytes, seconds))
     }
 
     /// Counts a segment that is skipped as if it had run now.
@@ -270,9 +351,13 @@ impl Trial {
     /// Ends the turn.
     pub fn finish(self) -> Result<()> {
         if self.known {
-            self.count(|known| known.backward_bytes.unwrap_or(known.forward_bytes));
+            self.count(|known| match known.backward.runs {
+                0 => known.forward.bytes,
+                _ => known.backward.bytes,
+            });
         }
         self.rehearsal.device.reset_peak();
+        *lock(&self.rehearsal.user_code_since) = Instant::now();
         Ok(())
     }
 }

@@ -2,17 +2,18 @@
 //! the busiest.
 //!
 //! The simulator starts operations by the rules of the executor, which are in one place. Transfers of the disk that are
-//! under way share its bandwidth; whatever else has begun takes its time.
+//! under way share its bandwidth, and where computing, copies and the optimizer run on the same processors, those are shared.
 
 pub mod catalog;
+mod clockwork;
 mod machine;
 mod measurement;
 
-use crate::arrangement::Call;
+use crate::arrangement::{Arrangement, Call};
 use crate::layout::Layout;
-use crate::order::Order;
 use crate::schedule::{Operation, Queue};
 use crate::trace::{Trace, TraceEvent};
+use clockwork::Clockwork;
 use serde::{Deserialize, Serialize};
 use std::fmt;
 
@@ -22,8 +23,6 @@ pub use measurement::measure;
 /// Bytes that the optimizer reads and writes a parameter: four runs of f32 are read, three are written.
 const UPDATE_BYTES_PER_ELEMENT: f64 = 28.0;
 const F32_BYTES: f64 = 4.0;
-/// Transfers that end within this time of each other, in seconds, end together.
-const SAME_MOMENT_S: f64 = 1e-9;
 
 /// Time that one compute operation takes the training thread.
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
@@ -108,6 +107,8 @@ pub struct Simulator<'a> {
     pub layout: &'a Layout,
     /// Segments in the order in which they run.
     pub calls: &'a [Call],
+    /// Homes and buffers that the schedules use.
+    pub arrangement: &'a Arrangement,
     /// How fast the machine is.
     pub machine: &'a Machine,
     /// How long computing takes.
@@ -116,28 +117,10 @@ pub struct Simulator<'a> {
 
 /// What an operation takes.
 enum Cost {
-    /// Seconds of its queue.
-    Seconds(f64),
+    /// Seconds of its queue, on this many processors of those that are shared.
+    Seconds { seconds: f64, processors: f64 },
     /// Bytes of the disk, which is shared.
     Transfer { write: bool, bytes: f64 },
-}
-
-/// What is left of an operation under way.
-enum Left {
-    Until(f64),
-    Transfer { write: bool, bytes: f64 },
-}
-
-struct Running {
-    id: u64,
-    left: Left,
-}
-
-/// What is kept of an operation until it is done.
-struct Note {
-    step: u64,
-    started_s: f64,
-    waited_s: f64,
 }
 
 impl Simulator<'_> {
@@ -154,15 +137,10 @@ impl Simulator<'_> {
         };
         let (from_s, until_s) = (end_s(1), end_s(2));
         let step_s = until_s - from_s;
-        let compute_s: f64 = schedule
-            .iter()
-            .map(|operation| self.compute.time(operation))
-            .map(|time| time.before_s + time.within_s)
-            .sum();
         let busy_s: Vec<(Queue, f64)> = Queue::ALL
             .into_iter()
             .map(|queue| match queue {
-                Queue::Compute => (queue, compute_s),
+                Queue::Compute => (queue, computing_s(&trace, from_s)),
                 _ => (queue, trace.busy_within_s(&[queue], from_s, until_s)),
             })
             .collect();
@@ -188,37 +166,13 @@ impl Simulator<'_> {
 
     /// When each operation runs. A schedule is submitted when the norm of the one before is known and its computing is done.
     pub fn run(&self, schedules: &[&[Operation]]) -> Trace {
-        let mut clockwork = Clockwork {
-            simulator: *self,
-            order: Order::new(),
-            now_s: 0.0,
-            running: vec![],
-            training_thread_s: 0.0,
-            norm_is_known: false,
-            trace: Trace::default(),
-        };
-        let mut schedules = schedules.iter().zip(1..);
-        let mut submit_next = true;
-        loop {
-            if std::mem::take(&mut submit_next)
-                && let Some((schedule, step)) = schedules.next()
-            {
-                for &operation in *schedule {
-                    clockwork.order.admit(operation, Note { step, started_s: 0.0, waited_s: 0.0 });
-                }
-                clockwork.training_thread_s = clockwork.now_s;
-            }
-            let asked_s = clockwork.advance();
-            let Some(next_s) = clockwork.next_s(asked_s) else { break };
-            submit_next = clockwork.go_to(next_s);
-        }
-        clockwork.trace
+        Clockwork::new(*self).run(schedules)
     }
 
     /// Seconds that an operation takes when it has the machine for itself, without the user's own code before it.
     pub fn alone_s(&self, operation: &Operation) -> f64 {
         match self.cost(operation) {
-            Cost::Seconds(seconds) => seconds,
+            Cost::Seconds { seconds, .. } => seconds,
             Cost::Transfer { write, bytes } => bytes / self.disk_bytes_per_s(write),
         }
     }
@@ -231,21 +185,65 @@ impl Simulator<'_> {
     }
 
     fn cost(&self, operation: &Operation) -> Cost {
+        let machine = self.machine;
         let bytes = F32_BYTES * operation.elements(self.layout, self.calls) as f64;
-        match operation {
+        let all = machine.processors.unwrap_or(0) as f64;
+        let seconds = |bytes: f64, bytes_per_s: f64, processors| Cost::Seconds {
+            seconds: bytes / bytes_per_s,
+            processors,
+        };
+        let device_bytes_per_s = machine.device_memory_bytes_per_s.unwrap_or(f64::INFINITY);
+        match *operation {
             Operation::Read { .. } => Cost::Transfer { write: false, bytes },
             Operation::Write { .. } => Cost::Transfer { write: true, bytes },
-            Operation::Norm | Operation::Commit => Cost::Seconds(0.0),
+            Operation::Norm | Operation::Commit => Cost::Seconds { seconds: 0.0, processors: 0.0 },
+            // A boundary has no masters to round: all of its bytes cross, where state of f32 crosses in the device's type.
+            Operation::SaveBoundary { .. } => {
+                seconds(bytes * self.crossing_share(), machine.download_bytes_per_s, 1.0)
+            }
+            Operation::LoadBoundary { .. } => {
+                seconds(bytes * self.crossing_share(), machine.upload_bytes_per_s, 1.0)
+            }
+            // What is at home on a device with memory of its own stays there.
+            Operation::Accumulate { group, .. } if self.arrangement.updated_on_device(group) => {
+                seconds(2.0 * bytes, device_bytes_per_s, 0.0)
+            }
+            Operation::Update { group, .. } if self.arrangement.updated_on_device(group) => {
+                seconds(optimizer_bytes(operation, bytes), device_bytes_per_s, 0.0)
+            }
+            Operation::Upload { group, .. } if self.arrangement.updated_on_device(group) => {
+                seconds(2.0 * bytes, device_bytes_per_s, 0.0)
+            }
+            Operation::Accumulate { .. } => seconds(bytes, machine.download_bytes_per_s, all),
             _ => match operation.queue() {
-                Queue::Upload => Cost::Seconds(bytes / self.machine.upload_bytes_per_s),
-                Queue::Download => Cost::Seconds(bytes / self.machine.download_bytes_per_s),
+                Queue::Upload => seconds(bytes, machine.upload_bytes_per_s, 1.0),
+                Queue::Download => seconds(bytes, machine.download_bytes_per_s, 1.0),
                 Queue::Optimizer => {
-                    Cost::Seconds(optimizer_bytes(operation, bytes) / self.machine.optimizer_bytes_per_s)
+                    seconds(optimizer_bytes(operation, bytes), machine.optimizer_bytes_per_s, all)
                 }
-                _ => Cost::Seconds(self.compute.time(operation).within_s),
+                _ => Cost::Seconds { seconds: self.compute.time(operation).within_s, processors: all },
             },
         }
     }
+
+    /// How many times the bytes of f32 state that cross in the same time the bytes of a boundary count.
+    fn crossing_share(&self) -> f64 {
+        let device = self.arrangement.device;
+        if device.apart { F32_BYTES / device.element_bytes() as f64 } else { 1.0 }
+    }
+}
+
+/// Seconds of the second step in which the training thread works: in operations, and in the user's own code between them.
+fn computing_s(trace: &Trace, from_s: f64) -> f64 {
+    let of_step = trace.events.iter().filter(|event| event.step == 2);
+    let computing = of_step.filter(|event| event.operation.queue() == Queue::Compute);
+    let mut previous_end_s = from_s;
+    let mut working_s = 0.0;
+    for event in computing {
+        working_s += event.end_s - event.waited_s - previous_end_s;
+        previous_end_s = event.end_s;
+    }
+    working_s
 }
 
 /// Bytes of memory that an operation of the optimizer moves for a piece of `bytes`.
@@ -256,115 +254,14 @@ fn optimizer_bytes(operation: &Operation, bytes: f64) -> f64 {
     }
 }
 
-/// A simulation under way.
-struct Clockwork<'a> {
-    simulator: Simulator<'a>,
-    order: Order<Note>,
-    now_s: f64,
-    running: Vec<Running>,
-    /// When the training thread ended its last compute operation.
-    training_thread_s: f64,
-    norm_is_known: bool,
-    trace: Trace,
-}
-
-impl Clockwork<'_> {
-    /// Starts all operations that may start. Answers when the training thread will come to the one that could run then.
-    fn advance(&mut self) -> Option<f64> {
-        let mut asked_s = None;
-        for queue in Queue::ALL {
-            while let Some((id, operation)) = self.order.startable(queue) {
-                let mut waited_s = 0.0;
-                if queue == Queue::Compute {
-                    let asks_s = self.training_thread_s + self.simulator.compute.time(&operation).before_s;
-                    if asks_s > self.now_s {
-                        asked_s = Some(asks_s);
-                        break;
-                    }
-                    waited_s = self.now_s - asks_s;
-                }
-                let left = match self.simulator.cost(&operation) {
-                    Cost::Seconds(seconds) => Left::Until(self.now_s + seconds),
-                    Cost::Transfer { write, bytes } => Left::Transfer { write, bytes },
-                };
-                if let Some(note) = self.order.start(id) {
-                    (note.started_s, note.waited_s) = (self.now_s, waited_s);
-                }
-                self.running.push(Running { id, left });
-            }
-        }
-        asked_s
-    }
-
-    /// Bytes a second of one read and of one write, of those under way.
-    fn rates(&self) -> [f64; 2] {
-        let count = |writes: bool| {
-            let of_kind =
-                |running: &&Running| matches!(running.left, Left::Transfer { write, .. } if write == writes);
-            self.running.iter().filter(of_kind).count() as f64
-        };
-        let (reads, writes) = (count(false), count(true));
-        let machine = self.simulator.machine;
-        let alone = machine.disk_read_bytes_per_s + machine.disk_write_bytes_per_s;
-        let share = match machine.disk_mixed_bytes_per_s {
-            Some(mixed) if reads > 0.0 && writes > 0.0 => (mixed / alone).min(1.0),
-            _ => 1.0,
-        };
-        [machine.disk_read_bytes_per_s * share / reads, machine.disk_write_bytes_per_s * share / writes]
-    }
-
-    /// When something happens next; none if nothing will.
-    fn next_s(&self, asked_s: Option<f64>) -> Option<f64> {
-        let rates = self.rates();
-        let ends = self.running.iter().map(|running| match running.left {
-            Left::Until(end_s) => end_s,
-            Left::Transfer { write, bytes } => self.now_s + bytes / rates[usize::from(write)],
-        });
-        ends.chain(asked_s).min_by(f64::total_cmp)
-    }
-
-    /// Goes on to a moment and ends what ends there. Answers whether a step has returned.
-    fn go_to(&mut self, next_s: f64) -> bool {
-        let rates = self.rates();
-        let elapsed_s = next_s - self.now_s;
-        self.now_s = next_s;
-        let mut ended = vec![];
-        self.running.retain_mut(|running| {
-            let ends = match &mut running.left {
-                Left::Until(end_s) => *end_s <= next_s,
-                Left::Transfer { write, bytes } => {
-                    let rate = rates[usize::from(*write)];
-                    let ends = *bytes / rate <= elapsed_s + SAME_MOMENT_S;
-                    if !ends {
-                        *bytes -= rate * elapsed_s;
-                    }
-                    ends
-                }
-            };
-            if ends {
-                ended.push(running.id);
-            }
-            !ends
-        });
-        for (operation, note) in ended.into_iter().filter_map(|id| self.order.finish(id)) {
-            if operation.queue() == Queue::Compute {
-                self.training_thread_s = next_s;
-            }
-            self.norm_is_known |= operation == Operation::Norm;
-            let Note { step, started_s: start_s, waited_s } = note;
-            self.trace.events.push(TraceEvent { operation, step, start_s, end_s: next_s, waited_s });
-        }
-        let returned = self.norm_is_known && self.order.is_idle(Queue::Compute);
-        self.norm_is_known &= !returned;
-        returned
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::arrangement::{Depths, DeviceKind, GroupPlacement, Needs};
     use crate::layout::{ALIGNMENT_ELEMENTS, Group};
     use crate::schedule::{Buffer, Extent, GradientSet, Slot, Stream};
+    use candle_core::DType;
+    use ferrozero_offload::Tier;
 
     /// One group of `pieces` pieces, and the resident one.
     fn layout(pieces: usize) -> Layout {
@@ -394,6 +291,16 @@ mod tests {
         vec![Call { group: 0, boundary_elements: 1, boundary_moves: false }]
     }
 
+    /// States on disk, or on a device that has memory of its own and computes in 16 bits.
+    fn arrangement(layout: &Layout, calls: &[Call], apart: bool) -> Arrangement {
+        let dtype = if apart { DType::BF16 } else { DType::F32 };
+        let device = DeviceKind { dtype, apart };
+        let needs = Needs { layout, calls, gradient_passes_through: true, device };
+        let home = if apart { Tier::Device } else { Tier::Disk };
+        let depths = Depths { slots: 1, look_ahead: 1, state_pieces: 4, gradient_sets: 1 };
+        Arrangement::new(&needs, vec![GroupPlacement::all(home); layout.groups.len()], Tier::Device, depths)
+    }
+
     /// The forward takes 3 s, and 1 s of the user's code comes before it.
     fn compute() -> Compute {
         Compute { forward: vec![ComputeTime { before_s: 1.0, within_s: 3.0 }], ..Compute::none(1) }
@@ -419,7 +326,14 @@ mod tests {
     /// Begin and end of each operation of the schedules, in seconds.
     fn times(machine: &Machine, schedules: &[&[Operation]]) -> Vec<Vec<(f64, f64)>> {
         let (layout, calls, compute) = (layout(9), calls(), compute());
-        let simulator = Simulator { layout: &layout, calls: &calls, machine, compute: &compute };
+        let arrangement = arrangement(&layout, &calls, false);
+        let simulator = Simulator {
+            layout: &layout,
+            calls: &calls,
+            arrangement: &arrangement,
+            machine,
+            compute: &compute,
+        };
         let trace = simulator.run(schedules);
         let of = |step: u64, operation: &Operation| {
             let event = trace.events.iter().find(|event| event.step == step && event.operation == *operation);
@@ -489,9 +403,47 @@ mod tests {
         // The buffer is free when it has been written.
         assert_eq!(second, [(5.0, 8.0), (6.0, 10.0), (10.0, 10.0), (10.0, 12.0)]);
         let (layout, calls, machine, compute) = (layout(9), calls(), machine(), compute());
-        let simulator = Simulator { layout: &layout, calls: &calls, machine: &machine, compute: &compute };
+        let arrangement = arrangement(&layout, &calls, false);
+        let simulator = Simulator {
+            layout: &layout,
+            calls: &calls,
+            arrangement: &arrangement,
+            machine: &machine,
+            compute: &compute,
+        };
         let forecast = simulator.forecast(&schedule);
         assert_eq!((forecast.step_s, forecast.exposed_stall), (6.0, 0.0));
         assert_eq!((forecast.read_bytes, forecast.written_bytes), (0, 4096));
+    }
+
+    #[test]
+    fn computing_copies_and_the_optimizer_share_the_processors_where_they_are_the_same() {
+        // Two processors: the forward wants both from 1 s on, the user's code before it too, and the copy of 2 s
+        // one of them: all have two thirds of their speed.
+        let machine = Machine {
+            processors: Some(2),
+            upload_bytes_per_s: F32_BYTES * ALIGNMENT_ELEMENTS as f64 / 2.0,
+            ..machine()
+        };
+        let other = Slot(1);
+        let forward = Operation::Forward { call: 0, slot: other, passage: None };
+        let times = times(&machine, &[&[upload(0, 0), forward]]).remove(0);
+        // When the copy is done 2 of the 4 s of computing are, and the other 2 have the processors for themselves.
+        assert_eq!(times, [(0.0, 3.0), (1.5, 5.0)]);
+    }
+
+    #[test]
+    fn boundaries_in_16_bits_cross_with_all_their_bytes_and_homes_on_the_device_do_not_cross() {
+        let (layout, calls, machine, compute) = (layout(9), calls(), machine(), compute());
+        let alone_s = |apart: bool, operation: &Operation| {
+            let arrangement = arrangement(&layout, &calls, apart);
+            let (layout, calls, machine, compute) = (&layout, &calls[..], &machine, &compute);
+            let simulator = Simulator { layout, calls, arrangement: &arrangement, machine, compute };
+            simulator.alone_s(operation)
+        };
+        let passage = crate::schedule::Passage(0);
+        let load = Operation::LoadBoundary { call: 0, piece: 0, passage, buffer: Buffer(0) };
+        assert_eq!(alone_s(true, &load), 2.0 * alone_s(false, &load));
+        assert_eq!((alone_s(false, &upload(0, 0)), alone_s(true, &upload(0, 0))), (0.5, 0.0));
     }
 }

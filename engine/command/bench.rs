@@ -1,15 +1,17 @@
 //! `ferrozero bench`.
 
-pub(in crate::command) mod adamw;
+mod adamw;
+mod choice;
 mod copy;
-pub(in crate::command) mod io;
+mod io;
 mod ops;
+mod predict;
 mod scale;
 mod step;
+mod workload;
 
 use super::CommandResult;
 use clap::Subcommand;
-use ferrozero_kernels::adamw::AdamWStep;
 use serde::Serialize;
 
 /// What can be measured.
@@ -28,6 +30,8 @@ pub enum Bench {
     Scale(Box<scale::ScaleArguments>),
     /// Training steps of a GPT under a placement, in turns with another placement.
     Step(step::StepArguments),
+    /// What plans predict against what is measured, and with --choice the planner's choice against all others.
+    Predict(predict::PredictArguments),
 }
 
 /// Measures.
@@ -39,31 +43,19 @@ pub fn run(bench: Bench) -> CommandResult {
         Bench::Ops(arguments) => ops::run(arguments),
         Bench::Scale(arguments) => scale::run(*arguments),
         Bench::Step(arguments) => step::run(arguments),
-    }
-}
-
-/// The optimizer's numbers in step `step` of a measurement.
-fn adamw_step(step: u64) -> AdamWStep {
-    AdamWStep {
-        learning_rate: 1e-3,
-        beta1: 0.9,
-        beta2: 0.999,
-        epsilon: 1e-8,
-        weight_decay: 0.01,
-        step,
-        gradient_scale: 1.0,
+        Bench::Predict(arguments) => predict::run(arguments),
     }
 }
 
 /// Several measurements of one thing.
 #[derive(Debug, Clone, Copy, Serialize)]
-pub(in crate::command) struct Spread {
-    pub median: f64,
+struct Spread {
+    median: f64,
     least: f64,
     most: f64,
 }
 
-pub(in crate::command) fn spread(mut values: Vec<f64>) -> Spread {
+fn spread(mut values: Vec<f64>) -> Spread {
     values.sort_by(f64::total_cmp);
     let at = |index: usize| values.get(index).copied().unwrap_or(f64::NAN);
     Spread { median: at(values.len() / 2), least: at(0), most: at(values.len().saturating_sub(1)) }

@@ -16,6 +16,8 @@ pub struct Gpu {
     pub memory_bytes: u64,
     /// Peak floating-point operations a second of dense matrix products in 16 bits, accumulated in f32.
     pub peak_flop_per_s: f64,
+    /// Bytes a second of its own memory.
+    pub memory_bytes_per_s: f64,
     /// Bytes a second of its bus, one way.
     pub bus_bytes_per_s: f64,
     /// Where the numbers are from.
@@ -27,7 +29,7 @@ const GIB: u64 = 1 << 30;
 
 /// 16 lanes of PCI Express 3, 4 and 5, one way: 8, 16 and 32 GT/s a lane in 128b/130b (PCI-SIG, <https://pcisig.com/faq>).
 const PCIE_3: f64 = 15.75e9;
-const PCIE_4: f64 = 31.5e9;
+pub(crate) const PCIE_4: f64 = 31.5e9;
 const PCIE_5: f64 = 63.0e9;
 
 const V100: &str = "NVIDIA V100 data sheet: https://images.nvidia.com/content/technologies/volta/pdf/volta-v100-datasheet-update-us-1165301-r5.pdf";
@@ -43,21 +45,22 @@ const fn gpu(
     name: &'static str,
     memory_bytes: u64,
     peak_flop_per_s: f64,
+    memory_bytes_per_s: f64,
     bus_bytes_per_s: f64,
     source: &'static str,
 ) -> Gpu {
-    Gpu { name, memory_bytes, peak_flop_per_s, bus_bytes_per_s, source }
+    Gpu { name, memory_bytes, peak_flop_per_s, memory_bytes_per_s, bus_bytes_per_s, source }
 }
 
 /// Devices.
 pub const GPUS: [Gpu; 7] = [
-    gpu("v100-32g", 32 * GIB, 125e12, PCIE_3, V100),
-    gpu("a100-40g", 40 * GIB, 312e12, PCIE_4, A100),
-    gpu("a100-80g", 80 * GIB, 312e12, PCIE_4, A100),
-    gpu("h100-80g", 80 * GIB, 989e12, PCIE_5, H100),
-    gpu("h200-141g", 141_000_000_000, 989e12, PCIE_5, H200),
-    gpu("rtx3090-24g", 24 * GIB, 71e12, PCIE_4, AMPERE),
-    gpu("rtx4090-24g", 24 * GIB, 165.2e12, PCIE_4, ADA),
+    gpu("v100-32g", 32 * GIB, 125e12, 0.9e12, PCIE_3, V100),
+    gpu("a100-40g", 40 * GIB, 312e12, 1.555e12, PCIE_4, A100),
+    gpu("a100-80g", 80 * GIB, 312e12, 1.935e12, PCIE_4, A100),
+    gpu("h100-80g", 80 * GIB, 989e12, 3.35e12, PCIE_5, H100),
+    gpu("h200-141g", 141_000_000_000, 989e12, 4.8e12, PCIE_5, H200),
+    gpu("rtx3090-24g", 24 * GIB, 71e12, 0.936e12, PCIE_4, AMPERE),
+    gpu("rtx4090-24g", 24 * GIB, 165.2e12, 1.008e12, PCIE_4, ADA),
 ];
 
 /// A kind of drive.
@@ -147,9 +150,11 @@ impl Description {
             upload_bytes_per_s: crossing,
             download_bytes_per_s: crossing,
             optimizer_bytes_per_s: memory,
+            device_memory_bytes_per_s: Some(gpu.memory_bytes_per_s),
             memory_bytes_per_s: Some(memory),
             matmul_f32_flop_per_s: None,
             matmul_bf16_flop_per_s: Some(UTILISATION * gpu.peak_flop_per_s),
+            ..Machine::default()
         })
     }
 }

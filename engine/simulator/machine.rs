@@ -2,7 +2,7 @@
 
 use crate::error::{Error, Result};
 use serde::{Deserialize, Serialize};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 /// A machine's numbers. What is none is not known, and for memory not limited.
 #[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
@@ -11,6 +11,12 @@ pub struct Machine {
     /// What it is, for people.
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub name: String,
+    /// Folder whose disk was measured; none where the numbers are not a measurement's.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub directory: Option<PathBuf>,
+    /// Processors that computing, copies and the optimizer share; none: a device computes, and nothing is shared.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub processors: Option<usize>,
     /// Bytes of host memory that a run may use.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub host_memory_bytes: Option<u64>,
@@ -36,6 +42,9 @@ pub struct Machine {
     /// Bytes a second that all processors together read and write in the host's memory.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub memory_bytes_per_s: Option<f64>,
+    /// Bytes a second that a device with memory of its own reads and writes there; none: more than matters.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub device_memory_bytes_per_s: Option<f64>,
     /// Floating-point operations a second of matrix products in f32.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub matmul_f32_flop_per_s: Option<f64>,
@@ -62,6 +71,7 @@ impl Machine {
             ("download_bytes_per_s", Some(machine.download_bytes_per_s)),
             ("optimizer_bytes_per_s", Some(machine.optimizer_bytes_per_s)),
             ("memory_bytes_per_s", machine.memory_bytes_per_s),
+            ("device_memory_bytes_per_s", machine.device_memory_bytes_per_s),
             ("matmul_f32_flop_per_s", machine.matmul_f32_flop_per_s),
             ("matmul_bf16_flop_per_s", machine.matmul_bf16_flop_per_s),
         ];
@@ -69,6 +79,14 @@ impl Machine {
             Some((name, _)) => Err(wrong(format!("{name} must be above 0"))),
             None => Ok(machine),
         }
+    }
+
+    /// What `ferrozero probe` has written to `machine.json` in the current folder, if it measured the disk of `directory`.
+    pub fn probed(directory: &Path) -> Option<Self> {
+        let machine = Self::from_file(Path::new("machine.json")).ok()?;
+        let measured = machine.directory.as_deref()?;
+        let is_same = directory.canonicalize().is_ok_and(|directory| directory == measured);
+        is_same.then_some(machine)
     }
 
     /// Writes the numbers.

@@ -8,8 +8,10 @@ use proptest::prelude::*;
 
 fn machine() -> impl Strategy<Value = Machine> {
     let rate = || 1e3..1e6_f64;
-    let rates = (rate(), rate(), prop::option::of(rate()), rate(), rate(), rate());
-    rates.prop_map(|(read, write, mixed, upload, download, optimizer)| Machine {
+    let processors = prop::option::of(1..5_usize);
+    let rates = (rate(), rate(), prop::option::of(rate()), rate(), rate(), rate(), processors);
+    rates.prop_map(|(read, write, mixed, upload, download, optimizer, processors)| Machine {
+        processors,
         disk_read_bytes_per_s: read,
         disk_write_bytes_per_s: write,
         disk_mixed_bytes_per_s: mixed,
@@ -38,7 +40,13 @@ proptest! {
         let each = vec![time; calls.len()];
         let compute = Compute { attach: time, forward: each.clone(), backward: each, detach: time };
         let schedule = builder.train(clip);
-        let simulator = Simulator { layout: &layout, calls: &calls, machine: &machine, compute: &compute };
+        let simulator = Simulator {
+            layout: &layout,
+            calls: &calls,
+            arrangement: &arrangement,
+            machine: &machine,
+            compute: &compute,
+        };
 
         let trace = simulator.run(&[&schedule, &schedule]);
         prop_assert_eq!(trace.events.len(), 2 * schedule.len(), "every operation ran");

@@ -39,7 +39,8 @@ fn step(clip: bool, bus_s: f64) -> (Forecast, Trace) {
     };
     let times = |within_s| vec![ComputeTime { before_s: 0.0, within_s }; LAYERS];
     let compute = Compute { forward: times(FORWARD_S), backward: times(BACKWARD_S), ..Compute::none(LAYERS) };
-    let simulator = Simulator { layout: &layout, calls: &calls, machine: &machine, compute: &compute };
+    let (layout, calls, machine, compute) = (&layout, &calls[..], &machine, &compute);
+    let simulator = Simulator { layout, calls, arrangement: &arrangement, machine, compute };
     let schedule = builder.train(clip);
     (simulator.forecast(&schedule), simulator.run(&[&schedule, &schedule]))
 }

@@ -1,17 +1,11 @@
 //! `ferrozero bench adamw`: the optimizer's loop against a loop that only moves the same bytes.
 
 use super::super::CommandResult;
-use super::{adamw_step, spread};
-use crate::arrangement::STAGGER_BYTES;
-use ferrozero_kernels::Pool;
-use ferrozero_kernels::adamw::{AdamWState, adamw};
-use ferrozero_offload::{Arena, Budget, Lease, Tier};
+use super::spread;
+use crate::probe::optimizer::{BYTES_PER_PARAMETER, Runs, pool};
 use serde_json::json;
 use std::io::BufRead;
 use std::time::Instant;
-
-/// Bytes that one update moves for each parameter: four runs are read and three written.
-pub(in crate::command) const BYTES_PER_PARAMETER: usize = 7 * 4;
 
 /// Elements that the reference handles at a time, as the optimizer does.
 const CHUNK_ELEMENTS: usize = 64 * 1024;
@@ -48,71 +42,36 @@ pub struct AdamWArguments {
     serve: bool,
 }
 
-/// Master parameters, moments and gradient, in pinned memory as the engine has them.
-pub(in crate::command) struct Runs {
-    leases: [Lease; 4],
-    elements: usize,
-}
-
-impl Runs {
-    /// Memory for `elements` parameters.
-    pub(in crate::command) fn new(elements: usize) -> CommandResult<Self> {
-        let bytes = 4 * elements + STAGGER_BYTES;
-        let budget = Budget::new(Tier::Host, 4 * bytes.next_multiple_of(4096) as u64);
-        let arena = Arena::new(&budget, budget.limit_bytes() as usize)?;
-        let lease = |value: f32| -> CommandResult<Lease> {
-            let mut lease = arena.lease(bytes)?;
-            lease.as_f32_mut().fill(value);
-            Ok(lease)
-        };
-        let leases = [lease(0.5)?, lease(0.0)?, lease(0.0)?, lease(0.01)?];
-        Ok(Self { leases, elements })
-    }
-
-    /// Makes one update; answers the seconds that it took.
-    pub(in crate::command) fn update(&mut self, pool: &Pool, step: u64) -> CommandResult<f64> {
-        let [master, first_moment, second_moment, gradient] = &mut self.leases;
-        let state = AdamWState {
-            master: &mut master.as_f32_mut()[..self.elements],
-            first_moment: &mut first_moment.as_f32_mut()[..self.elements],
-            second_moment: &mut second_moment.as_f32_mut()[..self.elements],
-        };
-        let started = Instant::now();
-        adamw(pool, &adamw_step(step), state, &gradient.as_f32()[..self.elements], None)?;
-        Ok(started.elapsed().as_secs_f64())
-    }
-
-    /// Reads and writes what an update does, with one addition each.
-    fn move_bytes(&mut self, threads: usize) -> f64 {
-        let [master, first_moment, second_moment, gradient] = &mut self.leases;
-        let part = self.elements.div_ceil(threads).max(1);
-        let parts = master.as_f32_mut()[..self.elements]
-            .chunks_mut(part)
-            .zip(first_moment.as_f32_mut()[..self.elements].chunks_mut(part))
-            .zip(second_moment.as_f32_mut()[..self.elements].chunks_mut(part))
-            .zip(gradient.as_f32()[..self.elements].chunks(part));
-        let started = Instant::now();
-        std::thread::scope(|scope| {
-            for (((master, first_moment), second_moment), gradient) in parts {
-                scope.spawn(move || {
-                    let chunks = master
-                        .chunks_mut(CHUNK_ELEMENTS)
-                        .zip(first_moment.chunks_mut(CHUNK_ELEMENTS))
-                        .zip(second_moment.chunks_mut(CHUNK_ELEMENTS))
-                        .zip(gradient.chunks(CHUNK_ELEMENTS));
-                    for (((master, first_moment), second_moment), gradient) in chunks {
-                        add(master, first_moment, second_moment, gradient);
-                    }
-                });
-            }
-        });
-        started.elapsed().as_secs_f64()
-    }
+/// Reads and writes what an update does, with one addition each.
+fn move_bytes(runs: &mut Runs, threads: usize) -> f64 {
+    let [master, first_moment, second_moment, gradient] = &mut runs.leases;
+    let part = runs.elements.div_ceil(threads).max(1);
+    let parts = master.as_f32_mut()[..runs.elements]
+        .chunks_mut(part)
+        .zip(first_moment.as_f32_mut()[..runs.elements].chunks_mut(part))
+        .zip(second_moment.as_f32_mut()[..runs.elements].chunks_mut(part))
+        .zip(gradient.as_f32()[..runs.elements].chunks(part));
+    let started = Instant::now();
+    std::thread::scope(|scope| {
+        for (((master, first_moment), second_moment), gradient) in parts {
+            scope.spawn(move || {
+                let chunks = master
+                    .chunks_mut(CHUNK_ELEMENTS)
+                    .zip(first_moment.chunks_mut(CHUNK_ELEMENTS))
+                    .zip(second_moment.chunks_mut(CHUNK_ELEMENTS))
+                    .zip(gradient.chunks(CHUNK_ELEMENTS));
+                for (((master, first_moment), second_moment), gradient) in chunks {
+                    add(master, first_moment, second_moment, gradient);
+                }
+            });
+        }
+    });
+    started.elapsed().as_secs_f64()
 }
 
 /// Runs the bench.
 pub fn run(arguments: AdamWArguments) -> CommandResult {
-    let pool = Pool::new(arguments.threads)?;
+    let pool = pool(arguments.threads)?;
     let mut runs = Runs::new(arguments.elements)?;
     if arguments.serve {
         for (step, line) in (1..).zip(std::io::stdin().lock().lines()) {
@@ -124,7 +83,7 @@ pub fn run(arguments: AdamWArguments) -> CommandResult {
     let (mut ours, mut reference) = (vec![], vec![]);
     // The first round warms both up.
     for round in 0..=arguments.rounds {
-        let times = (runs.update(&pool, 1)?, runs.move_bytes(arguments.threads.max(1)));
+        let times = (runs.update(&pool, 1)?, move_bytes(&mut runs, arguments.threads.max(1)));
         if round > 0 {
             ours.push(times.0);
             reference.push(times.1);

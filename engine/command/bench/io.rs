@@ -1,12 +1,11 @@
 //! `ferrozero bench io`: the store against `fio`, in turns on the same file system, so that both see the same machine.
 
-pub(in crate::command) mod disk;
 mod fio;
 
 use super::super::{CommandResult, configuration};
 use super::{Spread, spread};
 use crate::byte_size::ByteSize;
-use disk::Disk;
+use crate::probe::disk::{self, Disk, Sweep};
 use fio::{Fio, Shape};
 use serde::Serialize;
 use serde_json::json;
@@ -34,40 +33,6 @@ pub struct IoArguments {
     /// For each line of standard input, "read", "write" or "update", move all bytes once and write the seconds
     #[arg(long, hide = true)]
     serve: bool,
-}
-
-/// What is done with all bytes.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "lowercase")]
-pub(in crate::command) enum Sweep {
-    Read,
-    Write,
-    /// Read three streams, update them, write them back.
-    Update,
-}
-
-impl Sweep {
-    const ALL: [Self; 3] = [Self::Read, Self::Write, Self::Update];
-
-    fn of(name: &str) -> Option<Self> {
-        Self::ALL.into_iter().find(|sweep| sweep.name() == name)
-    }
-
-    fn name(self) -> &'static str {
-        match self {
-            Self::Read => "read",
-            Self::Write => "write",
-            Self::Update => "update",
-        }
-    }
-
-    /// Bytes that cross to or from the disk, for state of `bytes`.
-    pub(in crate::command) fn moved_bytes(self, bytes: u64) -> u64 {
-        match self {
-            Self::Read | Self::Write => bytes,
-            Self::Update => 2 * bytes,
-        }
-    }
 }
 
 /// One sweep over one size.
@@ -111,7 +76,7 @@ fn measure(arguments: &IoArguments) -> CommandResult {
     let mut rows = vec![];
     let mut missing = None;
     for bytes in sizes {
-        let mut disk = Disk::new(&arguments.dir, bytes, arguments.threads)?;
+        let mut disk = Disk::new(&arguments.dir, bytes, disk::PLACES, arguments.threads)?;
         let fio = match Fio::new(&arguments.dir, disk.bytes()) {
             Ok(fio) => Some(fio),
             Err(reason) => {
@@ -199,10 +164,10 @@ fn report(arguments: &IoArguments, rows: &[Row], missing: Option<&str>) -> Comma
 }
 
 fn serve(arguments: &IoArguments, bytes: u64) -> CommandResult {
-    let mut disk = Disk::new(&arguments.dir, bytes, arguments.threads)?;
+    let mut disk = Disk::new(&arguments.dir, bytes, disk::PLACES, arguments.threads)?;
     for line in std::io::stdin().lock().lines() {
         let line = line?;
-        let sweep = Sweep::of(line.trim());
+        let sweep = Sweep::ALL.into_iter().find(|sweep| sweep.name() == line.trim());
         let sweep = sweep.ok_or_else(|| configuration(format!("{line:?} is not read, write or update")))?;
         println!("{}", json!({ "seconds": disk.sweep(sweep)? }));
     }

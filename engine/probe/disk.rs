@@ -1,13 +1,14 @@
 //! Three streams of state in a store, swept as the optimizer does it.
 
-use super::super::super::{CommandResult, configuration};
-use super::super::adamw_step;
-use super::Sweep;
+use super::optimizer::{adamw_step, pool};
 use crate::arrangement::STAGGER_BYTES;
+use crate::error::{Error, Result};
+use crate::work::internal;
 use ferrozero_kernels::Pool;
 use ferrozero_kernels::adamw::{AdamWState, adamw};
 use ferrozero_offload::io::{Completion, Verb};
 use ferrozero_offload::{Arena, Budget, ExtentId, ExtentKind, ExtentSpec, Lease, Store, StoreOptions, Tier};
+use serde::Serialize;
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::Instant;
@@ -15,17 +16,56 @@ use std::time::Instant;
 /// Master parameters and two moments.
 const STREAMS: usize = 3;
 
-/// Places in the pipeline: each holds one piece of every stream.
-const PLACES: usize = 12;
+/// Places in the pipeline that keep any disk busy: each holds one piece of every stream.
+pub const PLACES: usize = 12;
+
+/// Folder that is made where the disk is measured, and removed afterwards.
+const FOLDER: &str = "probe";
 
 /// Most bytes of the gradient in memory, so large that no cache holds it.
 const GRADIENT_BYTES_MAX: u64 = 128 << 20;
+
+/// What is done with all bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Sweep {
+    /// Read.
+    Read,
+    /// Write.
+    Write,
+    /// Read three streams, update them, write them back.
+    Update,
+}
+
+impl Sweep {
+    /// All of them.
+    pub const ALL: [Self; 3] = [Self::Read, Self::Write, Self::Update];
+
+    /// Name in tables.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Read => "read",
+            Self::Write => "write",
+            Self::Update => "update",
+        }
+    }
+
+    /// Bytes that cross to or from the disk, for state of `bytes`.
+    pub fn moved_bytes(self, bytes: u64) -> u64 {
+        match self {
+            Self::Read | Self::Write => bytes,
+            Self::Update => 2 * bytes,
+        }
+    }
+}
 
 /// A store and the memory to sweep it. Its folder is removed when this is dropped.
 pub struct Disk {
     store: Store,
     streams: [ExtentId; STREAMS],
     pieces: usize,
+    /// Places in the pipeline: each holds one piece of every stream.
+    places: usize,
     leases: Vec<Lease>,
     gradient: Lease,
     pool: Pool,
@@ -59,39 +99,44 @@ struct Place {
 }
 
 impl Disk {
-    /// Makes a store with `bytes` of state and writes all of it, to both places of each piece.
-    pub fn new(directory: &Path, bytes: u64, threads: usize) -> CommandResult<Self> {
+    /// Makes a store with `bytes` of state, of which `places` pieces of each stream may be in memory, and writes all of it, to
+    /// both places of each piece.
+    ///
+    /// # Errors
+    /// [`Error::Configuration`] for too few bytes, and errors of the tiers.
+    pub fn new(directory: &Path, bytes: u64, places: usize, threads: usize) -> Result<Self> {
         let stream_bytes = bytes / STREAMS as u64 / 4 * 4;
         if stream_bytes == 0 {
-            return Err(configuration("bytes must be at least 12, one number of each stream".into()).into());
+            return Err(Error::Configuration("bytes must be at least 12, one number of each stream".into()));
         }
         let options = StoreOptions::default();
-        let piece_bytes = options.piece_bytes.min(usize::try_from(stream_bytes)?);
+        let piece_bytes = options.piece_bytes.min(usize::try_from(stream_bytes).unwrap_or(usize::MAX));
         // As long as the engine's buffers, so that the three streams of a place do not meet in the memory's banks.
         let lease_bytes = piece_bytes + STAGGER_BYTES;
-        let gradient_bytes = usize::try_from(stream_bytes.min(GRADIENT_BYTES_MAX))?.max(lease_bytes);
+        let gradient_bytes = (stream_bytes.min(GRADIENT_BYTES_MAX) as usize).max(lease_bytes);
         let page = |bytes: usize| bytes.next_multiple_of(4096);
-        let arena_bytes = STREAMS * PLACES * page(lease_bytes) + page(gradient_bytes);
+        let arena_bytes = STREAMS * places * page(lease_bytes) + page(gradient_bytes);
         let arena = Arena::new(&Budget::new(Tier::Host, arena_bytes as u64), arena_bytes)?;
-        let folder = Folder(directory.join("store"));
+        let folder = Folder(directory.join(FOLDER));
         let _ = std::fs::remove_dir_all(&folder.0);
         let names = ["master", "first_moment", "second_moment"];
         let specs =
             names.map(|name| ExtentSpec { name: name.into(), bytes: stream_bytes, kind: ExtentKind::State });
         let store = Store::create(&folder.0, specs.to_vec(), options)?;
-        let find = |name| store.extent(name).ok_or_else(|| format!("no extent {name}"));
+        let find = |name| store.extent(name).ok_or_else(|| internal("an extent without its name"));
         let streams = [find(names[0])?, find(names[1])?, find(names[2])?];
         let mut gradient = arena.lease(gradient_bytes)?;
         gradient.as_f32_mut().fill(0.01);
         let mut leases = vec![];
-        for _ in 0..STREAMS * PLACES {
+        for _ in 0..STREAMS * places {
             let mut lease = arena.lease(lease_bytes)?;
             lease.as_f32_mut().fill(0.5);
             leases.push(lease);
         }
         let pieces = store.piece_count(streams[0])?;
-        let pool = Pool::new(threads)?;
-        let mut disk = Self { store, streams, pieces, leases, gradient, pool, step: 0, _folder: folder };
+        let pool = pool(threads)?;
+        let mut disk =
+            Self { store, streams, pieces, places, leases, gradient, pool, step: 0, _folder: folder };
         // A file system may have to note that reserved space was written; a run does that once, and so do we.
         for _ in 0..2 {
             disk.sweep(Sweep::Write)?;
@@ -106,7 +151,10 @@ impl Disk {
     }
 
     /// Does it once; answers the seconds that it took.
-    pub fn sweep(&mut self, sweep: Sweep) -> CommandResult<f64> {
+    ///
+    /// # Errors
+    /// Errors of the disk tier.
+    pub fn sweep(&mut self, sweep: Sweep) -> Result<f64> {
         let started = Instant::now();
         match sweep {
             Sweep::Read => self.move_all(Verb::Read)?,
@@ -133,7 +181,7 @@ impl Disk {
         }
     }
 
-    fn move_all(&mut self, verb: Verb) -> CommandResult {
+    fn move_all(&mut self, verb: Verb) -> Result<()> {
         let (sender, done) = channel();
         let mut left = (0..self.pieces).flat_map(|piece| (0..STREAMS).map(move |stream| (stream, piece)));
         let mut in_flight = 0;
@@ -149,17 +197,18 @@ impl Disk {
             if in_flight == 0 {
                 return Ok(());
             }
-            let Done { completion, .. } = done.recv()?;
+            let Done { completion, .. } =
+                done.recv().map_err(|_| internal("a transfer ended without an answer"))?;
             in_flight -= 1;
             self.leases.push(completion.lease);
             completion.result?;
         }
     }
 
-    fn update_all(&mut self) -> CommandResult {
+    fn update_all(&mut self) -> Result<()> {
         self.step += 1;
         let (sender, done): (_, Receiver<Done>) = channel();
-        let mut places: Vec<Place> = (0..PLACES).map(|_| Place::default()).collect();
+        let mut places: Vec<Place> = (0..self.places).map(|_| Place::default()).collect();
         let mut next_piece = 0;
         let mut busy_places = 0;
         for (index, place) in places.iter_mut().enumerate() {
@@ -167,7 +216,8 @@ impl Disk {
             busy_places += usize::from(self.turn(place, index, &mut next_piece, Verb::Read, &sender));
         }
         while busy_places > 0 {
-            let Done { place: index, stream, verb, completion } = done.recv()?;
+            let Done { place: index, stream, verb, completion } =
+                done.recv().map_err(|_| internal("a transfer ended without an answer"))?;
             completion.result?;
             let place = &mut places[index];
             place.leases[stream] = Some(completion.lease);
@@ -213,20 +263,21 @@ impl Disk {
         place.in_flight > 0
     }
 
-    fn update(&self, place: &mut Place) -> CommandResult {
+    fn update(&self, place: &mut Place) -> Result<()> {
         let bytes = self.store.piece_bytes_of(self.streams[0], place.piece)?;
         let elements = bytes / 4;
         let gradient = self.gradient.as_f32();
         let windows = (gradient.len() / elements).max(1);
         let gradient = &gradient[place.piece % windows * elements..][..elements];
         let [Some(master), Some(first_moment), Some(second_moment)] = &mut place.leases else {
-            return Err("a piece to update is incomplete".into());
+            return Err(internal("a piece to update is incomplete"));
         };
         let state = AdamWState {
             master: &mut master.as_f32_mut()[..elements],
             first_moment: &mut first_moment.as_f32_mut()[..elements],
             second_moment: &mut second_moment.as_f32_mut()[..elements],
         };
-        Ok(adamw(&self.pool, &adamw_step(self.step), state, gradient, None)?)
+        adamw(&self.pool, &adamw_step(self.step), state, gradient, None)
+            .map_err(|error| Error::Kernel(error.to_string()))
     }
 }

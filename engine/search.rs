@@ -1,0 +1,432 @@
+//! The search for a plan: homes, slots, look-ahead and homes of boundaries within the limits, each candidate's schedule
+//! costed by the simulator. Runs and `ferrozero plan` use it alike; what differs is where the numbers come from.
+//!
+//! Bytes are those of the engine's own arrangement. Schedules are costed in pieces that are as much larger as keeps their
+//! number bounded, so that a trillion parameters take seconds to plan.
+
+use crate::arrangement::{Depths, GroupPlacement, STAGGER_BYTES};
+use crate::builder::gradient_passes_through;
+use crate::engine::AdamW;
+use crate::error::{Error, Result};
+use crate::layout::{ALIGNMENT_ELEMENTS, Layout};
+use crate::pass::Observed;
+use crate::plan::{Limits, Placement, Plan, Prediction};
+use crate::schedule::Stream;
+use crate::simulator::Machine;
+use ferrozero_offload::Tier;
+use std::sync::Arc;
+
+/// Pieces of all groups together that a schedule is costed in.
+const COSTED_PIECES: usize = 1500;
+/// Plans whose steps differ by less than this share are equal, and the one with fewer bytes is better.
+const SAME_TIME: f64 = 0.005;
+
+/// Which streams come into memory first. Gradients and parameters cross most often, moments twice a step.
+const ORDERS: [[Stream; 4]; 2] = [
+    [Stream::Gradient, Stream::Master, Stream::FirstMoment, Stream::SecondMoment],
+    [Stream::Master, Stream::FirstMoment, Stream::SecondMoment, Stream::Gradient],
+];
+
+/// What is searched for.
+pub(crate) struct Search<'a> {
+    /// Groups, in the pieces of the run.
+    pub layout: Arc<Layout>,
+    /// What the user grants and fixes.
+    pub limits: Limits,
+    /// The optimizer.
+    pub adamw: AdamW,
+    /// Micro-batches of a step.
+    pub accumulate: usize,
+    /// Whether, and to what, the norm of all gradients is clipped.
+    pub clip: Option<f64>,
+    /// Whether states can be left on disk.
+    pub has_disk: bool,
+    /// Ranks that share the states.
+    pub ranks: usize,
+    /// The model as it was rehearsed, or estimated, with each home of boundaries that is tried.
+    pub observed: Vec<(Tier, Observed)>,
+    /// Refuses plans for other reasons than memory.
+    pub check: &'a dyn Fn(&Plan) -> Result<()>,
+}
+
+/// How what the limits leave is given out.
+#[derive(Clone, Copy)]
+struct Policy {
+    /// Streams that come into memory first.
+    order: [Stream; 4],
+    /// Whether whole groups are at home on a device with memory of its own, as many as fit.
+    admit: bool,
+}
+
+impl Search<'_> {
+    /// The plan that takes the least time on `machine`, of those that fit.
+    ///
+    /// # Errors
+    /// [`Error::BudgetTooSmall`] with what is missing, [`Error::Configuration`] for homes that cannot be, and what `check` says.
+    pub fn best(&self, machine: &Machine) -> Result<Plan> {
+        let fitting = self.fitting(false)?;
+        let costed = fitting.len();
+        let mut best: Option<(Plan, Prediction)> = None;
+        for (plan, observed) in fitting {
+            let forecast = self.costed(&plan, observed).forecast(machine, &observed.compute);
+            let found = (plan, Prediction { forecast, costed });
+            if best.as_ref().is_none_or(|best| is_better(&found, best)) {
+                best = Some(found);
+            }
+        }
+        let (mut plan, prediction) =
+            best.ok_or_else(|| Error::Configuration("there is no plan to choose from".into()))?;
+        plan.prediction = Some(prediction);
+        Ok(plan)
+    }
+
+    /// Plans that fit; at least one.
+    ///
+    /// # Errors
+    /// As [`Self::best`].
+    pub fn fitting(&self, one_is_enough: bool) -> Result<Vec<(Plan, &Observed)>> {
+        self.check_homes()?;
+        let mut found: Vec<(Plan, &Observed)> = vec![];
+        let mut refusal: Option<Error> = None;
+        for (boundaries, observed) in &self.observed {
+            for depths in self.depths() {
+                for policy in self.policies(observed) {
+                    match self.place(observed, (*boundaries, depths), policy) {
+                        Ok(plan) => {
+                            if !found.iter().any(|(other, _)| other.has_same_choices(&plan)) {
+                                found.push((plan, observed));
+                            }
+                            if one_is_enough {
+                                return Ok(found);
+                            }
+                        }
+                        Err(error) => refusal = Some(least(refusal, error)),
+                    }
+                }
+            }
+        }
+        match refusal {
+            Some(refusal) if found.is_empty() => Err(refusal),
+            _ => Ok(found),
+        }
+    }
+
+    /// Homes where a run can find everything when nothing is brought closer.
+    fn start(&self) -> GroupPlacement {
+        match &self.limits.placement {
+            Placement::Each(placement) => *placement,
+            Placement::All(tier) => GroupPlacement::all(*tier),
+            Placement::Auto if self.has_disk => GroupPlacement::all(Tier::Disk),
+            // What computes in the host's memory has the masters where it computes.
+            Placement::Auto if self.limits.device.holds_masters() => GroupPlacement::all(Tier::Device),
+            Placement::Auto => GroupPlacement::all(Tier::Host),
+        }
+    }
+
+    fn check_homes(&self) -> Result<()> {
+        let (start, device) = (self.start(), self.limits.device);
+        let on_device = Stream::ALL.iter().filter(|&&stream| start.home(stream) == Tier::Device).count();
+        let whole = device.apart && on_device == Stream::ALL.len();
+        if on_device > 0 && !device.holds_masters() && !whole {
+            return Err(Error::Configuration(
+                "some state streams have their home on the device, which cannot be alone: on a CUDA device all streams of \
+                 a group are at home or none, and on the CPU device they are apart from parameters in another type than f32"
+                    .into(),
+            ));
+        }
+        Ok(())
+    }
+
+    fn depths(&self) -> Vec<Depths> {
+        let depths = |slots: usize, look_ahead: usize, state_pieces, gradient_sets| Depths {
+            slots: self.limits.slots.unwrap_or(slots),
+            look_ahead: self.limits.look_ahead.unwrap_or(look_ahead),
+            state_pieces,
+            gradient_sets,
+        };
+        let mut all = vec![depths(2, 4, 16, 2), depths(1, 1, 4, 1), depths(2, 4, 16, 1), depths(3, 8, 32, 2)];
+        all.dedup();
+        all
+    }
+
+    fn policies(&self, observed: &Observed) -> Vec<Policy> {
+        if self.limits.placement != Placement::Auto {
+            return vec![Policy { order: ORDERS[0], admit: false }];
+        }
+        // What the model's own tensors take must be known to say what fits beside them.
+        let can_admit = self.limits.device.apart
+            && observed.working_bytes.is_some()
+            && self.limits.device_bytes.is_some();
+        let admissions: &[bool] = if can_admit { &[true, false] } else { &[false] };
+        let orders: &[[Stream; 4]] = if self.has_disk { &ORDERS } else { &ORDERS[..1] };
+        let each =
+            orders.iter().flat_map(|&order| admissions.iter().map(move |&admit| Policy { order, admit }));
+        each.collect()
+    }
+
+    /// Everything in the farthest tier, and then as much as fits brought closer by `policy`.
+    fn place(&self, observed: &Observed, at: (Tier, Depths), policy: Policy) -> Result<Plan> {
+        let (layout, device) = (&self.layout, self.limits.device);
+        let make = |placements: Vec<GroupPlacement>| self.plan_with(layout, observed, placements, at);
+        let resident = layout.resident();
+        let mut placements = vec![self.start(); layout.groups.len()];
+        // The resident group is always on the device, and its masters too if that can be.
+        if device.holds_masters() {
+            placements[resident].master = Tier::Device;
+        }
+        let mut plan = make(placements.clone());
+        if policy.admit {
+            (plan, placements) = self.admit_groups(&make, plan, placements);
+        }
+        if !plan.fits() {
+            return Err(plan.too_small());
+        }
+        (self.check)(&plan)?;
+        if self.limits.placement != Placement::Auto || !self.has_disk {
+            return Ok(plan);
+        }
+        // What is left is given out by arithmetic; the plan that comes of it is counted in full.
+        let mut left = Room::of(&self.limits, &plan);
+        let mut moved = vec![];
+        let passes = gradient_passes_through(plan.calls(), self.accumulate, self.clip.is_some());
+        for stream in policy.order.into_iter().filter(|&stream| stream != Stream::Gradient || !passes) {
+            for group in std::iter::once(resident).chain(0..resident) {
+                let bytes = home_bytes(layout, stream.elements(layout, group));
+                // On the CPU device, memory is memory: parameters that stay on the device need no slot to pass through.
+                let in_slot = stream == Stream::Master && device.holds_masters();
+                let tier = if in_slot { Tier::Device } else { Tier::Host };
+                if placements[group].home(stream) == Tier::Disk && left.take(tier, bytes) {
+                    placements[group].set_home(stream, tier);
+                    moved.push((group, stream));
+                }
+            }
+        }
+        let start = plan;
+        loop {
+            let plan = make(placements.clone());
+            if plan.fits() {
+                return Ok(plan);
+            }
+            let Some((group, stream)) = moved.pop() else { return Ok(start) };
+            placements[group].set_home(stream, Tier::Disk);
+        }
+    }
+
+    /// Brings as many groups as fit to a device that has memory of its own, with all of their states: it updates them itself,
+    /// and nothing of them crosses.
+    fn admit_groups(
+        &self,
+        make: &dyn Fn(Vec<GroupPlacement>) -> Plan,
+        plan: Plan,
+        placements: Vec<GroupPlacement>,
+    ) -> (Plan, Vec<GroupPlacement>) {
+        let resident = self.layout.resident();
+        let with = |count: usize| {
+            let mut placements = placements.clone();
+            for group in std::iter::once(resident).chain(0..resident).take(count) {
+                placements[group] = GroupPlacement::all(Tier::Device);
+            }
+            (make(placements.clone()), placements)
+        };
+        let mut best = (plan, placements.clone());
+        let (mut fitting, mut too_many) = (0, placements.len() + 1);
+        while too_many - fitting > 1 {
+            let count = fitting.midpoint(too_many);
+            let candidate = with(count);
+            // The host may be what is too small, and be less so with fewer groups left to it.
+            match candidate.0.device_fits() {
+                true => (fitting, best) = (count, candidate),
+                false => too_many = count,
+            }
+        }
+        best
+    }
+
+    fn plan_with(
+        &self,
+        layout: &Arc<Layout>,
+        observed: &Observed,
+        placements: Vec<GroupPlacement>,
+        (boundaries, depths): (Tier, Depths),
+    ) -> Plan {
+        let make = |observed: &Observed| {
+            let homes = (placements.clone(), boundaries, depths);
+            Plan::with(layout, observed, &self.limits, &self.adamw, (self.accumulate, self.clip), homes)
+        };
+        let plan = make(observed);
+        if self.ranks == 1 {
+            return plan;
+        }
+        // A rank holds its share of a group's states, and in slots and gradients the whole group.
+        let whole = (self.ranks as u64 - 1) * plan.slot_and_gradient_bytes();
+        let working_bytes = observed.working_bytes.map(|bytes| bytes + whole);
+        make(&Observed { working_bytes, ..observed.clone() })
+    }
+
+    /// The plan in the pieces that it is costed in.
+    fn costed(&self, plan: &Plan, observed: &Observed) -> Plan {
+        let elements: usize = self.layout.groups.iter().map(|group| group.elements).sum();
+        let piece = (elements / COSTED_PIECES).next_multiple_of(ALIGNMENT_ELEMENTS);
+        let piece_elements = piece.max(self.layout.piece_elements);
+        let layout = Arc::new(Layout { piece_elements, ..(*self.layout).clone() });
+        self.plan_with(&layout, observed, plan.placements().to_vec(), (plan.boundaries(), plan.depths()))
+    }
+}
+
+/// What the limits leave.
+struct Room {
+    memory_bytes: u64,
+    device_bytes: u64,
+    /// Whether the device's memory is the host's.
+    shared: bool,
+}
+
+impl Room {
+    fn of(limits: &Limits, plan: &Plan) -> Self {
+        let left = |limit: Option<u64>, used: u64| limit.map_or(u64::MAX, |limit| limit.saturating_sub(used));
+        Self {
+            memory_bytes: left(limits.memory_bytes, plan.memory_bytes()),
+            device_bytes: left(limits.device_bytes, plan.device_bytes()),
+            shared: !limits.device.apart,
+        }
+    }
+
+    /// Takes room in a tier if there is so much.
+    fn take(&mut self, tier: Tier, bytes: u64) -> bool {
+        let on_device = tier == Tier::Device;
+        let in_memory = !on_device || self.shared;
+        if (on_device && bytes > self.device_bytes) || (in_memory && bytes > self.memory_bytes) {
+            return false;
+        }
+        if on_device {
+            self.device_bytes -= bytes;
+        }
+        if in_memory {
+            self.memory_bytes -= bytes;
+        }
+        true
+    }
+}
+
+/// Of plans that are equally fast, the one that wears the disk least is better, and of those the smallest.
+fn is_better(found: &(Plan, Prediction), best: &(Plan, Prediction)) -> bool {
+    let ratio = found.1.forecast.step_s / best.1.forecast.step_s;
+    let wear = |(plan, prediction): &(Plan, Prediction)| {
+        (prediction.forecast.written_bytes, plan.device_bytes() + plan.host_bytes())
+    };
+    // Steps that take no time at all are equal.
+    let is_same = ratio.is_nan() || (ratio - 1.0).abs() <= SAME_TIME;
+    if is_same { wear(found) < wear(best) } else { ratio < 1.0 }
+}
+
+/// Of two refusals, the one that less is missing for. One for the host's memory came of a plan that the device has room
+/// for, so it goes before one for the device's; a disk that is too small is said where memory would be enough.
+fn least(one: Option<Error>, other: Error) -> Error {
+    let rank = |error: &Error| match error {
+        Error::BudgetTooSmall { tier: Tier::Device, needed_bytes, .. } => (2, *needed_bytes),
+        Error::BudgetTooSmall { needed_bytes, .. } => (1, *needed_bytes),
+        _ => (0, 0),
+    };
+    match one {
+        Some(one) if rank(&one) <= rank(&other) => one,
+        _ => other,
+    }
+}
+
+/// Bytes of the buffers that are home to a stream of `elements`.
+fn home_bytes(layout: &Layout, elements: usize) -> u64 {
+    let page = |elements: usize| (4 * elements + STAGGER_BYTES).next_multiple_of(4096) as u64;
+    let whole = elements / layout.piece_elements;
+    let rest = elements % layout.piece_elements;
+    whole as u64 * page(layout.piece_elements) + if rest > 0 { page(rest) } else { 0 }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::arrangement::{Call, DeviceKind};
+    use crate::layout::Group;
+    use crate::simulator::Compute;
+    use candle_core::DType;
+
+    const GROUPS: usize = 4;
+    /// Bytes of one group's parameters in f32.
+    const GROUP_BYTES: u64 = 4 * 8 * ALIGNMENT_ELEMENTS as u64;
+
+    /// A plan for a device with memory of its own, of which `device_bytes` are granted.
+    fn plan(working_bytes: Option<u64>, device_bytes: Option<u64>, clip: Option<f64>) -> Result<Plan> {
+        let group = |index: usize| {
+            let table = vec![(index, format!("p.{index}"), vec![8 * ALIGNMENT_ELEMENTS], true, true)];
+            Group::new(format!("h.{index}"), index == GROUPS, table)
+        };
+        let groups = (0..=GROUPS).map(group).collect();
+        let layout = Arc::new(Layout { groups, piece_elements: 4 * ALIGNMENT_ELEMENTS });
+        let call = |group| Call { group, boundary_elements: 0, boundary_moves: false };
+        let limits = Limits {
+            memory_bytes: None,
+            device_bytes,
+            placement: Placement::Auto,
+            boundaries: None,
+            slots: None,
+            look_ahead: None,
+            device: DeviceKind { dtype: DType::BF16, apart: true },
+        };
+        let calls = (0..GROUPS).map(call).collect();
+        let observed = Observed { calls, working_bytes, compute: Compute::none(GROUPS) };
+        let search = Search {
+            layout,
+            limits,
+            adamw: AdamW::default(),
+            accumulate: 1,
+            clip,
+            has_disk: false,
+            ranks: 1,
+            observed: vec![(Tier::Device, observed)],
+            check: &|_| Ok(()),
+        };
+        // The bus and the host are what is slow.
+        let (bus, host) = (1e9, 1e9);
+        let machine = Machine {
+            upload_bytes_per_s: bus,
+            download_bytes_per_s: bus,
+            optimizer_bytes_per_s: host,
+            device_memory_bytes_per_s: Some(1e12),
+            ..Machine::default()
+        };
+        search.best(&machine)
+    }
+
+    fn on_device(plan: &Plan) -> usize {
+        let whole = GroupPlacement::all(Tier::Device);
+        plan.placements().iter().filter(|&&placement| placement == whole).count()
+    }
+
+    #[test]
+    fn a_device_of_its_own_takes_as_many_whole_groups_as_fit_and_the_host_has_the_others() {
+        let none = on_device(&plan(Some(0), Some(4 * GROUP_BYTES), Some(1.0)).unwrap());
+        assert_eq!(none, 0);
+        let mut before = 0;
+        for groups in 4..40 {
+            let limit = groups * GROUP_BYTES;
+            let plan = plan(Some(0), Some(limit), Some(1.0)).unwrap();
+            assert!(plan.device_bytes() <= limit);
+            assert!(on_device(&plan) >= before, "{groups}");
+            before = on_device(&plan);
+            let host = GroupPlacement::all(Tier::Host);
+            assert!(plan.placements().iter().all(|&p| p == host || p == GroupPlacement::all(Tier::Device)));
+        }
+        assert_eq!(before, GROUPS + 1);
+    }
+
+    #[test]
+    fn where_the_models_own_tensors_are_not_counted_nothing_is_put_beside_them() {
+        assert_eq!(on_device(&plan(None, Some(1 << 40), None).unwrap()), 0);
+        assert_eq!(on_device(&plan(Some(0), None, None).unwrap()), 0);
+    }
+
+    #[test]
+    fn a_device_that_is_too_small_is_told_apart_from_a_host_that_is() {
+        let error = plan(Some(0), Some(GROUP_BYTES), None).unwrap_err();
+        assert!(matches!(error, Error::BudgetTooSmall { tier: Tier::Device, .. }), "{error}");
+    }
+}
