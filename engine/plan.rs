@@ -167,7 +167,7 @@ impl Plan {
     }
 
     /// Bytes of device memory that the engine leases.
-    pub(crate) fn device_buffer_bytes(&self) -> u64 {
+    pub fn device_buffer_bytes(&self) -> u64 {
         self.arrangement.buffer_bytes(Tier::Device)
     }
 

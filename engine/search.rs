@@ -242,7 +242,8 @@ impl Search<'_> {
         best
     }
 
-    fn plan_with(
+    /// The plan with these homes and depths, whether it fits or not.
+    pub fn plan_with(
         &self,
         layout: &Arc<Layout>,
         observed: &Observed,

@@ -5,7 +5,7 @@ mod support;
 
 use ferrozero::arrangement::GroupPlacement;
 use ferrozero::{BackendChoice, Config, Placement, Tier};
-use support::train;
+use support::{tokens, train, trainer};
 
 const BLOCKS: usize = 4;
 const STEPS: u64 = 3;
@@ -125,6 +125,23 @@ fn a_clip_that_is_never_reached_changes_nothing() {
     let unclipped = train(Config::default(), BLOCKS, STEPS).unwrap();
     assert_eq!(train(Config { clip: Some(1e9), ..Config::default() }, BLOCKS, STEPS).unwrap(), unclipped);
     assert_ne!(train(Config { clip: Some(0.05), ..Config::default() }, BLOCKS, STEPS).unwrap(), unclipped);
+}
+
+/// Here nothing counts the heap, so what the run says of device memory is what it leased.
+#[test]
+fn what_each_way_leases_is_what_its_plan_said_to_the_byte() {
+    for (clip, accumulate) in [(None, 1), (Some(0.05), 2)] {
+        for Way { name, config, _folder } in ways() {
+            let Ok((mut trainer, model)) = trainer(Config { clip, accumulate, ..config }, BLOCKS) else {
+                println!("skipped {name}: io_uring is not available here");
+                continue;
+            };
+            trainer.step(|micro_batch| model.loss(&tokens(0, micro_batch))).unwrap();
+            let (usage, plan) = (trainer.usage(), trainer.plan());
+            assert_eq!(usage.peak_host_bytes, plan.host_bytes(), "{name}");
+            assert_eq!(usage.peak_device_bytes, plan.device_buffer_bytes(), "{name}");
+        }
+    }
 }
 
 #[test]

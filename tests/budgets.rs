@@ -81,6 +81,30 @@ fn more_memory_brings_more_home() {
     assert_eq!(on_disk[2], 0);
 }
 
+/// The most that a process had at once, as the kernel counts it, for each home of the states.
+#[test]
+fn a_process_takes_its_plan_and_at_most_5_percent_and_64_mib_more() {
+    let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    for homes in [["disk", "device"], ["host", "disk"]] {
+        let output = Command::new(env!("CARGO_BIN_EXE_ferrozero"))
+            .args(["bench", "step", "--rounds", "1", "--layers", "4", "--hidden", "512", "--heads", "8"])
+            .args(["--vocab", "2048", "--seq", "64", "--batch", "1", "--clip", "1", "--json"])
+            .args(["--placement", homes[0], "--against", homes[1], "--dir"])
+            .arg(folder.path().join("bench"))
+            .output()
+            .unwrap();
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        let answer: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+        for measured in answer["measured"].as_array().unwrap() {
+            let bytes = |name: &str| measured[name].as_u64().unwrap();
+            let planned = bytes("planned_host_bytes") + bytes("planned_device_bytes");
+            let peak = bytes("peak_resident_bytes");
+            println!("{}: {} MiB planned, {} MiB at most", measured["placement"], planned >> 20, peak >> 20);
+            assert!(peak <= planned + planned / 20 + (64 << 20), "{measured}");
+        }
+    }
+}
+
 /// The process as a whole, as the kernel counts it: code, stacks, queues and page cache included.
 #[test]
 fn a_process_stays_within_its_memory_and_64_mib() {

@@ -15,6 +15,7 @@ use crate::learning_rate::LearningRate;
 use crate::models::linear::Adapting;
 use crate::models::pretrained::Pretrained;
 use crate::run_log::Summary;
+use crate::simulator::Machine;
 use crate::{AdamW, Config, Engine, Trainer};
 use candle_core::{DType, Device, Tensor};
 use serde_json::{Value, json};
@@ -135,6 +136,7 @@ pub fn run(arguments: FinetuneArguments) -> CommandResult {
         clip: Some(arguments.clip),
         seed: arguments.seed,
         initial_values: Some(pretrained.weights.clone()),
+        machine: Machine::probed(&arguments.dir),
         ..Config::default()
     })?;
     if engine.resumed().is_some_and(|user| user["data"] != data.fingerprint()) {

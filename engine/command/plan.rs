@@ -44,6 +44,10 @@ pub struct PlanArguments {
     /// Micro-batches of a step
     #[arg(long, default_value_t = 1)]
     accumulate: usize,
+    /// Sequences of a step, in the micro-batches that are fastest, instead of --batch and --accumulate
+    #[arg(long, value_name = "NUMBER", conflicts_with_all = ["batch", "accumulate"])]
+    #[arg(value_parser = clap::value_parser!(u16).range(1..))]
+    sequences: Option<u16>,
     /// Do not clip the gradient's norm: groups are then updated within the backward
     #[arg(long)]
     no_clip: bool,
@@ -145,7 +149,16 @@ pub fn run(arguments: PlanArguments) -> CommandResult {
             )
         })?;
     }
-    let answer = question.answer()?;
+    let (question, answer) = match arguments.sequences {
+        Some(sequences) => {
+            let one_batch = Question { batch: sequences.into(), accumulate: 1, ..question };
+            one_batch.best_split()?
+        }
+        None => {
+            let answer = question.answer()?;
+            (question, answer)
+        }
+    };
     let advice = question.advice(&answer);
     if json {
         println!("{}", object(&question, &answer, &advice));
@@ -204,12 +217,6 @@ pub(in crate::command) fn question(arguments: &PlanArguments) -> CommandResult<Q
     if let Some(disk) = arguments.disk {
         machine.disk_bytes = Some(disk.0);
     }
-    if machine.is_apart() && arguments.placement == Some(Tier::Device) {
-        return Err(configuration(
-            "--placement device is for machines without a GPU: use host or disk".into(),
-        )
-        .into());
-    }
     Ok(Question {
         shape,
         batch: arguments.batch,
@@ -261,9 +268,14 @@ fn print(question: &Question, answer: &Answer, advice: &[(String, f64)]) {
         println!("  device memory {} of {}", Bytes(answer.plan.device_bytes()), Bytes(limit));
     }
     println!(
-        "  slots {}, look-ahead {}, boundaries on {}; the best of {} plans",
-        answer.depths.slots, answer.depths.look_ahead, answer.boundaries, answer.costed
+        "  slots {}, look-ahead {}, boundaries on {}",
+        answer.depths.slots, answer.depths.look_ahead, answer.boundaries
     );
+    if machine.is_apart() {
+        let homes = answer.plan.placements();
+        let on_device = homes.iter().filter(|home| home.master == Tier::Device).count();
+        println!("  {on_device} of {} groups at home on the device, which updates them", homes.len());
+    }
     println!("{}", answer.forecast);
     println!("  {:.1} tokens/s", answer.tokens_per_s);
     let written = answer.forecast.written_bytes as f64;
@@ -287,6 +299,8 @@ fn object(question: &Question, answer: &Answer, advice: &[(String, f64)]) -> ser
         "parameters": question.shape.parameters(),
         "machine": question.machine,
         "ranks": question.ranks,
+        "batch": question.batch,
+        "accumulate": question.accumulate,
         "device_bytes": answer.plan.device_bytes(),
         "host_bytes": answer.plan.host_bytes(),
         "disk_bytes": answer.disk_bytes,

@@ -10,6 +10,7 @@ use crate::learning_rate::LearningRate;
 use crate::models::gpt::{Block, Gpt};
 use crate::plan::Bytes;
 use crate::run_log::Summary;
+use crate::simulator::Machine;
 use crate::trace::ChromeTrace;
 use crate::{AdamW, Config, Engine, Segment, Trainer};
 use candle_core::DType;
@@ -105,6 +106,7 @@ fn prepare(
         clip: (settings.clip > 0.0).then_some(settings.clip),
         seed: settings.seed,
         threads: settings.threads,
+        machine: Machine::probed(&settings.dir),
         ..Config::default()
     })?;
     let config = settings.model(tokenizer.vocabulary());
