@@ -314,3 +314,31 @@ fn a_configuration_of_deepspeeds_is_explained_and_an_unknown_key_of_it_refused_b
     let refused = refusal(&explain(r#"{ "zero_optimization": { "stage": 3, "unheard_of": 1 } }"#));
     assert!(refused.contains("zero_optimization.unheard_of"), "{refused}");
 }
+
+#[test]
+fn a_run_is_planned_with_the_machine_that_was_probed_for_its_folder() {
+    let folder = folder();
+    let seconds = |options: &[&str]| {
+        let output = train(folder.path(), &[&["--steps", "1"], options].concat());
+        objects(&output);
+        let said = String::from_utf8(output.stderr).unwrap();
+        let line = said.lines().find(|line| line.contains("predicted, ")).unwrap();
+        let words: Vec<&str> = line.split_whitespace().collect();
+        let seconds = words.iter().position(|word| *word == "s").unwrap();
+        words[seconds - 1].parse::<f64>().unwrap()
+    };
+    assert!(seconds(&["--dir", "one"]) < 100.0);
+    // A machine that takes days for an update.
+    let probed = std::fs::canonicalize(folder.path()).unwrap().join("two");
+    let machine = serde_json::json!({
+        "directory": probed,
+        "disk_read_bytes_per_s": 1e9,
+        "disk_write_bytes_per_s": 1e9,
+        "upload_bytes_per_s": 1e9,
+        "download_bytes_per_s": 1e9,
+        "optimizer_bytes_per_s": 1.0,
+    });
+    std::fs::write(folder.path().join("machine.json"), machine.to_string()).unwrap();
+    assert!(seconds(&["--dir", "two"]) > 1000.0);
+    assert!(seconds(&["--dir", "three"]) < 100.0, "another folder may be another disk");
+}
