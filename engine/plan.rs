@@ -56,6 +56,8 @@ pub struct Plan {
     pub(crate) accumulate: usize,
     pub(crate) clip: Option<f64>,
     pub(crate) adamw: AdamW,
+    /// Whether updates follow the norm, where there is one, and are not taken into the next forward.
+    pub(crate) updates_at_once: bool,
     pub(crate) prediction: Option<Prediction>,
     limits: Limits,
     depths: Depths,
@@ -99,6 +101,7 @@ impl Plan {
         Self {
             arrangement: Arc::new(Arrangement::new(&needs, placements, boundary_home, depths)),
             depths,
+            updates_at_once: false,
             prediction: None,
             layout: layout.clone(),
             calls: observed.calls.clone(),
@@ -239,7 +242,10 @@ impl Plan {
 
     /// The operations of a training step after another one.
     pub fn train_schedule(&self) -> Vec<Operation> {
-        self.builder().train(self.clip.is_some())
+        match (self.clip.is_some(), self.updates_at_once) {
+            (true, true) => [self.builder().train(false), self.builder().settle()].concat(),
+            (clip, _) => self.builder().train(clip),
+        }
     }
 
     /// What a step by this plan will take on a machine.
@@ -377,6 +383,10 @@ impl fmt::Display for Plan {
         row(f, "in all", self.device_bytes(), self.host_bytes(), self.disk_home_bytes())?;
         if let Some(prediction) = &self.prediction {
             writeln!(f, "  {prediction}")?;
+            if self.clip.is_some() {
+                let when = if self.updates_at_once { "at once" } else { "with the next forward" };
+                writeln!(f, "  updates are made {when}")?;
+            }
         }
         let limit = |limit: Option<u64>| match limit {
             Some(limit) => format!("of {} granted", Bytes(limit)),

@@ -1,5 +1,5 @@
-//! The search for a plan: homes, slots, look-ahead and homes of boundaries within the limits, each candidate's schedule
-//! costed by the simulator. Runs and `ferrozero plan` use it alike; what differs is where the numbers come from.
+//! The search for a plan: homes, slots, look-ahead, homes of boundaries and the moment of updates within the limits, each
+//! candidate's schedule costed by the simulator. Runs and `ferrozero plan` use it alike; what differs is where the numbers come from.
 //!
 //! Bytes are those of the engine's own arrangement. Schedules are costed in pieces that are as much larger as keeps their
 //! number bounded, so that a trillion parameters take seconds to plan.
@@ -17,13 +17,15 @@ use ferrozero_offload::Tier;
 use std::sync::Arc;
 
 /// Pieces of all groups together that a schedule is costed in.
-const COSTED_PIECES: usize = 1500;
+const COSTED_PIECES: usize = 600;
 /// Plans whose steps differ by less than this share are equal, and the one with fewer bytes is better.
 const SAME_TIME: f64 = 0.005;
 
 /// Which streams come into memory first. Gradients and parameters cross most often, moments twice a step.
-const ORDERS: [[Stream; 4]; 2] = [
+const ORDERS: [[Stream; 4]; 4] = [
     [Stream::Gradient, Stream::Master, Stream::FirstMoment, Stream::SecondMoment],
+    [Stream::Master, Stream::Gradient, Stream::FirstMoment, Stream::SecondMoment],
+    [Stream::Master, Stream::FirstMoment, Stream::Gradient, Stream::SecondMoment],
     [Stream::Master, Stream::FirstMoment, Stream::SecondMoment, Stream::Gradient],
 ];
 
@@ -65,13 +67,19 @@ impl Search<'_> {
     /// [`Error::BudgetTooSmall`] with what is missing, [`Error::Configuration`] for homes that cannot be, and what `check` says.
     pub fn best(&self, machine: &Machine) -> Result<Plan> {
         let fitting = self.fitting(false)?;
-        let costed = fitting.len();
+        // Only where the norm comes first there is a choice of when updates are made.
+        let moments: &[bool] = if self.clip.is_some() { &[false, true] } else { &[false] };
+        let costed = fitting.len() * moments.len();
         let mut best: Option<(Plan, Prediction)> = None;
-        for (plan, observed) in fitting {
-            let forecast = self.costed(&plan, observed).forecast(machine, &observed.compute);
-            let found = (plan, Prediction { forecast, costed });
-            if best.as_ref().is_none_or(|best| is_better(&found, best)) {
-                best = Some(found);
+        for (mut plan, observed) in fitting {
+            let mut coarse = self.costed(&plan, observed);
+            for &at_once in moments {
+                (plan.updates_at_once, coarse.updates_at_once) = (at_once, at_once);
+                let forecast = coarse.forecast(machine, &observed.compute);
+                let found = (plan.clone(), Prediction { forecast, costed });
+                if best.as_ref().is_none_or(|best| is_better(&found, best)) {
+                    best = Some(found);
+                }
             }
         }
         let (mut plan, prediction) =
@@ -176,7 +184,7 @@ impl Search<'_> {
         }
         let mut plan = make(placements.clone());
         if policy.admit {
-            (plan, placements) = self.admit_groups(&make, plan, placements);
+            plan = self.admit_groups(&make, plan, placements);
         }
         if !plan.fits() {
             return Err(plan.too_small());
@@ -185,15 +193,34 @@ impl Search<'_> {
         if self.limits.placement != Placement::Auto || !self.has_disk {
             return Ok(plan);
         }
-        // What is left is given out by arithmetic; the plan that comes of it is counted in full.
-        let mut left = Room::of(&self.limits, &plan);
+        // What brings all masters to the device frees the slots that they passed through, so there may be room again.
+        loop {
+            let closer = self.bring_closer(&make, &plan, policy.order);
+            if closer.has_same_choices(&plan) {
+                return Ok(plan);
+            }
+            plan = closer;
+        }
+    }
+
+    /// Gives out what `plan` leaves of the limits by arithmetic; the plan that comes of it is counted in full.
+    fn bring_closer(
+        &self,
+        make: &dyn Fn(Vec<GroupPlacement>) -> Plan,
+        plan: &Plan,
+        order: [Stream; 4],
+    ) -> Plan {
+        let (layout, holds_masters) = (&self.layout, self.limits.device.holds_masters());
+        let resident = layout.resident();
+        let mut placements = plan.placements().to_vec();
+        let mut left = Room::of(&self.limits, plan);
         let mut moved = vec![];
         let passes = gradient_passes_through(plan.calls(), self.accumulate, self.clip.is_some());
-        for stream in policy.order.into_iter().filter(|&stream| stream != Stream::Gradient || !passes) {
+        for stream in order.into_iter().filter(|&stream| stream != Stream::Gradient || !passes) {
             for group in std::iter::once(resident).chain(0..resident) {
                 let bytes = home_bytes(layout, stream.elements(layout, group));
                 // On the CPU device, memory is memory: parameters that stay on the device need no slot to pass through.
-                let in_slot = stream == Stream::Master && device.holds_masters();
+                let in_slot = stream == Stream::Master && holds_masters;
                 let tier = if in_slot { Tier::Device } else { Tier::Host };
                 if placements[group].home(stream) == Tier::Disk && left.take(tier, bytes) {
                     placements[group].set_home(stream, tier);
@@ -201,13 +228,10 @@ impl Search<'_> {
                 }
             }
         }
-        let start = plan;
         loop {
-            let plan = make(placements.clone());
-            if plan.fits() {
-                return Ok(plan);
-            }
-            let Some((group, stream)) = moved.pop() else { return Ok(start) };
+            let closer = make(placements.clone());
+            // Without what was moved it is the plan that fitted.
+            let Some((group, stream)) = moved.pop().filter(|_| !closer.fits()) else { return closer };
             placements[group].set_home(stream, Tier::Disk);
         }
     }
@@ -219,22 +243,22 @@ impl Search<'_> {
         make: &dyn Fn(Vec<GroupPlacement>) -> Plan,
         plan: Plan,
         placements: Vec<GroupPlacement>,
-    ) -> (Plan, Vec<GroupPlacement>) {
+    ) -> Plan {
         let resident = self.layout.resident();
         let with = |count: usize| {
             let mut placements = placements.clone();
             for group in std::iter::once(resident).chain(0..resident).take(count) {
                 placements[group] = GroupPlacement::all(Tier::Device);
             }
-            (make(placements.clone()), placements)
+            make(placements)
         };
-        let mut best = (plan, placements.clone());
+        let mut best = plan;
         let (mut fitting, mut too_many) = (0, placements.len() + 1);
         while too_many - fitting > 1 {
             let count = fitting.midpoint(too_many);
             let candidate = with(count);
             // The host may be what is too small, and be less so with fewer groups left to it.
-            match candidate.0.device_fits() {
+            match candidate.device_fits() {
                 true => (fitting, best) = (count, candidate),
                 false => too_many = count,
             }

@@ -311,6 +311,9 @@ impl Trainer {
         }
         self.loss_scale = self.loss_scale.map(|scale| scale.after(norm.overflow));
         self.step += 1;
+        if self.plan.updates_at_once {
+            self.settle()?;
+        }
         self.note_heap();
         let step_s = started.elapsed().as_secs_f64();
         let report = StepReport {

@@ -293,7 +293,7 @@ fn a_plan_for_a_described_machine_is_an_object_and_one_that_cannot_be_says_what_
     assert_eq!(answer["parameters"], 123_751_680, "positions are those of --seq");
     assert!(answer["tokens_per_s"].as_f64().unwrap() > 0.0);
     assert!(answer["host_bytes"].as_u64().unwrap() <= 16 << 30);
-    assert!(refusal(&plan("1GiB")).contains("The least that works is"));
+    assert!(refusal(&plan("4MiB")).contains("The least that works is"));
     let without_machine = refusal(&ferrozero(folder.path(), &["plan"]));
     assert!(without_machine.contains("ferrozero probe"), "{without_machine}");
 }
@@ -319,7 +319,7 @@ fn a_configuration_of_deepspeeds_is_explained_and_an_unknown_key_of_it_refused_b
 fn a_run_is_planned_with_the_machine_that_was_probed_for_its_folder() {
     let folder = folder();
     let seconds = |options: &[&str]| {
-        let output = train(folder.path(), &[&["--steps", "1"], options].concat());
+        let output = train(folder.path(), &[&["--steps", "2"], options].concat());
         objects(&output);
         let said = String::from_utf8(output.stderr).unwrap();
         let line = said.lines().find(|line| line.contains("predicted, ")).unwrap();
