@@ -2,7 +2,7 @@
 
 use super::super::CommandResult;
 use crate::models::gpt::{Block, Gpt, GptConfig};
-use crate::{AdamW, Config, Engine, Plan, Segment, Trainer};
+use crate::{AdamW, Engine, Plan, Segment};
 use candle_core::{Device, Tensor};
 use ferrozero_kernels::philox::Stream;
 
@@ -39,13 +39,6 @@ impl Sizes {
         let workload = Workload { model, sizes: self, random: Stream::new(1, "tokens") };
         let plan = engine.plan(AdamW::default(), || workload.loss(0, 0))?;
         Ok((plan, workload))
-    }
-
-    /// A trainer of the model.
-    pub fn trainer(self, config: Config) -> CommandResult<(Trainer, Workload)> {
-        let engine = Engine::new(config)?;
-        let (plan, workload) = self.plan(&engine)?;
-        Ok((engine.trainer(plan)?, workload))
     }
 }
 
