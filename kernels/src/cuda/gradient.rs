@@ -8,7 +8,7 @@ use candle_core::cuda_backend::cudarc::driver::{
 
 use super::error::{CudaError, Doing};
 use super::module::function;
-use super::{CudaElement, Kernels};
+use super::{CudaElement, Kernels, Pinned};
 use crate::error::same_length;
 use crate::gradient::{Accumulate, BLOCK_ELEMENTS, GradientStatistics};
 
@@ -19,6 +19,8 @@ pub struct DeviceStatistics {
     non_finite: CudaSlice<u64>,
     block_squares: CudaSlice<f64>,
     block_non_finite: CudaSlice<u32>,
+    /// Where the totals are read.
+    fetched: (Pinned<f64>, Pinned<u64>),
 }
 
 impl DeviceStatistics {
@@ -40,6 +42,7 @@ impl DeviceStatistics {
             non_finite: stream.alloc_zeros(1).doing(doing)?,
             block_squares: stream.alloc_zeros(blocks).doing(doing)?,
             block_non_finite: stream.alloc_zeros(blocks).doing(doing)?,
+            fetched: (Pinned::new(stream.context(), 1)?, Pinned::new(stream.context(), 1)?),
         })
     }
 
@@ -57,12 +60,12 @@ impl DeviceStatistics {
     ///
     /// # Errors
     /// [`CudaError::Driver`] if the driver fails, also in work that was enqueued earlier.
-    pub fn read(&self, stream: &Arc<CudaStream>) -> Result<GradientStatistics, CudaError> {
-        let doing = "reading gradient statistics";
-        let squared_norm = stream.clone_dtoh(&self.squared_norm).doing(doing)?;
-        let non_finite = stream.clone_dtoh(&self.non_finite).doing(doing)?;
-        stream.synchronize().doing(doing)?;
-        Ok(GradientStatistics { squared_norm: squared_norm[0], non_finite: non_finite[0] })
+    pub fn read(&mut self, stream: &Arc<CudaStream>) -> Result<GradientStatistics, CudaError> {
+        let (squared_norm, non_finite) = &mut self.fetched;
+        Ok(GradientStatistics {
+            squared_norm: squared_norm.fetch(stream, &self.squared_norm.as_view())?[0],
+            non_finite: non_finite.fetch(stream, &self.non_finite.as_view())?[0],
+        })
     }
 }
 
@@ -93,7 +96,7 @@ impl Kernels {
         if elements == 0 {
             return Ok(());
         }
-        let DeviceStatistics { squared_norm, non_finite, block_squares, block_non_finite } = statistics;
+        let DeviceStatistics { squared_norm, non_finite, block_squares, block_non_finite, .. } = statistics;
         let kernel = function(&self.gradient, &format!("accumulate_{}", G::SUFFIX))?;
         let (count, add, block_count) = (elements as u64, i32::from(how == Accumulate::Add), blocks as u64);
         let mut launch = stream.launch_builder(&kernel);

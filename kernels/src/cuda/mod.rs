@@ -11,8 +11,8 @@
 //!
 //! **Streams.** Every call takes the stream that it is enqueued on, and returns before the work is done. Joins with other
 //! streams are the caller's: candle's own kernels are invisible to cudarc's event tracking, so a program that uses several
-//! streams turns it off. Nothing here allocates, except [`DeviceStatistics::new`], and nothing waits, except
-//! [`DeviceStatistics::read`].
+//! streams turns it off. Nothing here allocates, except [`DeviceStatistics::new`] and [`Pinned::new`], and nothing waits, except
+//! [`DeviceStatistics::read`] and [`Pinned`].
 //!
 //! The sources are `kernels/cuda/*.cu`; `build.rs` compiles them to the PTX that is embedded here.
 
@@ -21,12 +21,14 @@ mod convert;
 mod error;
 mod gradient;
 mod module;
+mod pinned;
 
 pub use adamw::{RunCopy, RunState};
 pub use convert::HalfElement;
 pub use error::CudaError;
 pub use gradient::DeviceStatistics;
 pub use module::Kernels;
+pub use pinned::{Pinned, pinned_copies};
 
 use candle_core::cuda_backend::cudarc::driver::DeviceRepr;
 use half::{bf16, f16};

@@ -1,8 +1,8 @@
 //! Rows of a table by index.
 
+use candle_core::{CpuStorage, CustomOp2, Device, Layout, Result, Shape, Tensor};
 #[cfg(feature = "cuda")]
-use candle_core::CudaStorage;
-use candle_core::{CpuStorage, CustomOp2, Layout, Result, Shape, Tensor};
+use candle_core::{CudaStorage, DType};
 use rayon::prelude::*;
 
 #[cfg(feature = "cuda")]
@@ -25,6 +25,20 @@ pub fn embedding(weight: &Tensor, tokens: &Tensor) -> Result<Tensor> {
         return Err(shapes_error(NAME, "expected [V, C], [..]", &[weight.shape(), tokens.shape()]));
     }
     weight.contiguous()?.apply_op2(&tokens.contiguous()?, Embedding)
+}
+
+/// Tokens on a device, as [`Tensor::to_device`]: from the host to a CUDA device by way of page-locked memory, so that the copy does
+/// not hold up what comes after it.
+///
+/// # Errors
+/// What candle and the driver say.
+pub fn to_device(tokens: &Tensor, device: &Device) -> Result<Tensor> {
+    #[cfg(feature = "cuda")]
+    if let (Device::Cuda(device), Device::Cpu, DType::U32) = (device, tokens.device(), tokens.dtype()) {
+        let tokens = tokens.contiguous()?;
+        return cuda::staging::send(device, Input::new("to_device", &tokens).elements()?, tokens.shape());
+    }
+    tokens.to_device(device)
 }
 
 pub(super) const NAME: &str = "embedding";

@@ -5,6 +5,7 @@
 //!
 //! | operation | shapes | what it fuses |
 //! |---|---|---|
+//! | [`to_device`] | tokens of any shape | nothing: the copy of tokens, by way of page-locked memory |
 //! | [`embedding`] | `[V, C], [..] → [.., C]` | gradients of a row, in the order of its tokens |
 //! | [`linear`] | `[.., in] → [.., out]` | product and bias; weight gradient laid out like the weight |
 //! | [`closing_linear`] | `[.., in], residual [.., out] → [.., out]` | the end of a block, not computed where only gradients are asked for |
@@ -48,7 +49,7 @@ mod vector;
 pub use activation::{gated_silu, gelu, silu, swiglu};
 pub use attention::{causal_attention, grouped_causal_attention};
 pub use cross_entropy::{cross_entropy, linear_cross_entropy};
-pub use embedding::embedding;
+pub use embedding::{embedding, to_device};
 pub use error::OpError;
 pub use linear::linear;
 pub use norm::{layer_norm, rms_norm};

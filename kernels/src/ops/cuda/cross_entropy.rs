@@ -7,6 +7,7 @@ use candle_core::{CudaStorage, Layout, Result, Shape, Tensor};
 
 use super::launch::{Float, allocate, by_dtype, enqueue, module, result, rows, size, tensor, threads, view};
 use super::matrix::{self, multiply};
+use super::staging;
 use crate::ops::error::OpError;
 use crate::ops::input::Input;
 
@@ -113,7 +114,7 @@ fn checked_targets<'a>(
     vocabulary_size: usize,
 ) -> Result<CudaView<'a, u32>> {
     let targets = view::<u32>(op, storage, layout)?;
-    OpError::check_targets(op, &device.clone_dtoh(&targets)?, vocabulary_size)?;
+    staging::look_at(device, &targets, |targets| Ok(OpError::check_targets(op, targets, vocabulary_size)?))?;
     Ok(targets)
 }
 

@@ -5,6 +5,7 @@ use candle_core::cuda_backend::cudarc::driver::{LaunchConfig, PushKernelArg};
 use candle_core::{CudaStorage, Layout, Result, Shape, Tensor};
 
 use super::launch::{allocate, by_dtype, enqueue, module, result, rows, size, tensor, view};
+use super::staging;
 use crate::ops::embedding::NAME;
 use crate::ops::error::OpError;
 use crate::ops::input::Input;
@@ -21,7 +22,7 @@ pub(in crate::ops) fn forward(
     let device = &weight.0.device;
     let (vocabulary_size, width) = weight.1.shape().dims2()?;
     let tokens = view::<u32>(NAME, tokens.0, tokens.1)?;
-    OpError::check_tokens(NAME, &device.clone_dtoh(&tokens)?, vocabulary_size)?;
+    staging::look_at(device, &tokens, |tokens| Ok(OpError::check_tokens(NAME, tokens, vocabulary_size)?))?;
     by_dtype!(NAME, weight.0.dtype(), T => {
         let weight = view::<T>(NAME, weight.0, weight.1)?;
         let mut out = allocate::<T>(device, tokens.len() * width)?;

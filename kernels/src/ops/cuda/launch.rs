@@ -95,6 +95,12 @@ pub(super) fn allocate<T: Float>(device: &CudaDevice, elements: usize) -> Result
     unsafe { device.alloc(elements.max(1)) }
 }
 
+/// Memory for tokens, which the caller fills before anything reads it.
+pub(super) fn allocate_words(device: &CudaDevice, elements: usize) -> Result<CudaSlice<u32>> {
+    // SAFETY: as in `allocate`.
+    unsafe { device.alloc(elements.max(1)) }
+}
+
 /// The result of a forward.
 pub(super) fn result<T: Float>(
     device: &CudaDevice,

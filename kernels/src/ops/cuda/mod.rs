@@ -2,7 +2,8 @@
 //!
 //! Elements are f32, bf16 or f16, of one type for all inputs of an operation, and arithmetic is f32 in any case. Products are
 //! cuBLAS's; everything else is a kernel of `kernels/cuda`, none of which uses atomics, so that a device gives the same bits
-//! each time. All work is enqueued on the stream of the candle device.
+//! each time. All work is enqueued on the stream of the candle device. What is copied between it and the host goes by way of
+//! page-locked memory.
 
 pub(super) mod activation;
 pub(super) mod attention;
@@ -15,6 +16,7 @@ pub(super) mod norm;
 pub(super) mod recompute;
 pub(super) mod rope;
 pub(super) mod softmax;
+pub(super) mod staging;
 
 /// The first CUDA device, or nothing where the machine has none. Any other failure is one of the test.
 #[cfg(test)]
