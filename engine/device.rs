@@ -2,15 +2,16 @@
 //! waited for. On the CPU device a crossing is a copy, done when it returns. On a CUDA device every queue has a stream,
 //! and what one queue leaves for another comes with a [`Done`].
 
+mod counts;
 #[cfg(feature = "cuda")]
 mod cuda;
 
 use crate::error::{Error, Result};
 use crate::layout::{Group, Run};
 use crate::schedule::Queue;
-use crate::vacancy::DeviceRun;
+use crate::vacancy::{self, DeviceRun};
 use crate::work::internal;
-use candle_core::{CpuStorage, DType, Device};
+use candle_core::{CpuStorage, DType, Device, Tensor};
 use ferrozero_kernels::adamw::AdamWStep;
 use ferrozero_kernels::gradient::{Accumulate, GradientStatistics};
 use ferrozero_kernels::{Pool, convert};
@@ -20,12 +21,25 @@ use half::{bf16, f16};
 use std::ops::Range;
 
 #[cfg(feature = "cuda")]
-pub use ferrozero_offload::cuda::{Call as CudaCall, CudaFault, Done, Lane as CudaLane};
+pub use ferrozero_offload::cuda::{Call as CudaCall, CudaFailure, CudaFault, Done, Lane as CudaLane};
+
+pub use counts::{DeviceCounter, DeviceCounts, Moved};
 
 /// A moment on a queue of a CUDA device. Without such devices there is none.
 #[cfg(not(feature = "cuda"))]
 #[derive(Debug, Clone)]
 pub struct Done(());
+
+#[cfg(not(feature = "cuda"))]
+impl Done {
+    /// No moment, no time.
+    pub fn seconds_until(&self, _later: &Self) -> Option<f64> {
+        None
+    }
+
+    /// No moment, no wait.
+    pub fn wait(&self) {}
+}
 
 /// A failing call of the CUDA driver's, for tests. Without CUDA there is none.
 #[cfg(not(feature = "cuda"))]
@@ -152,9 +166,20 @@ impl ComputeDevice {
     /// [`Error::Candle`] where the device has no memory for them.
     pub fn zeros(&self, group: &Group) -> Result<Vec<DeviceRun>> {
         let elements = group.table.iter().map(|entry| entry.elements);
-        Ok(elements
-            .map(|elements| DeviceRun::zeros(elements, self.dtype, &self.device))
-            .collect::<candle_core::Result<_>>()?)
+        elements.map(|elements| self.allocate(elements, self.dtype)).collect()
+    }
+
+    /// `elements` zeros of a type. A device that has no memory left is asked twice.
+    ///
+    /// # Errors
+    /// [`Error::Candle`] where it has none all the same; errors of the driver.
+    pub fn allocate(&self, elements: usize, dtype: DType) -> Result<DeviceRun> {
+        let allocate = || Ok(DeviceRun::zeros(elements, dtype, &self.device)?);
+        #[cfg(feature = "cuda")]
+        if let Some(cuda) = &self.cuda {
+            return cuda.streams.allocate(allocate);
+        }
+        allocate()
     }
 
     /// Zeros on the device in f32, whatever it computes with.
@@ -162,7 +187,7 @@ impl ComputeDevice {
     /// # Errors
     /// As [`Self::zeros`].
     pub fn f32_zeros(&self, elements: usize) -> Result<DeviceRun> {
-        Ok(DeviceRun::zeros(elements, DType::F32, &self.device)?)
+        self.allocate(elements, DType::F32)
     }
 
     /// Host memory that transfers of the device use.
@@ -204,23 +229,24 @@ impl ComputeDevice {
         memory::reset_peak();
     }
 
-    /// The error of a device that has no memory left, in its own words and with what the plan counts.
+    /// The error of a device that has no memory left, with what the plan counts beside what is used.
     pub fn explain(&self, error: Error, planned_bytes: u64) -> Error {
-        match error {
-            Error::Candle(source) if self.is_apart() && source.to_string().contains("OUT_OF_MEMORY") => {
-                // Where not even that is known, there is nothing to be told.
-                let free_bytes = self.free_bytes().ok().flatten().unwrap_or(0);
-                Error::DeviceMemory { planned_bytes, free_bytes, source }
-            }
-            error => error,
+        let reason = error.to_string();
+        let of_device = matches!(error, Error::Candle(_) | Error::Offload(_) | Error::Kernel(_));
+        if !(self.is_apart() && of_device && reason.contains("OUT_OF_MEMORY")) {
+            return error;
         }
+        // Where not even that is known, there is nothing to be told.
+        let (free_bytes, total_bytes) = self.free_and_total_bytes().ok().flatten().unwrap_or_default();
+        let used_bytes = total_bytes.saturating_sub(free_bytes);
+        Error::DeviceMemory { planned_bytes, used_bytes, free_bytes, reason }
     }
 
-    /// Bytes of the memory of a device that has its own which nobody uses.
-    fn free_bytes(&self) -> Result<Option<u64>> {
+    /// Bytes of the memory of a device that has its own: those that nobody uses, and all.
+    fn free_and_total_bytes(&self) -> Result<Option<(u64, u64)>> {
         #[cfg(feature = "cuda")]
         if let Some(cuda) = &self.cuda {
-            return Ok(Some(cuda.streams.free_bytes()?));
+            return Ok(Some(cuda.streams.free_and_total_bytes()?));
         }
         Ok(None)
     }
@@ -231,16 +257,26 @@ impl ComputeDevice {
     /// # Errors
     /// Errors of the driver.
     pub fn default_limit_bytes(&self) -> Result<Option<u64>> {
-        Ok(self.free_bytes()?.map(|bytes| bytes / 10 * 9))
+        Ok(self.free_and_total_bytes()?.map(|(free, _)| free / 10 * 9))
     }
 
-    /// Copies so far that made the host wait because its memory was not pinned.
-    pub fn pageable_copies(&self) -> u64 {
+    /// What the device was asked for so far.
+    pub fn counts(&self) -> DeviceCounts {
+        let placeholders = vacancy::placeholders_made(&self.device);
         #[cfg(feature = "cuda")]
         if let Some(cuda) = &self.cuda {
-            return cuda.streams.pageable_copies();
+            return DeviceCounts { placeholders, ..cuda.counts() };
         }
-        0
+        DeviceCounts { placeholders, ..DeviceCounts::default() }
+    }
+
+    /// The number that a tensor of one f32 holds. Waits for what computes it.
+    pub fn number(&self, tensor: &Tensor) -> candle_core::Result<f32> {
+        #[cfg(feature = "cuda")]
+        if let Some(cuda) = self.cuda.as_ref().filter(|_| tensor.device().is_cuda()) {
+            return cuda.number(tensor);
+        }
+        tensor.to_scalar()
     }
 
     /// What `queue` does on the device from now on comes after all of `earlier`.
@@ -364,7 +400,7 @@ impl ComputeDevice {
     /// Storage that `queue` is going to fill. It belongs to the compute queue, which may be using that memory for
     /// something that is over for candle, so `queue` waits for what is enqueued there.
     pub fn storage_for(&self, queue: Queue, elements: usize) -> Result<DeviceRun> {
-        let storage = DeviceRun::zeros(elements, self.dtype, &self.device)?;
+        let storage = self.allocate(elements, self.dtype)?;
         let made = self.record(Queue::Compute)?;
         self.wait(queue, made.as_slice())?;
         Ok(storage)

@@ -35,6 +35,9 @@ pub struct Config {
     pub memory_bytes: Option<u64>,
     /// Bytes that may be device memory.
     pub device_memory_bytes: Option<u64>,
+    /// Bytes that the model's own tensors take on a device whose driver does not count them. Where neither is known, no states
+    /// come home to the device by themselves.
+    pub working_bytes: Option<u64>,
     /// Folder of the state on disk, which is the checkpoint. Without one there is no disk tier and no commit.
     pub directory: Option<PathBuf>,
     /// More folders, on other disks, that the state is dealt out to. A run that resumes finds its own.
@@ -83,6 +86,7 @@ impl Default for Config {
             dtype: DType::F32,
             memory_bytes: None,
             device_memory_bytes: None,
+            working_bytes: None,
             directory: None,
             stripes: vec![],
             in_place: false,
@@ -339,14 +343,16 @@ impl Engine {
         loss: &dyn Fn() -> candle_core::Result<Tensor>,
     ) -> Result<Observed> {
         let moves = boundary_home != Tier::Device;
-        Rehearsal::run(layout.clone(), tensors.clone(), self.device.clone(), moves, |rehearsal, finish| {
+        let run = |rehearsal: Arc<Rehearsal>, finish: &dyn Fn(&Rehearsal, &Tensor) -> Result<()>| {
             let pass = || {
                 let loss = ferrozero_kernels::ops::before_backward(loss)?;
                 self.passes.report(finish(&rehearsal, &loss))
             };
             self.passes.within(Mode::Rehearsal(rehearsal.clone()), pass)
-        })
-        .map_err(|error| self.device.explain(error, 0))
+        };
+        let observed = Rehearsal::run(layout.clone(), tensors.clone(), self.device.clone(), moves, run)
+            .map_err(|error| self.device.explain(error, 0))?;
+        Ok(Observed { working_bytes: observed.working_bytes.or(self.config.working_bytes), ..observed })
     }
 
     fn limits(&self) -> Result<Limits> {
@@ -373,6 +379,8 @@ impl Engine {
         let opened = lock(&self.opened).take();
         let stores = Stores::make(&self.config, &plan, opened, self.piece_bytes)?;
         let parameters = self.registry.parameters();
+        let (device, planned_bytes) = (self.device.clone(), plan.device_bytes());
         Trainer::start(self.config, plan, parameters, self.passes, stores, self.device)
+            .map_err(|error| device.explain(error, planned_bytes))
     }
 }

@@ -51,17 +51,20 @@ pub enum Error {
     },
     /// A device with memory of its own has none left.
     #[error(
-        "the device is out of memory ({source}): the plan counts {planned_bytes} bytes there, and {free_bytes} are free. \
+        "the device is out of memory ({reason}): the plan counts {planned_bytes} bytes there; {used_bytes} are in use, by this \
+         process and others, and {free_bytes} are free. \
          The last commit is intact: go on from it with a smaller batch or sequence, with boundaries on host or disk, or with a \
          lower --device-memory, which leaves more to the model's own tensors"
     )]
     DeviceMemory {
         /// Bytes of the device that the plan counts; 0 where there is none yet.
         planned_bytes: u64,
-        /// Bytes that were free when it happened.
+        /// Bytes that were in use when it happened, by all processes.
+        used_bytes: u64,
+        /// Bytes that were free then.
         free_bytes: u64,
         /// What the driver said.
-        source: candle_core::Error,
+        reason: String,
     },
     /// Trainable parameters that received no gradient in a backward pass.
     #[error(

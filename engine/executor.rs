@@ -6,7 +6,7 @@ use crate::device::{BufferMemory, Done};
 use crate::error::{Error, Result};
 use crate::order::Order;
 use crate::schedule::{Buffer, Extent, Operation, Queue, Resource, Slot};
-use crate::trace::{Trace, TraceEvent};
+use crate::trace::{DeviceClock, Moments, Trace, TraceEvent};
 use crate::vacancy::DeviceRun;
 use crate::work::{Held, Norm, Passing, Shared, StepContext, internal};
 use crossbeam::channel::{Receiver, Sender, bounded, unbounded};
@@ -71,23 +71,24 @@ impl Executor {
     /// Starts the dispatcher and the threads of the queues.
     pub fn start(shared: Arc<Shared>, arrangement: &Arrangement, memory: Memory) -> Result<Self> {
         let (events, received) = unbounded();
-        let (device, dtype) = (shared.device.device(), shared.device.dtype());
+        let (device, dtype) = (&shared.device, shared.device.dtype());
         let slots = arrangement.slots.iter().map(|slot| {
             let tensors = slot.tensor_elements.iter();
-            Ok(Some(
-                tensors
-                    .map(|&elements| DeviceRun::zeros(elements, dtype, device))
-                    .collect::<Result<_, _>>()?,
+            Ok::<_, Error>(Some(
+                tensors.map(|&elements| device.allocate(elements, dtype)).collect::<Result<_>>()?,
             ))
         });
         let slots: Vec<Option<Vec<DeviceRun>>> = slots.collect::<Result<_>>()?;
         // The device's memory is made on the compute queue, and the first to use it is another one.
+        shared.device.synchronize()?;
         let made = shared.device.record(Queue::Compute)?;
         let of_slots = (0..slots.len()).map(|slot| Resource::Slot(Slot(slot)));
         let buffers = memory.buffers.iter().enumerate().filter(|(_, memory)| memory.is_on_device());
         let of_buffers = buffers.map(|(buffer, _)| Resource::Buffer(Buffer(buffer)));
-        let made: HashMap<Resource, Done> =
+        let dones: HashMap<Resource, Done> =
             of_slots.chain(of_buffers).flat_map(|resource| Some((resource, made.clone()?))).collect();
+        // Both clocks begin at that moment.
+        shared.device.synchronize()?;
         let mut workers = HashMap::new();
         for queue in [Queue::Upload, Queue::Download, Queue::Optimizer, Queue::Commit] {
             workers.insert(queue, Worker::start(queue, shared.clone(), events.clone())?);
@@ -95,7 +96,7 @@ impl Executor {
         let dispatcher = Dispatcher {
             started: Instant::now(),
             buffers: memory.buffers.into_iter().map(Some).collect(),
-            dones: made,
+            dones,
             slots,
             gradients: (0..arrangement.gradient_sets).map(|_| Some(vec![])).collect(),
             passages: (0..arrangement.passages).map(|_| Some(Passing::default())).collect(),
@@ -114,6 +115,7 @@ impl Executor {
             failure: None,
             stopped: None,
             trace: Trace::default(),
+            clock: DeviceClock::new(made),
         };
         let dispatcher = std::thread::Builder::new()
             .name("ferrozero dispatcher".into())
@@ -257,6 +259,7 @@ struct Dispatcher {
     /// Its text, from then on.
     stopped: Option<String>,
     trace: Trace,
+    clock: DeviceClock,
 }
 
 impl Dispatcher {
@@ -305,7 +308,10 @@ impl Dispatcher {
             }
             Event::Finished { id, held, result } => self.finished(id, *held, result),
             Event::TakeTrace { reply } => {
-                // Nobody is there to take it only when the training thread is gone.
+                // A failure of the device's is that of an operation. Nobody is there to take the trace only when the training
+                // thread is gone.
+                let _ = self.shared.device.synchronize();
+                self.clock.settle_all(&mut self.trace);
                 let _ = reply.send(Ok(std::mem::take(&mut self.trace)));
             }
             Event::AwaitNorm { reply } => self.norm = Some(reply),
@@ -326,8 +332,14 @@ impl Dispatcher {
         }
     }
 
-    fn finished(&mut self, id: u64, held: Held, result: Result<()>) {
+    fn finished(&mut self, id: u64, mut held: Held, result: Result<()>) {
         let Some((operation, note)) = self.order.finish(id) else { return };
+        let moments = match (held.started.take(), &held.done) {
+            (Some(started), Some(done)) => {
+                Some(Moments { asked: held.asked.take(), started, done: done.clone() })
+            }
+            _ => None,
+        };
         self.put_back(&operation, held);
         let event = TraceEvent {
             operation,
@@ -344,7 +356,7 @@ impl Dispatcher {
             end_s = event.end_s,
             "done"
         );
-        self.trace.events.push(event);
+        self.clock.note(event, moments, &mut self.trace);
         if let Err(error) = result {
             self.fail(error);
         }
@@ -554,6 +566,7 @@ impl Dispatcher {
         if let Some(norm) = self.latest_context.as_ref().and_then(|context| context.norm.get())
             && let Some(reply) = self.norm.take()
         {
+            self.clock.settle_compute(&mut self.trace);
             let _ = reply.send(Ok((*norm, std::mem::take(&mut self.trace))));
         }
         if self.order.is_empty()

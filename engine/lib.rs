@@ -102,8 +102,8 @@ mod work;
 
 pub use checkpoint::{Checkpoint, Damage, GroupSummary, Summary};
 #[cfg(feature = "cuda")]
-pub use device::{CudaCall, CudaLane};
-pub use device::{CudaFault, open as open_device};
+pub use device::{CudaCall, CudaFailure, CudaLane};
+pub use device::{CudaFault, DeviceCounter, DeviceCounts, Moved, open as open_device};
 pub use engine::{AdamW, Config, Engine};
 pub use error::{Error, Result};
 pub use export::import_safetensors;

@@ -2,7 +2,7 @@
 //! what the schedule says in a training step or an evaluation.
 
 use crate::arrangement::Call;
-use crate::device::ComputeDevice;
+use crate::device::{ComputeDevice, Done};
 use crate::error::{Error, Result};
 use crate::executor::{ComputeRequest, Executor, Grant};
 use crate::layout::Layout;
@@ -10,9 +10,9 @@ use crate::registry::GroupTensors;
 use crate::rehearsal::{Rehearsal, Trial};
 use crate::schedule::{Operation, Queue};
 use crate::simulator::Compute;
-use crate::vacancy::{self, DeviceRun};
+use crate::vacancy::{self, DeviceRun, Leaves};
 use candle_core::backprop::GradStore;
-use candle_core::{Shape, Tensor};
+use candle_core::{Shape, Tensor, TensorId};
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
@@ -40,10 +40,30 @@ pub struct ScheduledPass {
     pub tensors: Arc<GroupTensors>,
     /// Whether gradients are wanted.
     pub train: bool,
-    /// Seconds that the training thread waited for its memory.
-    pub stall_s: Mutex<f64>,
+    /// What the training thread waited for.
+    pub stall: Mutex<Stall>,
     /// Gradients of resident parameters that segments use.
     pub resident_gradients: Mutex<HashMap<usize, Tensor>>,
+}
+
+/// Waits for memory of compute operations.
+#[derive(Default)]
+pub struct Stall {
+    /// Seconds that the training thread waited.
+    host_s: f64,
+    /// From when to when a CUDA device had nothing to compute for it.
+    device: Vec<(Done, Done)>,
+}
+
+impl Stall {
+    /// Seconds: those of a device that works while the host goes on, where its driver tells, and otherwise the host's.
+    pub fn seconds(&self) -> f64 {
+        let of_device = self.device.iter().map(|(asked, started)| asked.seconds_until(started));
+        match of_device.sum::<Option<f64>>() {
+            Some(seconds) if !self.device.is_empty() => seconds,
+            _ => self.host_s,
+        }
+    }
 }
 
 /// The state that the engine shares with its segments.
@@ -55,6 +75,10 @@ struct PassState {
     /// The engine's own error behind the candle error that went through the user's code.
     error: Mutex<Option<Error>>,
     names: Mutex<Arc<Vec<String>>>,
+    /// Leaves of segments' own graphs.
+    leaves: Leaves,
+    /// Vacant tensors whose storage the output of a segment has, by the output's number.
+    lenders: Mutex<HashMap<TensorId, Tensor>>,
 }
 
 pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -65,7 +89,13 @@ impl Passes {
     /// No pass under way.
     pub fn new() -> Self {
         let names = Mutex::new(Arc::new(vec![]));
-        Self(Arc::new(PassState { mode: Mutex::new(Mode::Idle), error: Mutex::new(None), names }))
+        Self(Arc::new(PassState {
+            mode: Mutex::new(Mode::Idle),
+            error: Mutex::new(None),
+            names,
+            leaves: Leaves::default(),
+            lenders: Mutex::default(),
+        }))
     }
 
     /// Makes the names of segments known for errors.
@@ -79,6 +109,7 @@ impl Passes {
         *lock(&self.0.mode) = mode;
         let result = pass();
         *lock(&self.0.mode) = Mode::Idle;
+        lock(&self.0.lenders).clear();
         result.map_err(|error| lock(&self.0.error).take().unwrap_or(Error::Candle(error)))
     }
 
@@ -92,6 +123,23 @@ impl Passes {
                 candle_core::Error::Msg(text)
             }
         })
+    }
+
+    /// Leaves of segments' own graphs.
+    pub fn leaves(&self) -> &Leaves {
+        &self.0.leaves
+    }
+
+    /// Notes that the output of a segment has the storage of `lender`, a tensor that is nobody else's.
+    pub fn note_output(&self, output: &Tensor, lender: Tensor) {
+        lock(&self.0.lenders).insert(output.id(), lender);
+    }
+
+    /// Takes the storage out of the output of a segment, or of another tensor.
+    pub fn take_output(&self, output: &Tensor) -> candle_core::Result<DeviceRun> {
+        let mut run = vacancy::take(output)?;
+        run.set_lender(lock(&self.0.lenders).remove(&output.id()));
+        Ok(run)
     }
 
     fn mode(&self) -> Mode {
@@ -141,14 +189,17 @@ pub struct Granted {
 impl Granted {
     /// Waits for a compute operation, and counts the wait.
     pub fn begin(pass: &ScheduledPass, request: ComputeRequest) -> Result<Self> {
-        let ScheduledPass { executor, device, stall_s, .. } = pass;
-        let asked = Instant::now();
+        let ScheduledPass { executor, device, stall, .. } = pass;
+        let asked = device.record(Queue::Compute)?;
+        let asked_at = Instant::now();
         let grant = executor.begin(request)?;
-        *lock(stall_s) += asked.elapsed().as_secs_f64();
-        let granted = Self { executor: executor.clone(), device: device.clone(), grant: Some(grant) };
-        if let Some(grant) = &granted.grant {
-            device.wait(Queue::Compute, &grant.held.earlier)?;
-        }
+        lock(stall).host_s += asked_at.elapsed().as_secs_f64();
+        let mut granted = Self { executor: executor.clone(), device: device.clone(), grant: Some(grant) };
+        let held = &mut granted.grant()?.held;
+        device.wait(Queue::Compute, &held.earlier)?;
+        held.started = device.record(Queue::Compute)?;
+        lock(stall).device.extend(asked.clone().zip(held.started.clone()));
+        held.asked = asked;
         Ok(granted)
     }
 
@@ -309,7 +360,7 @@ impl<'a> GradientSink<'a> {
                 store.remove(tensor)
             };
             match gradient {
-                Some(gradient) => runs.push(vacancy::into_run(&gradient)?),
+                Some(gradient) => runs.push(vacancy::into_run(gradient)?),
                 None => {
                     self.missing.push(entry.name.clone());
                     runs.push(DeviceRun::none());
@@ -346,12 +397,12 @@ impl Backward {
     }
 
     /// The boundary is used up. A device with memory of its own keeps the storage for the next one.
-    pub fn return_boundary(&mut self, leaf: &Tensor) -> Result<()> {
+    pub fn return_boundary(&mut self, boundary: DeviceRun) -> Result<()> {
         let Self::Scheduled { pass, granted, .. } = self else { return Ok(()) };
         if let Some(passage) = granted.grant()?.held.passage.as_mut()
             && pass.device.is_apart()
         {
-            passage.spare = vacancy::take(leaf)?;
+            passage.spare = boundary;
         }
         Ok(())
     }

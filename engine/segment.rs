@@ -94,10 +94,10 @@ fn call(
         if !matches!(output.dtype(), DType::F32 | DType::BF16 | DType::F16) {
             bail!("a segment's output must be F32, BF16 or F16, not {:?}", output.dtype())
         }
-        let values = if shared { vacancy::copy(&output)? } else { vacancy::into_run(&output)? };
+        let values = if shared { vacancy::copy(&output)? } else { vacancy::into_run(output)? };
         Ok((values, shape))
     });
-    let (values, shape) = match output {
+    let (mut values, shape) = match output {
         Ok(output) => output,
         Err(error) => {
             forward.finish(None)?;
@@ -108,6 +108,8 @@ fn call(
         forward.finish(None)?;
         return Ok(values.into_tensor(&shape, false));
     };
+    // The node of the graph gets the storage for good.
+    let lender = values.take_lender();
     let output = Mutex::new(Some((values, shape)));
     let inputs: Vec<Tensor> = inputs.iter().map(|&input| input.clone()).collect();
     let tracked: Vec<Tensor> = inputs.iter().filter(|input| input.track_op()).cloned().collect();
@@ -124,9 +126,16 @@ fn call(
         [first, second, third] => first.apply_op3(second, third, operation),
         _ => Err(candle_core::Error::Msg("a segment takes at most three inputs that need gradients".into())),
     };
-    let boundary = if node.is_ok() && forward.moves_boundary() { Some(vacancy::take(&first)?) } else { None };
+    let boundary = match node.is_ok() && forward.moves_boundary() {
+        true => Some(passes.take_output(&first)?),
+        false => None,
+    };
     forward.finish(boundary)?;
-    Ok(node?)
+    let node = node?;
+    if let Some(lender) = lender {
+        passes.note_output(&node, lender);
+    }
+    Ok(node)
 }
 
 /// The segment as candle's graph knows it.
@@ -175,8 +184,8 @@ impl SegmentOperation {
         let first = &self.inputs[0];
         let restores = boundary.is_none() && first.track_op() && vacancy::owns_plain_storage(first);
         let mut leaves = vec![match boundary {
-            Some(values) => values.into_tensor(first.shape(), true),
-            None if restores => vacancy::take(first)?.into_tensor(first.shape(), true),
+            Some(values) => self.passes.leaves().fill(values, first.shape())?,
+            None if restores => self.passes.leaves().fill(vacancy::take(first)?, first.shape())?,
             None => leaf_of(first)?,
         }];
         for input in &self.inputs[1..] {
@@ -197,10 +206,10 @@ impl SegmentOperation {
             Ok((of_inputs, sink.collect(&mut store)?))
         });
         if restores {
-            vacancy::fill(first, vacancy::take(&leaves[0])?)?;
+            vacancy::fill(first, self.passes.leaves().take(&leaves[0])?)?;
         }
         if moved {
-            backward.return_boundary(&leaves[0])?;
+            backward.return_boundary(self.passes.leaves().take(&leaves[0])?)?;
         }
         let (of_inputs, of_parameters) = match gradients {
             Ok(gradients) => gradients,

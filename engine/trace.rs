@@ -1,14 +1,16 @@
 //! What really happened, recorded against the schedule.
 
 mod chrome;
+mod device;
 mod timeline;
 
 use crate::schedule::{Operation, Queue};
 
 pub use chrome::ChromeTrace;
+pub(crate) use device::{DeviceClock, Moments};
 pub use timeline::Span;
 
-/// One operation as it ran.
+/// One operation as it ran. Times of what a CUDA device does are by its own clock.
 #[derive(Debug, Clone, Copy)]
 pub struct TraceEvent {
     /// The operation.
@@ -19,14 +21,15 @@ pub struct TraceEvent {
     pub start_s: f64,
     /// When it was done, in seconds since the executor was started.
     pub end_s: f64,
-    /// Seconds that the training thread had waited for it when it was started: 0 for all but compute.
+    /// Seconds that the training thread had waited for it when it was started, and on a CUDA device, that the device had nothing
+    /// to compute before it: 0 for all but compute.
     pub waited_s: f64,
 }
 
-/// The operations that finished since the last report.
+/// The operations that finished since the last report, on a CUDA device too.
 #[derive(Debug, Clone, Default)]
 pub struct Trace {
-    /// In the order in which they finished.
+    /// Those of a queue in the order in which they finished.
     pub events: Vec<TraceEvent>,
 }
 

@@ -1,6 +1,6 @@
 //! The trainer: steps, evaluations, commits and exports, each by running a schedule.
 
-use crate::device::{BufferMemory, ComputeDevice};
+use crate::device::{BufferMemory, ComputeDevice, DeviceCounter};
 use crate::engine::Config;
 use crate::error::{Error, Result};
 use crate::executor::{ComputeRequest, Executor, Memory};
@@ -40,7 +40,7 @@ pub struct StepReport {
     pub learning_rate: f64,
     /// Seconds from call to return. Updates may go on behind it.
     pub step_s: f64,
-    /// Share of that in which the training thread waited for a tier, 0 to 1.
+    /// Share of that in which computing waited for a tier, 0 to 1: the training thread, or a CUDA device by its own clock.
     pub exposed_stall: f64,
     /// Operations that finished since the last step's report.
     pub trace: Trace,
@@ -323,7 +323,7 @@ impl Trainer {
             skipped: norm.overflow,
             learning_rate: self.learning_rate,
             step_s,
-            exposed_stall: *lock(&pass.stall_s) / step_s,
+            exposed_stall: lock(&pass.stall).seconds() / step_s,
             trace,
         };
         let StepReport { loss, gradient_norm, exposed_stall, .. } = report;
@@ -338,7 +338,7 @@ impl Trainer {
             layout: self.plan.layout.clone(),
             tensors: self.tensors.clone(),
             train,
-            stall_s: Mutex::new(0.0),
+            stall: Mutex::default(),
             resident_gradients: Mutex::default(),
         })
     }
@@ -352,7 +352,7 @@ impl Trainer {
         let step = self.step + 1;
         let (loss, mut store) = self.passes.within(Mode::Scheduled(pass.clone()), || {
             let loss = ops::before_backward(loss)?;
-            let value = loss.to_dtype(DType::F32)?.to_scalar::<f32>()?;
+            let value = self.compute.number(&loss.to_dtype(DType::F32)?)?;
             if !value.is_finite() {
                 return self.passes.report(Err(Error::NonFiniteLoss { step, loss: value }));
             }
@@ -499,10 +499,9 @@ impl Trainer {
         export_safetensors(path, &self.parameters(), &|name| self.parameter(name))
     }
 
-    /// Copies between host and CUDA device so far for which the device could not go on, because the host's memory was not
-    /// pinned. The engine makes none.
-    pub fn pageable_copies(&self) -> u64 {
-        self.compute.pageable_copies()
+    /// Counts what a CUDA device is asked for.
+    pub fn device_counter(&self) -> DeviceCounter {
+        DeviceCounter::new(self.compute.clone())
     }
 
     fn note_heap(&mut self) {

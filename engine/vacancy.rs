@@ -3,7 +3,8 @@
 //! A vacant tensor keeps its identity, shape and type while its storage lies in a tier. Its place is held by a
 //! storage of a type that no operation accepts, so using it is an error and never a wrong number.
 
-use candle_core::backend::BackendStorage;
+use candle_core::backend::{BackendDevice, BackendStorage};
+use candle_core::cpu_backend::CpuDevice;
 use candle_core::op::BackpropOp;
 use candle_core::{
     CpuStorage, CudaStorage, DType, Device, InplaceOp1, Layout, Result, Shape, Storage, Tensor, bail,
@@ -15,7 +16,12 @@ const VACANT: DType = DType::F6E2M3;
 
 /// Storage of one tensor, on the device that computes.
 #[derive(Debug)]
-pub struct DeviceRun(Storage);
+pub struct DeviceRun {
+    storage: Storage,
+    /// A tensor of ours alone that the storage is taken from, and returns to when it is let go. A tensor frees what it holds, so
+    /// one that is let go vacant would take its placeholder with it.
+    lender: Option<Tensor>,
+}
 
 impl Default for DeviceRun {
     fn default() -> Self {
@@ -23,15 +29,58 @@ impl Default for DeviceRun {
     }
 }
 
+impl From<Storage> for DeviceRun {
+    fn from(storage: Storage) -> Self {
+        Self { storage, lender: None }
+    }
+}
+
+impl Drop for DeviceRun {
+    fn drop(&mut self) {
+        if let Some(lender) = self.lender.take() {
+            let storage = std::mem::replace(&mut self.storage, no_storage());
+            // Where it does not go back it is freed, which is what is to happen to it anyway.
+            let _ = exchange(&lender, storage).map(keep_placeholder);
+        }
+    }
+}
+
+fn no_storage() -> Storage {
+    Storage::Cpu(CpuStorage::F32(vec![]))
+}
+
 impl DeviceRun {
     /// No storage: in place of one that is elsewhere, or that a frozen parameter does not have.
     pub fn none() -> Self {
-        Self(Storage::Cpu(CpuStorage::F32(vec![])))
+        no_storage().into()
     }
 
     /// `elements` zeros on a device.
     pub fn zeros(elements: usize, dtype: DType, device: &Device) -> Result<Self> {
-        take(&Tensor::zeros(elements, dtype, device)?)
+        let shape = Shape::from(elements);
+        Ok(match device {
+            Device::Cpu => Storage::Cpu(CpuDevice.zeros_impl(&shape, dtype)?),
+            #[cfg(feature = "cuda")]
+            Device::Cuda(device) => Storage::Cuda(device.zeros_impl(&shape, dtype)?),
+            device => bail!("no parameters can be held on {:?}", device.location()),
+        }
+        .into())
+    }
+
+    /// The storage alone. What it was lent by is let go.
+    fn into_storage(mut self) -> Storage {
+        self.lender = None;
+        std::mem::replace(&mut self.storage, no_storage())
+    }
+
+    /// The tensor that the storage is lent by, which is from now on the caller's to keep.
+    pub fn take_lender(&mut self) -> Option<Tensor> {
+        self.lender.take()
+    }
+
+    /// Where the storage goes when it is let go. The tensor must be vacant and nobody else's.
+    pub fn set_lender(&mut self, lender: Option<Tensor>) {
+        self.lender = lender.filter(|lender| lender.elem_count() == self.elements());
     }
 
     /// Whether there is no storage.
@@ -41,12 +90,16 @@ impl DeviceRun {
 
     /// Elements of a floating-point storage; of every other, 0.
     pub fn elements(&self) -> usize {
-        elements(&self.0)
+        elements(&self.storage)
+    }
+
+    fn device(&self) -> Device {
+        self.storage.device()
     }
 
     /// The storage, on the CPU device.
     pub fn as_cpu(&self) -> Option<&CpuStorage> {
-        match &self.0 {
+        match &self.storage {
             Storage::Cpu(storage) => Some(storage),
             _ => None,
         }
@@ -54,7 +107,7 @@ impl DeviceRun {
 
     /// The storage, on the CPU device.
     pub fn as_cpu_mut(&mut self) -> Option<&mut CpuStorage> {
-        match &mut self.0 {
+        match &mut self.storage {
             Storage::Cpu(storage) => Some(storage),
             _ => None,
         }
@@ -79,7 +132,7 @@ impl DeviceRun {
     /// The storage, on a CUDA device.
     #[cfg(feature = "cuda")]
     pub fn as_cuda(&self) -> Option<&CudaStorage> {
-        match &self.0 {
+        match &self.storage {
             Storage::Cuda(storage) => Some(storage),
             _ => None,
         }
@@ -88,7 +141,7 @@ impl DeviceRun {
     /// The storage, on a CUDA device.
     #[cfg(feature = "cuda")]
     pub fn as_cuda_mut(&mut self) -> Option<&mut CudaStorage> {
-        match &mut self.0 {
+        match &mut self.storage {
             Storage::Cuda(storage) => Some(storage),
             _ => None,
         }
@@ -96,12 +149,12 @@ impl DeviceRun {
 
     /// A tensor around the storage; `trainable` ones are leaves that get a gradient.
     pub fn into_tensor(self, shape: &Shape, trainable: bool) -> Tensor {
-        Tensor::from_storage(self.0, shape.clone(), BackpropOp::none(), trainable)
+        Tensor::from_storage(self.into_storage(), shape.clone(), BackpropOp::none(), trainable)
     }
 
     /// The storage as what a custom operation of the CPU device returns.
     pub fn into_cpu(self) -> Result<CpuStorage> {
-        match self.0 {
+        match self.into_storage() {
             Storage::Cpu(storage) => Ok(storage),
             _ => bail!("storage of another device than the CPU"),
         }
@@ -109,7 +162,7 @@ impl DeviceRun {
 
     /// The storage as what a custom operation of a CUDA device returns.
     pub fn into_cuda(self) -> Result<CudaStorage> {
-        match self.0 {
+        match self.into_storage() {
             Storage::Cuda(storage) => Ok(storage),
             _ => bail!("storage of another device than a CUDA device"),
         }
@@ -154,6 +207,15 @@ impl InplaceOp1 for Exchange {
     }
 }
 
+/// How many placeholders were allocated for the tensors of a device so far, of a byte each.
+pub fn placeholders_made(device: &Device) -> u64 {
+    match device {
+        #[cfg(feature = "cuda")]
+        Device::Cuda(device) => cuda::made(device),
+        _ => 0,
+    }
+}
+
 fn vacant_storage(device: &Device) -> Result<Storage> {
     match device {
         #[cfg(feature = "cuda")]
@@ -190,7 +252,7 @@ pub fn take(tensor: &Tensor) -> Result<DeviceRun> {
     if is_vacant(tensor) {
         bail!("this tensor has no storage to take: was it used after its release?")
     }
-    Ok(DeviceRun(exchange(tensor, vacant_storage(tensor.device())?)?))
+    Ok(exchange(tensor, vacant_storage(tensor.device())?)?.into())
 }
 
 /// Makes a tensor vacant and frees what it held.
@@ -203,15 +265,61 @@ pub fn fill(tensor: &Tensor, run: DeviceRun) -> Result<()> {
     if run.elements() != tensor.elem_count() {
         bail!("storage of {} elements for a tensor of shape {:?}", run.elements(), tensor.shape());
     }
-    if storage_dtype(&run.0) != tensor.dtype() {
-        bail!("storage of type {:?} for a tensor of type {:?}", storage_dtype(&run.0), tensor.dtype());
+    if storage_dtype(&run.storage) != tensor.dtype() {
+        bail!("storage of type {:?} for a tensor of type {:?}", storage_dtype(&run.storage), tensor.dtype());
     }
-    let placeholder = exchange(tensor, run.0)?;
+    exchange(tensor, run.into_storage()).map(keep_placeholder)
+}
+
+/// The storage of a vacant tensor that got another one, for the next tensor that becomes vacant.
+fn keep_placeholder(placeholder: Storage) {
     #[cfg(feature = "cuda")]
     cuda::keep_placeholder(placeholder);
     #[cfg(not(feature = "cuda"))]
     drop(placeholder);
-    Ok(())
+}
+
+/// Takes the storage out of a tensor that is nobody else's. When it is let go it goes back, and the tensor with it.
+fn lend(tensor: Tensor) -> Result<DeviceRun> {
+    let mut run = take(&tensor)?;
+    // The tensor, and not what it was computed from.
+    run.set_lender(Some(tensor.detach()));
+    Ok(run)
+}
+
+/// Leaves of segments' own graphs that are vacant at the moment. A leaf that is used again keeps its placeholder.
+#[derive(Debug, Default)]
+pub struct Leaves(Mutex<Vec<Tensor>>);
+
+impl Leaves {
+    /// As many as are ever used at once are kept.
+    const KEPT: usize = 4;
+
+    /// A leaf around the storage.
+    pub fn fill(&self, run: DeviceRun, shape: &Shape) -> Result<Tensor> {
+        let kept = self.0.lock().ok().and_then(|mut kept| {
+            let fits = |leaf: &Tensor| {
+                let of_device = leaf.device().same_device(&run.device());
+                leaf.shape() == shape && leaf.dtype() == storage_dtype(&run.storage) && of_device
+            };
+            let index = kept.iter().position(fits)?;
+            Some(kept.swap_remove(index))
+        });
+        let Some(leaf) = kept else { return Ok(run.into_tensor(shape, true)) };
+        fill(&leaf, run)?;
+        Ok(leaf)
+    }
+
+    /// The storage of a leaf that is not needed any more.
+    pub fn take(&self, leaf: &Tensor) -> Result<DeviceRun> {
+        let run = take(leaf)?;
+        if let Ok(mut kept) = self.0.lock()
+            && kept.len() < Self::KEPT
+        {
+            kept.push(leaf.clone());
+        }
+        Ok(run)
+    }
 }
 
 /// Whether the tensor has no storage.
@@ -240,19 +348,42 @@ pub fn copy(tensor: &Tensor) -> Result<DeviceRun> {
     take(&tensor.detach().force_contiguous()?)
 }
 
-/// Takes the elements of a tensor out as one run, copying only where they are not already one.
-pub fn into_run(tensor: &Tensor) -> Result<DeviceRun> {
-    if owns_plain_storage(tensor) { take(tensor) } else { copy(tensor) }
+/// Takes the elements of a tensor that is nobody else's out as one run, copying only where they are not already one.
+pub fn into_run(tensor: Tensor) -> Result<DeviceRun> {
+    if owns_plain_storage(&tensor) { lend(tensor) } else { lend(tensor.detach().force_contiguous()?) }
 }
 
 #[cfg(feature = "cuda")]
 mod cuda {
     use super::*;
-    use candle_core::cuda_backend::cudarc::driver::CudaSlice;
+    use candle_core::cuda_backend::cudarc::driver::{CudaSlice, CudaStream};
     use candle_core::cuda_backend::{CudaStorageSlice, WrapErr};
+    use std::sync::{Arc, PoisonError};
 
-    /// Place holders that no tensor needs at the moment, so that moving storage allocates nothing.
-    static PLACEHOLDERS: Mutex<Vec<CudaSlice<u8>>> = Mutex::new(vec![]);
+    /// Placeholders of one stream.
+    struct Kept {
+        stream: Arc<CudaStream>,
+        /// Those that no tensor needs at the moment, so that moving storage allocates nothing.
+        free: Vec<CudaSlice<u8>>,
+        /// How many were allocated.
+        made: u64,
+    }
+
+    static PLACEHOLDERS: Mutex<Vec<Kept>> = Mutex::new(vec![]);
+
+    fn of_stream<T>(stream: &Arc<CudaStream>, run: impl FnOnce(&mut Kept) -> T) -> T {
+        // Counted and listed in one go each, so whole after a panic elsewhere too.
+        let mut all = PLACEHOLDERS.lock().unwrap_or_else(PoisonError::into_inner);
+        let index = all.iter().position(|kept| &kept.stream == stream).unwrap_or_else(|| {
+            all.push(Kept { stream: stream.clone(), free: vec![], made: 0 });
+            all.len() - 1
+        });
+        run(&mut all[index])
+    }
+
+    pub(super) fn made(device: &candle_core::CudaDevice) -> u64 {
+        of_stream(&device.cuda_stream(), |kept| kept.made)
+    }
 
     pub(super) fn elements(storage: &CudaStorage) -> usize {
         match &storage.slice {
@@ -264,23 +395,22 @@ mod cuda {
     }
 
     pub(super) fn vacant_storage(device: &candle_core::CudaDevice) -> Result<CudaStorage> {
-        let kept = PLACEHOLDERS.lock().ok().and_then(|mut kept| {
-            let ours = kept.iter().position(|slice| slice.stream() == &device.cuda_stream())?;
-            Some(kept.swap_remove(ours))
-        });
-        let placeholder = match kept {
+        let stream = device.cuda_stream();
+        let placeholder = match of_stream(&stream, |kept| kept.free.pop()) {
             Some(placeholder) => placeholder,
             // One byte: the driver gives no address for none.
-            None => device.cuda_stream().alloc_zeros::<u8>(1).w()?,
+            None => {
+                let placeholder = stream.alloc_zeros::<u8>(1).w()?;
+                of_stream(&stream, |kept| kept.made += 1);
+                placeholder
+            }
         };
         Ok(CudaStorage { slice: CudaStorageSlice::F6E2M3(placeholder), device: device.clone() })
     }
 
     pub(super) fn keep_placeholder(storage: Storage) {
-        if let Storage::Cuda(CudaStorage { slice: CudaStorageSlice::F6E2M3(placeholder), .. }) = storage
-            && let Ok(mut kept) = PLACEHOLDERS.lock()
-        {
-            kept.push(placeholder);
+        if let Storage::Cuda(CudaStorage { slice: CudaStorageSlice::F6E2M3(placeholder), .. }) = storage {
+            of_stream(&placeholder.stream().clone(), |kept| kept.free.push(placeholder));
         }
     }
 }

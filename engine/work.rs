@@ -31,6 +31,10 @@ pub struct Held {
     pub statistics: Option<Vec<GradientStatistics>>,
     /// What other queues have enqueued on the device with this memory, and must be waited for.
     pub earlier: Vec<Done>,
+    /// What the device had to compute before this operation was asked for.
+    pub asked: Option<Done>,
+    /// What its queue had enqueued on the device before this operation.
+    pub started: Option<Done>,
     /// What this operation has enqueued there.
     pub done: Option<Done>,
 }
@@ -161,6 +165,9 @@ impl Shared {
         context: &StepContext,
     ) -> Result<()> {
         self.device.wait(queue, &held.earlier)?;
+        if held.uses_device() {
+            held.started = self.device.record(queue)?;
+        }
         self.perform(operation, held, context)?;
         if held.uses_device() {
             held.done = self.device.record(queue)?;

@@ -1,6 +1,6 @@
 //! The CUDA device's side: its kernels, its streams, and what is copied between a lease and its storage.
 
-use super::{CudaFault, kernel};
+use super::{CudaFault, DeviceCounts, Moved, kernel};
 use crate::error::{Error, Result};
 use crate::layout::Run;
 use crate::pass::lock;
@@ -9,9 +9,11 @@ use crate::vacancy::DeviceRun;
 use crate::work::internal;
 use candle_core::cuda_backend::CudaStorageSlice;
 use candle_core::cuda_backend::cudarc::driver::{CudaSlice, CudaView};
-use candle_core::{CudaDevice, DType};
+use candle_core::{CudaDevice, DType, Storage, Tensor};
 use ferrozero_kernels::adamw::AdamWStep;
-use ferrozero_kernels::cuda::{CudaError, DeviceStatistics, HalfElement, Kernels, RunState};
+use ferrozero_kernels::cuda::{
+    CudaError, DeviceStatistics, HalfElement, Kernels, Pinned, RunState, pinned_copies,
+};
 use ferrozero_kernels::gradient::{Accumulate, GradientStatistics};
 use ferrozero_kernels::{Pool, convert};
 use ferrozero_offload::Lease;
@@ -48,27 +50,61 @@ pub(super) struct Parts {
     kernels: Kernels,
     /// What the gradients of the group that is being accumulated measure.
     statistics: Mutex<Option<DeviceStatistics>>,
+    /// Where a number of the device is read.
+    number: Mutex<Pinned<f32>>,
 }
 
 impl Parts {
     pub(super) fn new(device: &CudaDevice, fault: Option<CudaFault>) -> Result<Self> {
         let streams = Cuda::new(device.cuda_stream(), fault)?;
         let kernels = Kernels::load(streams.context()).map_err(cuda_kernel)?;
-        Ok(Self { streams, kernels, statistics: Mutex::new(None) })
+        let number = Mutex::new(Pinned::new(streams.context(), 1).map_err(cuda_kernel)?);
+        Ok(Self { streams, kernels, statistics: Mutex::new(None), number })
+    }
+
+    pub(super) fn counts(&self) -> DeviceCounts {
+        let counts = self.streams.counts();
+        let (small_uploads, small_downloads) = pinned_copies();
+        let moved = |moved: ferrozero_offload::cuda::Moved| Moved {
+            copies: moved.copies,
+            bytes: moved.bytes,
+            seconds: moved.seconds,
+        };
+        DeviceCounts {
+            allocations: counts.allocations,
+            placeholders: 0,
+            trims: counts.trims,
+            pageable_copies: counts.pageable_copies,
+            small_uploads,
+            small_downloads,
+            uploads: moved(counts.uploads),
+            downloads: moved(counts.downloads),
+        }
+    }
+
+    pub(super) fn number(&self, tensor: &Tensor) -> candle_core::Result<f32> {
+        let (storage, layout) = tensor.storage_and_layout();
+        let Storage::Cuda(storage) = &*storage else {
+            candle_core::bail!("a number that is not on the device")
+        };
+        let start = layout.start_offset();
+        let values = storage.as_cuda_slice::<f32>()?.slice(start..start + 1);
+        let stream = self.streams.stream(Lane::Compute);
+        Ok(lock(&self.number).fetch(stream, &values).map_err(candle_core::Error::wrap)?[0])
     }
 
     pub(super) fn enter(&self, masters: &DeviceRun, slot: &mut DeviceRun, run: &Run) -> Result<()> {
         let from = f32_of(masters)?.slice(run.piece_start..run.piece_start + run.elements);
         let within = run.entry_start..run.entry_start + run.elements;
         let stream = self.streams.stream(Lane::Upload);
-        match slot.as_cuda_mut().map(|slot| &mut slot.slice) {
+        self.streams.launch(|| match slot.as_cuda_mut().map(|slot| &mut slot.slice) {
             Some(CudaStorageSlice::F32(to)) => stream
                 .memcpy_dtod(&from, &mut to.slice_mut(within))
                 .map_err(|error| Error::Kernel(format!("copying masters on the device: {error}"))),
             Some(CudaStorageSlice::BF16(to)) => self.narrow(&from, to, within),
             Some(CudaStorageSlice::F16(to)) => self.narrow(&from, to, within),
             _ => Err(internal("a slot of another type")),
-        }
+        })
     }
 
     fn narrow<E: HalfElement>(
@@ -93,7 +129,10 @@ impl Parts {
         let mut statistics = lock(&self.statistics);
         let of_group = match &mut *statistics {
             Some(of_group) => of_group,
-            none => none.insert(DeviceStatistics::new(stream, piece_elements).map_err(cuda_kernel)?),
+            none => {
+                let new = || DeviceStatistics::new(stream, piece_elements).map_err(cuda_kernel);
+                none.insert(self.streams.allocate(new)?)
+            }
         };
         if first {
             of_group.reset(stream).map_err(cuda_kernel)?;
@@ -102,19 +141,21 @@ impl Parts {
         for run in runs {
             let within = run.entry_start..run.entry_start + run.elements;
             let mut to = target.slice_mut(run.piece_start..run.piece_start + run.elements);
-            match gradients[run.entry].as_cuda().map(|gradient| &gradient.slice) {
+            self.streams.launch(|| match gradients[run.entry].as_cuda().map(|gradient| &gradient.slice) {
                 Some(CudaStorageSlice::F32(from)) => {
-                    self.kernels.accumulate(stream, &mut to, &from.slice(within), scale, how, of_group)
+                    let from = from.slice(within);
+                    self.kernels.accumulate(stream, &mut to, &from, scale, how, of_group).map_err(cuda_kernel)
                 }
                 Some(CudaStorageSlice::BF16(from)) => {
-                    self.kernels.accumulate(stream, &mut to, &from.slice(within), scale, how, of_group)
+                    let from = from.slice(within);
+                    self.kernels.accumulate(stream, &mut to, &from, scale, how, of_group).map_err(cuda_kernel)
                 }
                 Some(CudaStorageSlice::F16(from)) => {
-                    self.kernels.accumulate(stream, &mut to, &from.slice(within), scale, how, of_group)
+                    let from = from.slice(within);
+                    self.kernels.accumulate(stream, &mut to, &from, scale, how, of_group).map_err(cuda_kernel)
                 }
-                _ => return Err(internal("a gradient of another type")),
-            }
-            .map_err(cuda_kernel)?;
+                _ => Err(internal("a gradient of another type")),
+            })?;
         }
         // The gradients may be freed after this, so it waits.
         of_group.read(stream).map_err(cuda_kernel)
@@ -133,7 +174,7 @@ impl Parts {
         };
         let gradient = f32_of(gradient)?.slice(range);
         let stream = self.streams.stream(Lane::Optimizer);
-        self.kernels.adamw(stream, step, state, &gradient, None).map_err(cuda_kernel)
+        self.streams.launch(|| self.kernels.adamw(stream, step, state, &gradient, None).map_err(cuda_kernel))
     }
 }
 

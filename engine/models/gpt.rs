@@ -158,7 +158,7 @@ impl<B: Module> Gpt<B> {
     /// # Errors
     /// For more tokens than the sequence has, and what the blocks say.
     pub fn hidden(&self, tokens: &Tensor) -> Result<Tensor> {
-        let tokens = tokens.to_device(self.wte.device())?;
+        let tokens = ops::to_device(tokens, self.wte.device())?;
         let t = tokens.dim(1)?;
         let embedded = ops::embedding(&self.wte, &tokens)?; // [B, T, C]
         let mut xs = embedded.broadcast_add(&self.wpe.narrow(0, 0, t)?)?; // [B, T, C]
@@ -179,7 +179,7 @@ impl<B: Module> Gpt<B> {
     /// As [`Self::hidden`], and for targets outside the vocabulary.
     pub fn loss(&self, tokens: &Tensor, targets: &Tensor) -> Result<Tensor> {
         let hidden = self.hidden(tokens)?.flatten(0, 1)?; // [B·T, C]
-        let targets = targets.to_device(self.wte.device())?.flatten_all()?; // [B·T]
+        let targets = ops::to_device(targets, self.wte.device())?.flatten_all()?; // [B·T]
         ops::linear_cross_entropy(&hidden, &self.wte, &targets)
     }
 

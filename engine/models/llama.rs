@@ -266,7 +266,7 @@ impl<B> Llama<B> {
         tokens: &Tensor,
         mut run: impl FnMut(usize, &B, &Tensor) -> Result<Tensor>,
     ) -> Result<Tensor> {
-        let tokens = tokens.to_device(self.embed_tokens.device())?;
+        let tokens = ops::to_device(tokens, self.embed_tokens.device())?;
         let t = tokens.dim(1)?;
         if t > self.sequence {
             candle_core::bail!("{t} tokens for a model that was made for sequences of {}", self.sequence)

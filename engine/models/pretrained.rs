@@ -319,9 +319,9 @@ impl<L: Module, G: Module> LanguageModel<L, G> {
     ) -> candle_core::Result<Tensor> {
         let head = self.head();
         let mut hidden = self.hidden(tokens)?.flatten(0, 1)?; // [B·T, C]
-        let mut targets = targets.to_device(head.device())?.flatten_all()?; // [B·T]
+        let mut targets = ops::to_device(targets, head.device())?.flatten_all()?; // [B·T]
         if let Some(counted) = counted {
-            let counted = counted.to_device(head.device())?;
+            let counted = ops::to_device(counted, head.device())?;
             hidden = hidden.index_select(&counted, 0)?; // [N, C]
             targets = targets.index_select(&counted, 0)?; // [N]
         }

@@ -4,17 +4,27 @@
 //! passes with a [`Done`]: what was enqueued on a [`Lane`] until then. Whoever uses it next, on whichever lane, waits for that first.
 //! cudarc's own tracking of events is off: it never sees what candle's kernels write.
 
-use crate::{Error, Lease, PAGE_BYTES, locked};
-use cudarc::driver::sys::{self, CUdeviceptr};
+mod fault;
+mod pinned;
+mod pool;
+
+use crate::{Error, Lease, locked};
+use cudarc::driver::sys::{CUdeviceptr, CUevent_flags};
 use cudarc::driver::{
     CudaContext, CudaEvent, CudaSlice, CudaStream, DevicePtr, DevicePtrMut, DriverError, result,
 };
-use std::ffi::{CStr, c_void};
+use fault::Faults;
+use std::fmt;
 use std::marker::PhantomData;
 use std::ops::Range;
-use std::ptr::NonNull;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
+
+pub use fault::{Call, CudaFailure, CudaFault};
+pub(crate) use pinned::PinnedMemory;
+pub use pool::Pool;
+
+/// The driver's name of the error of a device that has no memory left, which is in the text of every error that tells of it.
+pub const OUT_OF_MEMORY: &str = "CUDA_ERROR_OUT_OF_MEMORY";
 
 /// A stream of the device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -34,46 +44,51 @@ impl Lane {
     pub const ALL: [Self; 4] = [Self::Compute, Self::Upload, Self::Download, Self::Optimizer];
 }
 
-/// A kind of call of the driver's, for faults.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Call {
-    /// A copy between host and device.
-    Copy,
-    /// An event is recorded.
-    Record,
-    /// A stream is told to wait for an event.
-    Wait(Lane),
-    /// The host waits for a stream.
-    Synchronize,
-}
-
-impl Call {
-    /// All calls that can be made to fail.
-    pub const ALL: [Self; 7] = [
-        Self::Copy,
-        Self::Record,
-        Self::Wait(Lane::Compute),
-        Self::Wait(Lane::Upload),
-        Self::Wait(Lane::Download),
-        Self::Wait(Lane::Optimizer),
-        Self::Synchronize,
-    ];
-}
-
-/// A failure to be acted out, for tests: what happens to the call of this kind with this number, from 0.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct CudaFault {
-    /// Kind of call.
-    pub call: Call,
-    /// Its number.
-    pub index: u64,
-    /// Says nothing and does not happen, as if somebody had forgotten it. Otherwise it is an error.
-    pub forgotten: bool,
-}
-
 /// A moment on a lane: everything that was enqueued there until then is done.
 #[derive(Clone, Debug)]
 pub struct Done(Arc<CudaEvent>);
+
+impl Done {
+    /// Waits until it is over. A failure of the driver's shows in what comes next.
+    pub fn wait(&self) {
+        let _ = self.0.synchronize();
+    }
+
+    /// Seconds by the device's clock from this moment to a `later` one. None before both are over, and where the driver does
+    /// not tell. Nobody waits.
+    pub fn seconds_until(&self, later: &Self) -> Option<f64> {
+        self.0.context().bind_to_thread().ok()?;
+        // SAFETY: both events live, and belong to the same context.
+        let elapsed = unsafe { result::event::elapsed(self.0.cu_event(), later.0.cu_event()) };
+        elapsed.ok().map(|milliseconds| 1e-3 * f64::from(milliseconds))
+    }
+}
+
+/// What a device has been asked for so far.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Counts {
+    /// Times that the engine allocated memory of the device.
+    pub allocations: u64,
+    /// Times that there was none left, so that the driver's pool was made to give back what nobody used.
+    pub trims: u64,
+    /// Copies from or to memory of the host that was not page-locked: each of them made the host wait, and nothing ran beside it.
+    pub pageable_copies: u64,
+    /// Between the tiers, to the device.
+    pub uploads: Moved,
+    /// Between the tiers, to the host.
+    pub downloads: Moved,
+}
+
+/// Copies, and how long they took.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Moved {
+    /// How many.
+    pub copies: u64,
+    /// Bytes.
+    pub bytes: u64,
+    /// Seconds by the device's clock; 0 where the driver does not tell.
+    pub seconds: f64,
+}
 
 /// A range of device memory that one copy reads or writes.
 #[derive(Debug)]
@@ -123,8 +138,8 @@ pub struct Cuda {
     download: Arc<CudaStream>,
     optimizer: Arc<CudaStream>,
     pool: Option<Pool>,
-    fault: Mutex<Option<CudaFault>>,
-    pageable_copies: AtomicU64,
+    faults: Faults,
+    counts: Mutex<Counts>,
 }
 
 impl Cuda {
@@ -152,8 +167,8 @@ impl Cuda {
             upload,
             download,
             optimizer,
-            fault: Mutex::new(fault),
-            pageable_copies: AtomicU64::new(0),
+            faults: Faults::new(fault),
+            counts: Mutex::default(),
         })
     }
 
@@ -172,13 +187,55 @@ impl Cuda {
         self.compute.context()
     }
 
+    /// Runs `allocate`, which allocates memory of the device. If the device has none left, waits for what it is doing, lets
+    /// the driver's pool give back what nobody uses, and tries once more.
+    ///
+    /// # Errors
+    /// What `allocate` says.
+    pub fn allocate<T, E: From<Error> + fmt::Display>(
+        &self,
+        mut allocate: impl FnMut() -> Result<T, E>,
+    ) -> Result<T, E> {
+        let mut attempt = || {
+            self.faults.happens(Call::Allocate)?;
+            allocate().inspect(|_| locked(&self.counts).allocations += 1)
+        };
+        match attempt() {
+            Err(error) if error.to_string().contains(OUT_OF_MEMORY) => {
+                self.trim()?;
+                attempt()
+            }
+            done => done,
+        }
+    }
+
+    fn trim(&self) -> Result<(), Error> {
+        // Memory that was freed is the pool's only when the work before that is done.
+        self.synchronize_all()?;
+        if let Some(pool) = &self.pool {
+            pool.trim();
+        }
+        locked(&self.counts).trims += 1;
+        Ok(())
+    }
+
+    /// Runs `launch`, which launches kernels of the engine's.
+    ///
+    /// # Errors
+    /// What `launch` says.
+    pub fn launch<E: From<Error>>(&self, launch: impl FnOnce() -> Result<(), E>) -> Result<(), E> {
+        if self.faults.happens(Call::Launch)? { launch() } else { Ok(()) }
+    }
+
     /// What is enqueued on a lane until now.
     ///
     /// # Errors
     /// [`Error::Cuda`].
     pub fn record(&self, lane: Lane) -> Result<Done, Error> {
-        self.happens(Call::Record)?;
-        let event = self.stream(lane).record_event(None).map_err(failed("record an event"))?;
+        self.faults.happens(Call::Record)?;
+        // Events that keep the time are what the timeline is made of.
+        let with_time = Some(CUevent_flags::CU_EVENT_DEFAULT);
+        let event = self.stream(lane).record_event(with_time).map_err(failed("record an event"))?;
         Ok(Done(Arc::new(event)))
     }
 
@@ -188,7 +245,7 @@ impl Cuda {
     /// [`Error::Cuda`].
     pub fn wait(&self, lane: Lane, done: &[Done]) -> Result<(), Error> {
         for done in done {
-            if self.happens(Call::Wait(lane))? {
+            if self.faults.happens(Call::Wait(lane))? {
                 self.stream(lane).wait(&done.0).map_err(failed("wait for an event"))?;
             }
         }
@@ -201,7 +258,7 @@ impl Cuda {
     /// [`Error::Cuda`], also of whatever went wrong on the lane.
     pub fn synchronize(&self, lane: Lane) -> Result<(), Error> {
         self.stream(lane).synchronize().map_err(failed("wait for a stream"))?;
-        self.happens(Call::Synchronize).map(drop)
+        self.faults.happens(Call::Synchronize).map(drop)
     }
 
     /// Waits until the device has nothing to do.
@@ -249,7 +306,7 @@ impl Cuda {
             });
         }
         if !lease.is_pinned_for_cuda() {
-            self.pageable_copies.fetch_add(1, Ordering::Relaxed);
+            locked(&self.counts).pageable_copies += 1;
         }
         Ok(copy.host.clone())
     }
@@ -262,21 +319,39 @@ impl Cuda {
         mut enqueue: impl FnMut(CudaCopy) -> Result<(), Error>,
     ) -> Result<(), Error> {
         self.context().bind_to_thread().map_err(failed("use the device from this thread"))?;
+        let began = self.record(lane)?;
+        let mut moved = Moved::default();
         let mut copies = copies.into_iter().filter(|copy| !copy.host.is_empty());
-        let enqueued = copies.try_for_each(|copy| self.happens(Call::Copy).and_then(|_| enqueue(copy)));
+        let enqueued = copies.try_for_each(|copy| {
+            self.faults.happens(Call::Copy)?;
+            moved.copies += 1;
+            moved.bytes += copy.host.len() as u64;
+            enqueue(copy)
+        });
+        let ended = self.record(lane);
         let done = self.synchronize(lane);
-        enqueued.and(done)
+        moved.seconds = ended.as_ref().ok().and_then(|ended| began.seconds_until(ended)).unwrap_or(0.0);
+        self.note(lane, moved);
+        enqueued.and(ended.map(drop)).and(done)
     }
 
-    /// Bytes of the device's memory that nobody uses.
+    fn note(&self, lane: Lane, moved: Moved) {
+        let mut counts = locked(&self.counts);
+        let sum = if lane == Lane::Upload { &mut counts.uploads } else { &mut counts.downloads };
+        sum.copies += moved.copies;
+        sum.bytes += moved.bytes;
+        sum.seconds += moved.seconds;
+    }
+
+    /// Bytes of the device's memory: those that nobody uses, and all.
     ///
     /// # Errors
     /// [`Error::Cuda`].
-    pub fn free_bytes(&self) -> Result<u64, Error> {
+    pub fn free_and_total_bytes(&self) -> Result<(u64, u64), Error> {
         let action = "ask for free memory";
         self.context().bind_to_thread().map_err(failed(action))?;
-        let (free, _) = result::mem_get_info().map_err(failed(action))?;
-        Ok(free as u64)
+        let (free, total) = result::mem_get_info().map_err(failed(action))?;
+        Ok((free as u64, total as u64))
     }
 
     /// What the driver counts of the memory that this process has taken from the device; none where it does not count.
@@ -284,150 +359,12 @@ impl Cuda {
         self.pool.as_ref()
     }
 
-    /// Copies so far from or to memory that was not pinned: each of them made the host wait, and nothing ran beside it.
-    pub fn pageable_copies(&self) -> u64 {
-        self.pageable_copies.load(Ordering::Relaxed)
-    }
-
-    /// Whether a call is to be made, unless a test wants it to fail.
-    fn happens(&self, call: Call) -> Result<bool, Error> {
-        let mut fault = locked(&self.fault);
-        match &mut *fault {
-            Some(planned) if planned.call == call && planned.index == 0 => {
-                let forgotten = planned.forgotten;
-                *fault = None;
-                match forgotten {
-                    true => Ok(false),
-                    false => {
-                        let reason = format!("{call:?}");
-                        Err(Error::Cuda { action: "a fault that a test asked for", reason })
-                    }
-                }
-            }
-            Some(planned) if planned.call == call => {
-                planned.index -= 1;
-                Ok(true)
-            }
-            _ => Ok(true),
-        }
+    /// What was asked for so far.
+    pub fn counts(&self) -> Counts {
+        *locked(&self.counts)
     }
 }
 
 fn failed(action: &'static str) -> impl FnOnce(DriverError) -> Error {
     move |error| Error::Cuda { action, reason: error.to_string() }
-}
-
-/// The pool that a device's memory is allocated from, and what the driver counts of it.
-#[derive(Debug)]
-pub struct Pool {
-    handle: sys::CUmemoryPool,
-    attribute: GetAttribute,
-    set_attribute: GetAttribute,
-}
-
-// SAFETY: the handle is the device's default pool, which lives as long as the driver, and which every thread may ask.
-unsafe impl Send for Pool {}
-// SAFETY: as above.
-unsafe impl Sync for Pool {}
-
-/// `cuMemPoolGetAttribute`, and `cuMemPoolSetAttribute` too.
-type GetAttribute =
-    unsafe extern "C" fn(sys::CUmemoryPool, sys::CUmemPool_attribute, *mut c_void) -> sys::CUresult;
-/// `cuDeviceGetDefaultMemPool`.
-type DefaultPool = unsafe extern "C" fn(*mut sys::CUmemoryPool, sys::CUdevice) -> sys::CUresult;
-
-impl Pool {
-    /// The device's pool. Looked up by name, so that a driver that counts nothing will do.
-    fn of(context: &Arc<CudaContext>) -> Option<Self> {
-        let symbol = |name: &CStr| {
-            // SAFETY: a look-up in what is loaded, of a name that ends with a zero byte.
-            let symbol = unsafe { libc::dlsym(libc::RTLD_DEFAULT, name.as_ptr()) };
-            (!symbol.is_null()).then_some(symbol)
-        };
-        let default_pool = symbol(c"cuDeviceGetDefaultMemPool")?;
-        let (get, set) = (symbol(c"cuMemPoolGetAttribute")?, symbol(c"cuMemPoolSetAttribute")?);
-        // SAFETY: these are the driver's functions of these names, whose types are those of cuda.h.
-        let (default_pool, attribute, set_attribute) = unsafe {
-            (
-                std::mem::transmute::<*mut c_void, DefaultPool>(default_pool),
-                std::mem::transmute::<*mut c_void, GetAttribute>(get),
-                std::mem::transmute::<*mut c_void, GetAttribute>(set),
-            )
-        };
-        let mut handle = std::ptr::null_mut();
-        // SAFETY: `handle` is written to, and the device is the context's.
-        let result = unsafe { default_pool(&mut handle, context.cu_device()) };
-        (result == sys::CUresult::CUDA_SUCCESS).then_some(Self { handle, attribute, set_attribute })
-    }
-
-    fn bytes(&self, attribute: sys::CUmemPool_attribute) -> u64 {
-        let mut bytes = 0_u64;
-        // SAFETY: both attributes that are asked for are numbers of 64 bits.
-        let result = unsafe { (self.attribute)(self.handle, attribute, (&raw mut bytes).cast()) };
-        if result == sys::CUresult::CUDA_SUCCESS { bytes } else { 0 }
-    }
-
-    /// Bytes in use.
-    pub fn used_bytes(&self) -> u64 {
-        self.bytes(sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_USED_MEM_CURRENT)
-    }
-
-    /// The most bytes in use at once since the last [`Self::reset_peak`].
-    pub fn peak_bytes(&self) -> u64 {
-        self.bytes(sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_USED_MEM_HIGH)
-    }
-
-    /// Starts a new measurement of [`Self::peak_bytes`] from what is in use now.
-    pub fn reset_peak(&self) {
-        let mut zero = 0_u64;
-        let high = sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_USED_MEM_HIGH;
-        // SAFETY: the attribute is a number of 64 bits, and zero is the only value that it can be set to. Where that fails the
-        // peak stays, which is on the safe side.
-        let _ = unsafe { (self.set_attribute)(self.handle, high, (&raw mut zero).cast()) };
-    }
-}
-
-/// Page-locked memory that the device copies from and to while the host goes on. Disks read and write it too.
-#[derive(Debug)]
-pub(crate) struct PinnedMemory {
-    /// What the driver gave.
-    allocation: NonNull<u8>,
-    /// The first page in it.
-    base: NonNull<u8>,
-    context: Arc<CudaContext>,
-}
-
-impl PinnedMemory {
-    /// Allocates `bytes` zeroed bytes.
-    pub(crate) fn new(context: &Arc<CudaContext>, bytes: usize) -> Result<Self, Error> {
-        // Known to every context, and cached: the host reads gradients and states from it.
-        const PORTABLE: u32 = 1;
-        let action = "page-locked host memory";
-        context.bind_to_thread().map_err(failed(action))?;
-        // Direct I/O needs whole pages, and the driver promises none.
-        // SAFETY: the memory is unset until it is set below.
-        let given = unsafe { result::malloc_host(bytes + PAGE_BYTES, PORTABLE) }
-            .map_err(failed(action))?
-            .cast::<u8>();
-        let none = || Error::Cuda { action, reason: "none was given".into() };
-        let allocation = NonNull::new(given).ok_or_else(none)?;
-        let base = NonNull::new(given.wrapping_add(given.align_offset(PAGE_BYTES))).ok_or_else(none)?;
-        // SAFETY: `bytes` from the first page on are within the range that the driver has just given.
-        unsafe { base.as_ptr().write_bytes(0, bytes) };
-        Ok(Self { allocation, base, context: context.clone() })
-    }
-
-    pub(crate) fn base(&self) -> NonNull<u8> {
-        self.base
-    }
-}
-
-impl Drop for PinnedMemory {
-    fn drop(&mut self) {
-        // A failure leaves the memory to the end of the process.
-        if self.context.bind_to_thread().is_ok() {
-            // SAFETY: the memory came from `malloc_host`, and no lease of it is left: each holds the arena alive.
-            let _ = unsafe { result::free_host(self.allocation.as_ptr().cast::<c_void>()) };
-        }
-    }
 }

@@ -2,14 +2,25 @@
 //! and a failing driver leaves the last commit. Runs on a GPU, or on a software driver that reorders streams.
 #![cfg(feature = "cuda")]
 
+mod faults;
+mod homes;
+mod orders;
+mod overlap;
+mod steady;
+#[path = "../support/mod.rs"]
 mod support;
 
 use candle_core::{DType, Device};
 use ferrozero::arrangement::GroupPlacement;
-use ferrozero::{BackendChoice, Config, CudaCall, CudaFault, CudaLane, Placement, Tier, Trainer};
+use ferrozero::{BackendChoice, Config, Placement, Tier};
 use support::{engine_model, tokens, train, trainer};
 
 const BLOCKS: usize = 3;
+
+/// Whether the driver runs each operation when it is enqueued, or is no software driver.
+fn runs_at_once() -> bool {
+    std::env::var("SIMCUDA_MODE").map_or(true, |mode| mode == "eager")
+}
 
 /// A configuration for the device; none, with the reason printed, where there is no device.
 fn on_cuda() -> Option<Config> {
@@ -103,17 +114,6 @@ fn ten_steps_have_the_losses_of_the_cpu_device() {
     }
 }
 
-#[test]
-fn no_copy_of_the_engine_makes_the_host_wait_for_memory_that_is_not_pinned() {
-    let Some(base) = on_cuda() else { return };
-    let config = Config { device: base.device, boundaries: Some(Tier::Host), ..homes(Tier::Disk) };
-    let (mut trainer, model) = trainer(config, BLOCKS).unwrap();
-    for step in 0..2 {
-        trainer.step(|micro_batch| model.loss(&tokens(step, micro_batch))).unwrap();
-    }
-    assert_eq!(trainer.pageable_copies(), 0);
-}
-
 /// Steps `from..to` in a folder, committed at the end.
 fn run(config: &Config, from: u64, to: u64) -> ferrozero::Result<String> {
     let (mut trainer, model) = trainer(Config { resume: from > 0, ..config.clone() }, BLOCKS)?;
@@ -156,67 +156,6 @@ fn a_run_resumes_with_the_same_bits_and_on_the_other_device_too() {
     }
 }
 
-/// Two steps, the first committed.
-fn two_steps(config: Config) -> ferrozero::Result<Trainer> {
-    let (mut trainer, model) = trainer(config, BLOCKS)?;
-    trainer.step(|micro_batch| model.loss(&tokens(0, micro_batch)))?;
-    trainer.commit(serde_json::Value::Null)?;
-    trainer.step(|micro_batch| model.loss(&tokens(1, micro_batch)))?;
-    Ok(trainer)
-}
-
-#[test]
-fn a_failing_driver_is_an_error_and_leaves_the_last_commit() {
-    let Some(base) = on_cuda() else { return };
-    let folder = folder();
-    let config = |name: &str, tier| Config {
-        device: base.device.clone(),
-        directory: Some(folder.path().join(name)),
-        backend: BackendChoice::Auto,
-        boundaries: Some(Tier::Host),
-        clip: Some(0.05),
-        ..homes(tier)
-    };
-    let expected = run(&config("expected", Tier::Disk), 0, 1).unwrap();
-    for call in CudaCall::ALL {
-        let tier = if call == CudaCall::Wait(CudaLane::Optimizer) { Tier::Device } else { Tier::Disk };
-        let config = |name: &str| config(name, tier);
-        let mut failures = 0;
-        // Every call would take long; these are in all parts of a run.
-        for index in [0, 1, 2, 5, 11, 23, 47, 95] {
-            let name = format!("{call:?} {index}");
-            let fault = Some(CudaFault { call, index, forgotten: false });
-            let ended = two_steps(Config { cuda_fault: fault, ..config(&name) });
-            let Err(error) = ended else { continue };
-            failures += 1;
-            assert!(error.to_string().contains("a fault that a test asked for"), "{name}: {error}");
-            // Whatever is committed is whole: nothing, or the first step.
-            match trainer(Config { resume: true, ..config(&name) }, BLOCKS) {
-                Ok((trainer, _)) => assert_eq!(trainer.weights_digest().unwrap(), expected, "{name}"),
-                Err(error) => assert!(error.to_string().contains("holds no commit"), "{name}: {error}"),
-            }
-        }
-        assert!(failures > 0, "no {call:?} failed");
-    }
-}
-
-#[test]
-fn a_device_without_memory_is_an_error_with_what_the_plan_counts() {
-    let Some(base) = on_cuda() else { return };
-    let device = base.device.clone();
-    let (mut trainer, model) = trainer(base, 1).unwrap();
-    trainer.step(|micro_batch| model.loss(&tokens(0, micro_batch))).unwrap();
-    // More than any device has.
-    let large = |_| candle_core::Tensor::zeros(1 << 46, DType::F32, &device);
-    match trainer.step(large) {
-        Err(ferrozero::Error::DeviceMemory { planned_bytes, free_bytes, .. }) => {
-            assert_eq!(planned_bytes, trainer.plan().device_bytes());
-            assert!(free_bytes > 0);
-        }
-        other => panic!("{:?}", other.map(|report| report.loss)),
-    }
-}
-
 #[test]
 fn parameters_of_another_device_than_the_engines_are_refused() {
     let Some(base) = on_cuda() else { return };
@@ -225,68 +164,4 @@ fn parameters_of_another_device_than_the_engines_are_refused() {
     let elsewhere = engine.var_builder().set_device(Device::Cpu);
     let error = elsewhere.get(3, "elsewhere").unwrap_err().to_string();
     assert!(error.contains("elsewhere") && error.contains("Cpu"), "{error}");
-}
-
-/// What the software driver says of the runs below is read from a file of theirs, named like this.
-const RACES: &str = "SIMCUDA_RACE_FILE";
-const FORGOTTEN: &str = "FERROZERO_TEST_FORGOTTEN_WAIT";
-
-fn lane(name: &str) -> CudaLane {
-    match name {
-        "upload" => CudaLane::Upload,
-        "download" => CudaLane::Download,
-        "optimizer" => CudaLane::Optimizer,
-        _ => CudaLane::Compute,
-    }
-}
-
-/// Runs in a process of its own, which [`a_wait_that_is_forgotten_is_seen`] starts.
-#[test]
-#[ignore = "part of another test"]
-fn forgets_a_wait() {
-    let Some(base) = on_cuda() else { return };
-    let forgotten = std::env::var(FORGOTTEN).unwrap_or_default();
-    let fault = forgotten.split_once(' ').map(|(name, index)| CudaFault {
-        call: CudaCall::Wait(lane(name)),
-        index: index.parse().unwrap(),
-        forgotten: true,
-    });
-    let boundaries = Some(Tier::Host);
-    let tier = if forgotten.starts_with("optimizer") { Tier::Device } else { Tier::Disk };
-    let config = Config { device: base.device, slots: Some(1), boundaries, cuda_fault: fault, ..homes(tier) };
-    // Wrong numbers may stop it.
-    let _ = train(config, BLOCKS, 1);
-}
-
-/// The proof that the runs above would have found a missing order between streams: the same engine without one wait.
-#[test]
-fn a_wait_that_is_forgotten_is_seen() {
-    if std::env::var(RACES).is_err() {
-        println!("skipped: only the software driver sees which accesses are not ordered");
-        return;
-    }
-    if std::env::var("SIMCUDA_MODE").is_ok_and(|mode| mode != "eager") {
-        println!("skipped: one mode of the driver shows it as well as all");
-        return;
-    }
-    let folder = folder();
-    let sees = |forgotten: &str| {
-        let races = folder.path().join(forgotten);
-        let child = std::process::Command::new(std::env::current_exe().unwrap())
-            .args(["--exact", "forgets_a_wait", "--ignored"])
-            .env(FORGOTTEN, forgotten)
-            // Each operation runs when it is enqueued: the driver then takes least for ordered that only happened to be.
-            .env("SIMCUDA_MODE", "eager")
-            .env(RACES, &races)
-            .output()
-            .unwrap();
-        assert!(child.status.success(), "{}", String::from_utf8_lossy(&child.stdout));
-        std::fs::metadata(races).is_ok_and(|file| file.len() > 0)
-    };
-    assert!(!sees("none"), "no wait is forgotten");
-    for name in ["compute", "upload", "download", "optimizer"] {
-        let seen: Vec<usize> = (0..12).filter(|index| sees(&format!("{name} {index}"))).collect();
-        println!("forgotten waits of the {name} stream that were seen: {seen:?} of 12");
-        assert!(!seen.is_empty(), "{name}");
-    }
 }
