@@ -188,6 +188,18 @@ pub struct Summary {
     pub planned_device_bytes: u64,
     /// Bytes of all files.
     pub disk_bytes: u64,
+    /// Bytes that went up to a CUDA device.
+    #[serde(default)]
+    pub uploaded_bytes: u64,
+    /// Seconds of that, by the device's clock.
+    #[serde(default)]
+    pub upload_s: f64,
+    /// Bytes that came down from it.
+    #[serde(default)]
+    pub downloaded_bytes: u64,
+    /// Seconds of that.
+    #[serde(default)]
+    pub download_s: f64,
     /// Seconds of a step, predicted.
     pub predicted_step_s: Option<f64>,
     /// Median seconds of the steps after the one that the prediction is made of.

@@ -168,6 +168,7 @@ impl Journal {
     pub fn summary(&mut self, trainer: &Trainer) -> Summary {
         let (first_step, before, began) = &self.began;
         let usage = trainer.usage();
+        let moved = trainer.device_counter().read();
         let written_bytes = (usage.written_bytes - before.written_bytes) as f64;
         self.step_s.sort_by(f64::total_cmp);
         Summary {
@@ -179,6 +180,10 @@ impl Journal {
             peak_device_bytes: usage.peak_device_bytes,
             planned_device_bytes: usage.planned_device_bytes,
             disk_bytes: usage.disk_bytes,
+            uploaded_bytes: moved.uploads.bytes,
+            upload_s: moved.uploads.seconds,
+            downloaded_bytes: moved.downloads.bytes,
+            download_s: moved.downloads.seconds,
             predicted_step_s: self.forecast.as_ref().map(|forecast| forecast.step_s),
             measured_step_s: self.step_s.get(self.step_s.len() / 2).copied(),
             written_bytes_per_step: written_bytes / (trainer.steps() - first_step).max(1) as f64,
