@@ -49,8 +49,8 @@ fn a_steady_step_allocates_no_memory_of_the_device() {
         // boundary that leaves is of the model's own. Nothing else is let go vacant.
         let tensors = ACCUMULATE * (BLOCKS + usize::from(boundaries != Tier::Device));
         let placeholders = after.placeholders - before.placeholders;
-        let expected = STEADY_STEPS * tensors as u64;
-        assert!((expected..expected + MORE_AT_ONCE).contains(&placeholders), "{name}: {placeholders}");
+        let most = STEADY_STEPS * tensors as u64 + MORE_AT_ONCE;
+        assert!(placeholders < most, "{name}: {placeholders}");
     }
 }
 
