@@ -174,7 +174,15 @@ impl Checkpoint {
     /// # Errors
     /// [`Error::Unsupported`] for an unknown name, and what reading finds.
     pub fn parameter(&self, name: &str) -> Result<Vec<f32>> {
-        let (group, entry) = self.layout.find(name)?;
+        let mut all = vec![];
+        for (group, entry) in self.layout.find(name)? {
+            all.extend(self.part(group, entry)?);
+        }
+        Ok(all)
+    }
+
+    /// Values of an entry of a group's table.
+    fn part(&self, group: usize, entry: usize) -> Result<Vec<f32>> {
         let of_group = &self.layout.groups[group];
         let mut values = vec![0.0; of_group.table[entry].elements];
         let extent = stores::extent_name(of_group, Stream::Master);

@@ -66,14 +66,22 @@ pub enum DataError {
         source: std::io::Error,
     },
     /// A line that is no example.
-    #[error(
-        "{path}, line {line}: expected an object with \"prompt\" and \"completion\", or with \"text\", all of them strings"
-    )]
+    #[error("{path}, line {line}: {reason}")]
     Example {
         /// The file.
         path: PathBuf,
         /// Number of the line, from 1.
         line: usize,
+        /// What is wrong.
+        reason: String,
+    },
+    /// A chat template that cannot be used.
+    #[error("chat template of {path}: {reason}")]
+    ChatTemplate {
+        /// The model.
+        path: PathBuf,
+        /// What is wrong.
+        reason: String,
     },
     /// A tokenizer that cannot be used.
     #[error("tokenizer {path}: {reason}")]
@@ -246,6 +254,32 @@ impl Tokenizer {
             reason: error.to_string(),
         };
         Ok(Self::HuggingFace(Box::new(HuggingFaceTokenizer::from_file(path).map_err(refused)?)))
+    }
+
+    /// Reads the text of a `tokenizer.json` that is made of `path`.
+    ///
+    /// # Errors
+    /// [`DataError::Tokenizer`].
+    pub(crate) fn from_json(json: &[u8], path: &Path) -> Result<Self, DataError> {
+        let refused = |error: tokenizers::Error| DataError::Tokenizer {
+            path: path.to_owned(),
+            reason: error.to_string(),
+        };
+        Ok(Self::HuggingFace(Box::new(HuggingFaceTokenizer::from_bytes(json).map_err(refused)?)))
+    }
+
+    /// Writes a `tokenizer.json`.
+    ///
+    /// # Errors
+    /// [`DataError::Tokenizer`], also for the bytes' tokenizer, of which there is no such file.
+    pub fn save(&self, path: &Path) -> Result<(), DataError> {
+        let refused = |reason| DataError::Tokenizer { path: path.to_owned(), reason };
+        match self {
+            Self::Bytes => Err(refused("single bytes are tokens here, which needs no file".into())),
+            Self::HuggingFace(tokenizer) => {
+                tokenizer.save(path, false).map_err(|error| refused(error.to_string()))
+            }
+        }
     }
 
     /// Number of different tokens.

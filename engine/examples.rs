@@ -1,6 +1,7 @@
 //! Examples for fine-tuning: prompts with answers, or texts, packed into sequences of one length. What is not to be learnt, such
 //! as prompts, is seen and not counted.
 
+use crate::chat::{ChatTemplate, Part};
 use crate::data::{DataError, TokenFile, TokenWriter, Tokenizer};
 use candle_core::{Device, Tensor};
 use ferrozero_kernels::philox::Stream;
@@ -36,24 +37,28 @@ pub struct Examples {
 }
 
 impl Examples {
-    /// Reads a text file, or for `*.jsonl` one object a line: `{"prompt": …, "completion": …}` or `{"text": …}`. `end` follows
-    /// each example. `folder` is that of the run.
+    /// Reads a text file, or for `*.jsonl` one object a line: `{"prompt": …, "completion": …}`, `{"text": …}`, or
+    /// `{"messages": […]}`, which is written as `chat` says. `end` follows each example but those, whose template ends them.
+    /// `folder` is that of the run.
     ///
     /// # Errors
     /// [`DataError`], with the line for one that is no example.
     pub fn read(
         path: &Path,
         tokenizer: &Tokenizer,
-        end: Option<u32>,
+        (end, chat): (Option<u32>, Option<&ChatTemplate>),
         folder: &Path,
         (seed, batch, sequence): (u64, usize, usize),
     ) -> Result<Self, DataError> {
         let unreadable = |source| DataError::Unreadable { path: path.to_owned(), source };
         let mut writer = TokenWriter::new(folder)?;
-        let mut append = |prompt: &str, completion: &str| {
-            let mut tokens = tokenizer.encode(prompt.as_bytes())?;
-            let learnt = tokenizer.encode(completion.as_bytes())?.into_iter().chain(end);
-            tokens.extend(learnt.map(|token| token | COUNTED));
+        let mut append = |parts: &[Part], end: Option<u32>| {
+            let mut tokens = vec![];
+            for (text, learnt) in parts {
+                let mark = if *learnt { COUNTED } else { 0 };
+                tokens.extend(tokenizer.encode(text.as_bytes())?.into_iter().map(|token| token | mark));
+            }
+            tokens.extend(end.map(|token| token | COUNTED));
             writer.append(&tokens)
         };
         if path.extension().is_some_and(|extension| extension == "jsonl") {
@@ -63,17 +68,17 @@ impl Examples {
                 if line.trim().is_empty() {
                     continue;
                 }
-                let value: Value = serde_json::from_str(&line).unwrap_or_default();
-                let text = |key: &str| value.get(key).and_then(Value::as_str);
-                match (text("prompt"), text("completion"), text("text")) {
-                    (Some(prompt), Some(completion), None) => append(prompt, completion)?,
-                    (None, None, Some(text)) => append("", text)?,
-                    _ => return Err(DataError::Example { path: path.to_owned(), line: number + 1 }),
+                let wrong = |reason| DataError::Example { path: path.to_owned(), line: number + 1, reason };
+                let value: Value = serde_json::from_str(&line).map_err(|error| wrong(error.to_string()))?;
+                match parts_of(&value, chat).map_err(wrong)? {
+                    (parts, true) => append(&parts, None)?,
+                    (parts, false) => append(&parts, end)?,
                 }
             }
         } else {
-            crate::data::Corpus::from_path(path)?
-                .documents(|document| append("", &String::from_utf8_lossy(document)))?;
+            crate::data::Corpus::from_path(path)?.documents(|document| {
+                append(&[(String::from_utf8_lossy(document).into_owned(), true)], end)
+            })?;
         }
         Self::pack(writer.finish()?, (seed, batch, sequence))
     }
@@ -161,6 +166,23 @@ impl Examples {
     }
 }
 
+/// The parts of an example, and whether it is a chat.
+fn parts_of(value: &Value, chat: Option<&ChatTemplate>) -> Result<(Vec<Part>, bool), String> {
+    let text = |key: &str| value.get(key).and_then(Value::as_str).map(str::to_owned);
+    let messages = value.get("messages").and_then(Value::as_array);
+    match (text("prompt"), text("completion"), text("text"), messages) {
+        (Some(prompt), Some(completion), None, None) => Ok((vec![(prompt, false), (completion, true)], false)),
+        (None, None, Some(text), None) => Ok((vec![(text, true)], false)),
+        (None, None, None, Some(messages)) => {
+            let chat = chat.ok_or("the model has no chat template, which messages need")?;
+            Ok((chat.parts(messages)?, true))
+        }
+        _ => Err("expected an object with \"prompt\" and \"completion\", with \"text\", all of them strings, or with \
+                  a list of \"messages\""
+            .into()),
+    }
+}
+
 /// Fisher and Yates's shuffle with the numbers of an epoch.
 fn shuffle(items: &mut [usize], stream: &Stream, epoch: u64) {
     let count = items.len() as u64;
@@ -179,7 +201,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join(name);
         std::fs::write(&path, text).unwrap();
-        Examples::read(&path, &Tokenizer::Bytes, Some(0), folder.path(), (3, 2, 8))
+        Examples::read(&path, &Tokenizer::Bytes, (Some(0), None), folder.path(), (3, 2, 8))
     }
 
     #[test]

@@ -7,7 +7,9 @@
 //! straddle two tensors or two pieces, so a norm has the same bits whatever the piece size.
 
 use crate::error::{Error, Result};
+use crate::tiled_linear::whole_of;
 use ferrozero_kernels::gradient::BLOCK_ELEMENTS;
+use std::collections::BTreeMap;
 use std::ops::Range;
 
 /// Tensors start at multiples of this many elements within the run of their group.
@@ -133,18 +135,25 @@ impl Layout {
         start..(start + self.piece_elements).min(elements)
     }
 
-    /// Group, and place in its table, of a parameter.
+    /// Groups, and places in their tables, of a parameter: one, or those of its tiles in the order of their rows.
     ///
     /// # Errors
     /// [`Error::Unsupported`] for an unknown name.
-    pub fn find(&self, name: &str) -> Result<(usize, usize)> {
-        let mut entries = self.groups.iter().enumerate().flat_map(|(group, of_group)| {
+    pub fn find(&self, name: &str) -> Result<Vec<(usize, usize)>> {
+        let entries = self.groups.iter().enumerate().flat_map(|(group, of_group)| {
             of_group.table.iter().enumerate().map(move |(index, entry)| (group, index, entry))
         });
-        let found = entries.find(|(_, _, entry)| entry.name == name);
-        found
-            .map(|(group, index, _)| (group, index))
-            .ok_or_else(|| Error::Unsupported(format!("the model has no parameter {name}")))
+        let mut found: Vec<(usize, usize, usize)> = entries
+            .filter_map(|(group, index, entry)| match whole_of(&entry.name) {
+                Some((whole, first_row)) if whole == name => Some((first_row, group, index)),
+                _ => (entry.name == name).then_some((0, group, index)),
+            })
+            .collect();
+        if found.is_empty() {
+            return Err(Error::Unsupported(format!("the model has no parameter {name}")));
+        }
+        found.sort_unstable();
+        Ok(found.into_iter().map(|(_, group, index)| (group, index)).collect())
     }
 
     /// The pieces of a group's run that hold a parameter.
@@ -154,12 +163,20 @@ impl Layout {
         entry.offset_elements / self.piece_elements..last / self.piece_elements + 1
     }
 
-    /// Names and shapes of all parameters, in the order of their names.
+    /// Names and shapes of all parameters, in the order of their names. Tiles of one are one.
     pub fn parameters(&self) -> Vec<(String, Vec<usize>)> {
-        let entries = self.groups.iter().flat_map(|group| &group.table);
-        let mut all: Vec<_> = entries.map(|entry| (entry.name.clone(), entry.shape.clone())).collect();
-        all.sort();
-        all
+        let mut all: BTreeMap<String, Vec<usize>> = BTreeMap::new();
+        for entry in self.groups.iter().flat_map(|group| &group.table) {
+            let Some((whole, _)) = whole_of(&entry.name) else {
+                all.insert(entry.name.clone(), entry.shape.clone());
+                continue;
+            };
+            match all.get_mut(&whole) {
+                Some(shape) => shape[0] += entry.shape[0],
+                None => drop(all.insert(whole, entry.shape.clone())),
+            }
+        }
+        all.into_iter().collect()
     }
 
     /// Number of parameters' elements, alignment not counted.

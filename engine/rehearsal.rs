@@ -26,7 +26,7 @@ struct Kind {
 
 #[derive(Debug, Clone, Default)]
 struct Known {
-    output: Option<Shape>,
+    output: Option<(Shape, DType)>,
     forward: Measured,
     backward: Measured,
 }
@@ -283,17 +283,18 @@ impl Trial {
         run: impl FnOnce() -> candle_core::Result<(DeviceRun, Shape)>,
     ) -> Result<(DeviceRun, Shape)> {
         if self.known {
-            let shape =
+            let output =
                 lock(&self.rehearsal.findings).known.get(&self.kind).and_then(|known| known.output.clone());
-            let shape = shape.ok_or_else(|| crate::work::internal("a known segment without an output"))?;
+            let (shape, dtype) =
+                output.ok_or_else(|| crate::work::internal("a known segment without an output"))?;
             self.count(|known| known.forward.bytes);
-            let device = &self.rehearsal.device;
-            return Ok((DeviceRun::zeros(shape.elem_count(), device.dtype(), device.device())?, shape));
+            let device = self.rehearsal.device.device();
+            return Ok((DeviceRun::zeros(shape.elem_count(), dtype, device)?, shape));
         }
         let (output, bytes, seconds) = self.measured(run)?;
         let mut findings = lock(&self.rehearsal.findings);
         let known = findings.known.entry(self.kind.clone()).or_default();
-        known.output = Some(output.1.clone());
+        known.output = Some((output.1.clone(), output.0.dtype()));
         known.forward.add(bytes, seconds);
         drop(findings);
         Ok(output)

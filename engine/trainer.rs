@@ -456,8 +456,16 @@ impl Trainer {
     /// # Errors
     /// [`Error::Unsupported`] for an unknown name, and errors of the tiers.
     pub fn parameter(&self, name: &str) -> Result<Vec<f32>> {
+        let mut all = vec![];
+        for (group, index) in self.plan.layout.find(name)? {
+            all.extend(self.part(group, index)?);
+        }
+        Ok(all)
+    }
+
+    /// Values of an entry of a group's table.
+    fn part(&self, group: usize, index: usize) -> Result<Vec<f32>> {
         let layout = &self.plan.layout;
-        let (group, index) = layout.find(name)?;
         let mut values = vec![0.0; layout.groups[group].table[index].elements];
         let (sender, received) = unbounded();
         self.settle()?;

@@ -88,6 +88,11 @@ impl DeviceRun {
         self.elements() == 0
     }
 
+    /// Type of its elements.
+    pub fn dtype(&self) -> DType {
+        self.0.dtype()
+    }
+
     /// Elements of a floating-point storage; of every other, 0.
     pub fn elements(&self) -> usize {
         elements(&self.storage)

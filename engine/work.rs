@@ -6,6 +6,7 @@ use crate::error::{Error, Result};
 use crate::layout::{Layout, Run};
 use crate::registry::Parameter;
 use crate::schedule::{GroupIndex, MasterPlace, Operation, Queue, Stream};
+use crate::tiled_linear::whole_of;
 use crate::vacancy::DeviceRun;
 use crate::weights::InitialValues;
 use crossbeam::channel::Sender;
@@ -14,6 +15,7 @@ use ferrozero_kernels::adamw::{AdamWState, AdamWStep, adamw};
 use ferrozero_kernels::gradient::{Accumulate, GradientStatistics, accumulate};
 use ferrozero_kernels::initialize::initialize;
 use ferrozero_offload::{Lease, Store};
+use std::borrow::Cow;
 use std::sync::{Arc, OnceLock};
 
 /// The memory that one operation uses, in its hands from its start to its end.
@@ -190,12 +192,20 @@ impl Shared {
             let entry = &self.layout.groups[group].table[run.entry];
             let init = &self.parameters[entry.parameter].init;
             let target = &mut values[run.piece_start..run.piece_start + run.elements];
+            // A tile has the values of its rows of the whole.
+            let (name, first) = match whole_of(&entry.name) {
+                Some((whole, first_row)) => {
+                    let row_elements = entry.elements / entry.shape[0].max(1);
+                    (Cow::Owned(whole), first_row * row_elements + run.entry_start)
+                }
+                None => (Cow::Borrowed(entry.name.as_str()), run.entry_start),
+            };
             if let Some(initial) = &self.initial_values
-                && initial.fill(&entry.name, run.entry_start, target)?
+                && initial.fill(&name, first, target)?
             {
                 continue;
             }
-            initialize(init, &entry.shape, self.seed, &entry.name, run.entry_start, target);
+            initialize(init, &entry.shape, self.seed, &name, first, target);
         }
         Ok(())
     }

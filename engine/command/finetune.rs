@@ -2,12 +2,13 @@
 
 use super::journal::{About, Journal};
 use super::output::{Output, quoted};
-use super::pretrained::{ends, folder_of};
+use super::pretrained::ends;
 use super::settings::ComputeType;
 use super::train::stop_flag;
 use super::{CommandResult, configuration};
 use crate::byte_size::ByteSize;
-use crate::data::Tokenizer;
+use crate::chat::ChatTemplate;
+use crate::data::{DataError, Tokenizer};
 use crate::error::Error;
 use crate::examples::Examples;
 use crate::export::export_safetensors;
@@ -27,13 +28,14 @@ use std::sync::atomic::Ordering;
 pub struct FinetuneArguments {
     /// Hugging Face folder, or GGUF file
     model: PathBuf,
-    /// Text, or FILE.jsonl with {"prompt": …, "completion": …} or {"text": …} a line; prompts are not learnt
+    /// Text, or FILE.jsonl with {"prompt": …, "completion": …}, {"text": …} or {"messages": […]} a line; prompts, and what the
+    /// assistant does not say, are not learnt
     #[arg(long)]
     data: PathBuf,
     /// Folder for the result, which transformers loads
     #[arg(long)]
     out: PathBuf,
-    /// Hugging Face tokenizer [default: tokenizer.json in the folder of the model]
+    /// Hugging Face tokenizer [default: the model's own]
     #[arg(long, value_name = "tokenizer.json")]
     tokenizer: Option<PathBuf>,
     /// Folder of the run: states and checkpoint
@@ -117,12 +119,17 @@ pub fn run(arguments: FinetuneArguments) -> CommandResult {
     }
     let output = Output::new(false, arguments.quiet);
     let pretrained = Pretrained::open(path, *seq)?;
-    let tokenizer_path =
-        arguments.tokenizer.clone().unwrap_or_else(|| folder_of(path).join("tokenizer.json"));
-    let tokenizer = Tokenizer::from_file(&tokenizer_path)?;
+    let tokenizer = pretrained.tokenizer(arguments.tokenizer.as_deref())?;
     let end = ends(&pretrained.configuration).first().copied();
-    let data =
-        Examples::read(&arguments.data, &tokenizer, end, &arguments.dir, (arguments.seed, *batch, *seq))?;
+    let chat = ChatTemplate::of(&pretrained.tokenizer_configuration()?)
+        .map_err(|reason| DataError::ChatTemplate { path: path.clone(), reason })?;
+    let data = Examples::read(
+        &arguments.data,
+        &tokenizer,
+        (end, chat.as_ref()),
+        &arguments.dir,
+        (arguments.seed, *batch, *seq),
+    )?;
     let steps = (epochs * data.training() as f64 / (batch * accumulate) as f64).ceil() as u64;
     output.say(format_args!("data: {} sequences for training, {steps} steps", data.training()));
     let engine = Engine::new(Config {
@@ -235,7 +242,7 @@ pub fn run(arguments: FinetuneArguments) -> CommandResult {
     if adapting.rank > 0 && !arguments.lora_merge {
         write_adapters(path, &adapting, &trainer, &arguments.out)?;
     } else {
-        write_model(&pretrained, &adapting, &trainer, &tokenizer_path, &arguments.out)?;
+        write_model(&pretrained, &adapting, &trainer, &tokenizer, &arguments.out)?;
     }
     let summary = Summary {
         train_loss,
@@ -315,22 +322,28 @@ fn write_model(
     pretrained: &Pretrained,
     adapting: &Adapting,
     trainer: &Trainer,
-    tokenizer: &Path,
+    tokenizer: &Tokenizer,
     out: &Path,
 ) -> CommandResult {
     std::fs::create_dir_all(out).map_err(failed(out))?;
-    let copy = |from: &Path, name: &str| std::fs::copy(from, out.join(name)).map_err(failed(from));
-    copy(tokenizer, "tokenizer.json")?;
-    for name in COPIED {
-        let from = folder_of(&pretrained.path).join(name);
-        if from.exists() {
-            copy(&from, name)?;
+    let write_json = |name: &str, value: &Value| {
+        let path = out.join(name);
+        std::fs::write(&path, format!("{value:#}\n")).map_err(failed(&path))
+    };
+    tokenizer.save(&out.join("tokenizer.json"))?;
+    if pretrained.path.is_dir() {
+        for name in COPIED {
+            let from = pretrained.path.join(name);
+            if from.exists() {
+                std::fs::copy(&from, out.join(name)).map_err(failed(&from))?;
+            }
         }
+    } else {
+        write_json("tokenizer_config.json", &pretrained.tokenizer_configuration()?)?;
     }
     let mut configuration: Value = pretrained.configuration.clone();
     configuration["dtype"] = json!("float32");
-    let path = out.join("config.json");
-    std::fs::write(&path, format!("{configuration:#}\n")).map_err(failed(&path))?;
+    write_json("config.json", &configuration)?;
     let weights = trainer.parameters().into_iter().filter(|(name, _)| !Adapting::is_adapter(name));
     let stored = weights.map(|(name, shape)| {
         let (stored, transposed) = pretrained.stored_name(&name);

@@ -3,7 +3,6 @@
 use super::settings::ComputeType;
 use super::{CommandResult, configuration};
 use crate::byte_size::ByteSize;
-use crate::data::Tokenizer;
 use crate::generate::{Sampling, choose};
 use crate::models::linear::Adapting;
 use crate::models::pretrained::{Cache, Pretrained};
@@ -12,7 +11,7 @@ use candle_core::{DType, Device, Tensor};
 use ferrozero_kernels::philox::Stream;
 use serde_json::{Value, json};
 use std::io::Write;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::Instant;
 
 /// Options of `ferrozero generate`.
@@ -26,7 +25,7 @@ pub struct GenerateArguments {
     /// Most tokens that are generated
     #[arg(long, default_value_t = 128)]
     tokens: usize,
-    /// Hugging Face tokenizer [default: tokenizer.json in the folder of the model]
+    /// Hugging Face tokenizer [default: the model's own]
     #[arg(long, value_name = "tokenizer.json")]
     tokenizer: Option<PathBuf>,
     /// Divides the logits; 0 takes the most likely token
@@ -55,11 +54,6 @@ pub struct GenerateArguments {
     scratch: Option<PathBuf>,
 }
 
-/// The folder of a model, or the one that its file is in.
-pub(super) fn folder_of(model: &Path) -> &Path {
-    if model.is_dir() { model } else { model.parent().unwrap_or(Path::new(".")) }
-}
-
 /// Tokens that end a text, as the configuration says.
 pub(super) fn ends(configuration: &Value) -> Vec<u32> {
     let found = &configuration["eos_token_id"];
@@ -76,8 +70,8 @@ pub fn generate(arguments: GenerateArguments) -> CommandResult {
             configuration("--top-p must be above 0 and at most 1, --temperature 0 or more".into()).into()
         );
     }
-    let tokenizer = arguments.tokenizer.unwrap_or_else(|| folder_of(&path).join("tokenizer.json"));
-    let tokenizer = Tokenizer::from_file(&tokenizer)?;
+    // The length of the prompt is known only with the tokenizer.
+    let tokenizer = Pretrained::open(&path, 1)?.tokenizer(arguments.tokenizer.as_deref())?;
     let mut tokens = tokenizer.encode(prompt.as_bytes())?;
     if tokens.is_empty() || count == 0 {
         return Err(

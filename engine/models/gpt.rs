@@ -1,6 +1,7 @@
 //! The GPT-2 architecture (Radford et al., "Language models are unsupervised multitask learners", 2019) as plain candle
 //! modules. B: batch, T: tokens of a sequence, C: hidden width, V: vocabulary.
 
+use super::cache::LayerCache;
 use candle_core::{Module, Result, Tensor};
 use candle_nn::{Init, VarBuilder};
 use ferrozero_kernels::ops;
@@ -113,13 +114,31 @@ impl Block {
     }
 }
 
+impl Block {
+    /// As the module's forward for the tokens that follow those in `cache`, without gradients. `xs` [B, T, C].
+    ///
+    /// # Errors
+    /// What candle says.
+    pub fn forward_cached(&self, xs: &Tensor, cache: &mut LayerCache) -> Result<Tensor> {
+        let (b, t, c) = xs.dims3()?;
+        let qkv = self.c_attn.forward(&self.ln_1.forward(xs)?)?; // [B, T, 3C]
+        let qkv = qkv.reshape((b, t, 3, self.heads, c / self.heads))?.permute((2, 0, 3, 1, 4))?; // [3, B, H, T, D]
+        let [q, k, v] = [0, 1, 2].map(|part| qkv.get(part)?.contiguous());
+        self.after_attention(xs, &cache.attend(&q?, &k?, &v?)?)
+    }
+
+    /// `attended` [B, T, C].
+    fn after_attention(&self, xs: &Tensor, attended: &Tensor) -> Result<Tensor> {
+        let xs = (xs + self.c_proj.forward(attended)?)?; // [B, T, C]
+        let hidden = ops::gelu(&self.c_fc.forward(&self.ln_2.forward(&xs)?)?)?; // [B, T, 4C]
+        self.mlp_c_proj.close(&xs, &hidden) // [B, T, C]
+    }
+}
+
 impl Module for Block {
     fn forward(&self, xs: &Tensor) -> Result<Tensor> {
         let qkv = self.c_attn.forward(&self.ln_1.forward(xs)?)?; // [B, T, 3C]
-        let attended = ops::causal_attention(&qkv, self.heads)?; // [B, T, C]
-        let xs = (xs + self.c_proj.forward(&attended)?)?; // [B, T, C]
-        let hidden = ops::gelu(&self.c_fc.forward(&self.ln_2.forward(&xs)?)?)?; // [B, T, 4C]
-        self.mlp_c_proj.close(&xs, &hidden) // [B, T, C]
+        self.after_attention(xs, &ops::causal_attention(&qkv, self.heads)?)
     }
 }
 
@@ -132,7 +151,7 @@ pub struct Gpt<B> {
     ln_f: Norm,
 }
 
-impl<B: Module> Gpt<B> {
+impl<B> Gpt<B> {
     /// The model; `make_block` is given the builder and the number of each block.
     ///
     /// # Errors
@@ -153,17 +172,22 @@ impl<B: Module> Gpt<B> {
         })
     }
 
-    /// Hidden states [B, T, C] of tokens [B, T].
+    /// Hidden states [B, T, C] of tokens [B, T], of which the first is at `position`; `run` runs the block of a number.
     ///
     /// # Errors
-    /// For more tokens than the sequence has, and what the blocks say.
-    pub fn hidden(&self, tokens: &Tensor) -> Result<Tensor> {
+    /// For more tokens than the sequence has, and what `run` says.
+    pub fn hidden_with(
+        &self,
+        tokens: &Tensor,
+        position: usize,
+        mut run: impl FnMut(usize, &B, &Tensor) -> Result<Tensor>,
+    ) -> Result<Tensor> {
         let tokens = ops::to_device(tokens, self.wte.device())?;
         let t = tokens.dim(1)?;
         let embedded = ops::embedding(&self.wte, &tokens)?; // [B, T, C]
-        let mut xs = embedded.broadcast_add(&self.wpe.narrow(0, 0, t)?)?; // [B, T, C]
-        for block in &self.blocks {
-            xs = block.forward(&xs)?;
+        let mut xs = embedded.broadcast_add(&self.wpe.narrow(0, position, t)?)?; // [B, T, C]
+        for (number, block) in self.blocks.iter().enumerate() {
+            xs = run(number, block, &xs)?;
         }
         self.ln_f.forward(&xs)
     }
@@ -171,6 +195,16 @@ impl<B: Module> Gpt<B> {
     /// The matrix [V, C] that makes logits of hidden states: the token embedding.
     pub fn head(&self) -> &Tensor {
         &self.wte
+    }
+}
+
+impl<B: Module> Gpt<B> {
+    /// Hidden states [B, T, C] of tokens [B, T].
+    ///
+    /// # Errors
+    /// For more tokens than the sequence has, and what the blocks say.
+    pub fn hidden(&self, tokens: &Tensor) -> Result<Tensor> {
+        self.hidden_with(tokens, 0, |_, block, xs| block.forward(xs))
     }
 
     /// Mean cross-entropy of `targets` [B, T] after `tokens` [B, T]. The head is the token embedding.

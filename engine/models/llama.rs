@@ -7,11 +7,13 @@
 use super::cache::LayerCache;
 use super::linear::{Adapting, Linear};
 use super::llama_config::LlamaConfig;
+use crate::TiledLinear;
 use candle_core::{Module, Result, Tensor};
 use candle_nn::{Init, VarBuilder};
 use ferrozero_kernels::ops;
 
-const WEIGHTS: Init = Init::Randn { mean: 0.0, stdev: 0.02 };
+/// Initial weights of linear layers.
+pub(super) const WEIGHTS: Init = Init::Randn { mean: 0.0, stdev: 0.02 };
 
 /// Root mean square norm with a scale.
 struct Norm {
@@ -39,14 +41,16 @@ struct Angles {
 
 impl Angles {
     fn new(config: &LlamaConfig, vb: &VarBuilder) -> Result<Self> {
-        let frequencies = config.frequencies();
+        let frequencies = config.rope.frequencies(config.head_width);
+        let magnitude = config.rope.magnitude() as f32;
         let shape = (config.sequence, frequencies.len());
         let of = |function: fn(f64) -> f64| {
             let angles = (0..config.sequence).flat_map(|position| {
                 // In f32, as the checkpoints were trained.
                 frequencies.iter().map(move |frequency| position as f32 * frequency)
             });
-            let values: Vec<f32> = angles.map(|angle| function(f64::from(angle)) as f32).collect();
+            let values: Vec<f32> =
+                angles.map(|angle| function(f64::from(angle)) as f32 * magnitude).collect();
             Tensor::from_vec(values, shape, vb.device())?.to_dtype(vb.dtype())
         };
         Ok(Self { cosines: of(f64::cos)?, sines: of(f64::sin)? })
@@ -137,15 +141,7 @@ impl Attention {
         let q = self.heads(&self.q_proj.forward(xs)?, self.heads, self.q_norm.as_ref(), position)?;
         let k = self.heads(&self.k_proj.forward(xs)?, k_heads, self.k_norm.as_ref(), position)?;
         let v = self.v_proj.forward(xs)?.reshape((b, t, k_heads, d))?.transpose(1, 2)?.contiguous()?;
-        let (k, v) = cache.append(&k, &v)?; // [B, K, S, D]
-        let (s, queries) = (position + t, self.heads / k_heads);
-        // The queries of one key head are rows of one product.
-        let q = q.reshape((b, k_heads, queries * t, d))?;
-        let scores = q.matmul(&k.t()?)?.reshape((b, k_heads, queries, t, s))?;
-        let weights = ops::causal_softmax(&scores, 1.0 / (d as f32).sqrt())?;
-        let attended = weights.reshape((b, k_heads, queries * t, s))?.matmul(&v)?; // [B, K, H/K·T, D]
-        let attended = attended.reshape((b, self.heads, t, d))?.transpose(1, 2)?.reshape((b, t, ()))?;
-        self.o_proj.forward(&attended)
+        self.o_proj.forward(&cache.attend(&q, &k, &v)?)
     }
 }
 
@@ -227,32 +223,48 @@ pub struct Llama<B> {
     embed_tokens: Tensor,
     layers: Vec<B>,
     norm: Norm,
-    /// None: the token embedding is the head.
-    lm_head: Option<Tensor>,
+    head: Head,
     sequence: usize,
 }
 
+/// What makes logits of hidden states.
+enum Head {
+    /// The token embedding.
+    Tied,
+    /// [V, C].
+    Whole(Tensor),
+    Tiled(TiledLinear),
+}
+
 impl<B> Llama<B> {
-    /// The model; `make_block` is given the builder of each layer.
+    /// The model; `make_block` is given the builder of each layer, and `make_head` that of an untied head, which is whole where
+    /// it answers none.
     ///
     /// # Errors
-    /// What the `VarBuilder` or `make_block` says.
+    /// What the `VarBuilder`, `make_block` or `make_head` says.
     pub fn new<'a, E: From<candle_core::Error>>(
         config: &LlamaConfig,
         vb: VarBuilder<'a>,
         make_block: impl Fn(VarBuilder<'a>) -> std::result::Result<B, E>,
+        make_head: impl FnOnce(VarBuilder<'a>) -> std::result::Result<Option<TiledLinear>, E>,
     ) -> std::result::Result<Self, E> {
         let model = vb.pp("model");
         let shape = (config.vocabulary, config.hidden);
         let layers = (0..config.layers)
             .map(|i| make_block(model.pp(format!("layers.{i}"))))
             .collect::<std::result::Result<_, E>>()?;
-        let head = || vb.get_with_hints(shape, "lm_head.weight", WEIGHTS);
+        let head = match config.tied {
+            true => Head::Tied,
+            false => match make_head(vb.pp("lm_head"))? {
+                Some(tiled) => Head::Tiled(tiled),
+                None => Head::Whole(vb.get_with_hints(shape, "lm_head.weight", WEIGHTS)?),
+            },
+        };
         Ok(Self {
             embed_tokens: model.get_with_hints(shape, "embed_tokens.weight", WEIGHTS)?,
             layers,
             norm: Norm::new(config.hidden, config.epsilon, model.pp("norm"))?,
-            lm_head: (!config.tied).then(head).transpose()?,
+            head,
             sequence: config.sequence,
         })
     }
@@ -278,8 +290,27 @@ impl<B> Llama<B> {
         self.norm.forward(&xs)
     }
 
-    /// The matrix [V, C] that makes logits of hidden states.
-    pub fn head(&self) -> &Tensor {
-        self.lm_head.as_ref().unwrap_or(&self.embed_tokens)
+    /// Mean cross-entropy of `targets` [N] for `hidden` [N, C].
+    ///
+    /// # Errors
+    /// For targets outside the vocabulary, and what the operations say.
+    pub fn cross_entropy(&self, hidden: &Tensor, targets: &Tensor) -> Result<Tensor> {
+        match &self.head {
+            Head::Tied => ops::linear_cross_entropy(hidden, &self.embed_tokens, targets),
+            Head::Whole(weight) => ops::linear_cross_entropy(hidden, weight, targets),
+            Head::Tiled(head) => head.cross_entropy(hidden, targets),
+        }
+    }
+
+    /// Logits [N, V] of `hidden` [N, C].
+    ///
+    /// # Errors
+    /// What the operations say.
+    pub fn logits(&self, hidden: &Tensor) -> Result<Tensor> {
+        match &self.head {
+            Head::Tied => ops::linear(hidden, &self.embed_tokens, None),
+            Head::Whole(weight) => ops::linear(hidden, weight, None),
+            Head::Tiled(head) => head.forward(hidden),
+        }
     }
 }

@@ -1,8 +1,8 @@
 //! Sizes of a Llama-like model, from Hugging Face's `config.json` or the metadata of a GGUF file.
 
+use super::rope::Rope;
 use crate::error::{Error, Result};
 use serde_json::Value;
-use std::f64::consts::TAU;
 
 /// Sizes and details of a Llama-like model.
 #[derive(Debug, Clone, PartialEq)]
@@ -25,10 +25,8 @@ pub struct LlamaConfig {
     pub sequence: usize,
     /// Added to the mean square in norms.
     pub epsilon: f64,
-    /// Base of the angles of positions.
-    pub theta: f64,
-    /// How angles are stretched for longer sequences.
-    pub scaling: RopeScaling,
+    /// The angles of positions.
+    pub rope: Rope,
     /// Whether the token embedding is the head.
     pub tied: bool,
     /// Whether queries, keys and values have a bias.
@@ -41,46 +39,23 @@ pub struct LlamaConfig {
     pub query_key_norms: bool,
 }
 
-/// How the angles of positions are stretched for longer sequences than the model was first trained on.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub enum RopeScaling {
-    /// Not at all.
-    None,
-    /// All by the same factor (Chen et al., arXiv 2306.15595).
-    Linear {
-        /// The factor.
-        factor: f64,
-    },
-    /// Slow ones by a factor, fast ones not, those between in part, as Llama 3.1.
-    Llama3 {
-        /// Factor of the slow ones.
-        factor: f64,
-        /// Waves longer than the original sequence over this are slow.
-        low: f64,
-        /// Waves shorter than the original sequence over this are fast.
-        high: f64,
-        /// Sequence of the first training.
-        original: f64,
-    },
-}
-
 /// Reads a member of a configuration.
-struct Reader<'a> {
-    value: &'a Value,
-    source: &'a str,
+pub(super) struct Reader<'a> {
+    pub(super) value: &'a Value,
+    pub(super) source: &'a str,
 }
 
 impl Reader<'_> {
-    fn wrong(&self, key: &str, expected: &str) -> Error {
+    pub(super) fn wrong(&self, key: &str, expected: &str) -> Error {
         let found = self.value.get(key).cloned().unwrap_or_default();
         Error::Configuration(format!("{}: {key} is {found} and must be {expected}", self.source))
     }
 
-    fn present(&self, key: &str) -> Option<&Value> {
+    pub(super) fn present(&self, key: &str) -> Option<&Value> {
         self.value.get(key).filter(|value| !value.is_null())
     }
 
-    fn size(&self, key: &str, default: Option<usize>) -> Result<usize> {
+    pub(super) fn size(&self, key: &str, default: Option<usize>) -> Result<usize> {
         let limit = 1 << 32;
         match (self.present(key).map(Value::as_u64), default) {
             (Some(Some(size)), _) if size > 0 && size < limit => Ok(size as usize),
@@ -89,7 +64,7 @@ impl Reader<'_> {
         }
     }
 
-    fn number(&self, key: &str, default: Option<f64>) -> Result<f64> {
+    pub(super) fn number(&self, key: &str, default: Option<f64>) -> Result<f64> {
         match (self.present(key).map(Value::as_f64), default) {
             (Some(Some(number)), _) if number.is_finite() && number > 0.0 => Ok(number),
             (None, Some(default)) => Ok(default),
@@ -97,7 +72,7 @@ impl Reader<'_> {
         }
     }
 
-    fn flag(&self, key: &str, default: bool) -> Result<bool> {
+    pub(super) fn flag(&self, key: &str, default: bool) -> Result<bool> {
         self.present(key)
             .map_or(Ok(default), |value| value.as_bool().ok_or_else(|| self.wrong(key, "a truth value")))
     }
@@ -139,8 +114,7 @@ impl LlamaConfig {
             head_width: reader.size("head_dim", Some((hidden / heads).max(1)))?,
             sequence,
             epsilon: reader.number("rms_norm_eps", Some(1e-6))?,
-            theta: theta(&reader)?,
-            scaling: scaling(&reader)?,
+            rope: Rope::read(&reader)?,
             tied: reader.flag("tie_word_embeddings", false)?,
             query_key_value_bias: bias || qwen2,
             output_bias: bias && !qwen2,
@@ -164,6 +138,12 @@ impl LlamaConfig {
         config.checked(source)
     }
 
+    /// Elements of the matrices of a layer.
+    pub fn layer_elements(&self) -> usize {
+        let rows = 2 * (self.heads + self.key_value_heads) * self.head_width + 3 * self.perceptron;
+        rows * self.hidden
+    }
+
     fn checked(self, source: &str) -> Result<Self> {
         let Self { heads, key_value_heads, head_width, .. } = self;
         if heads % key_value_heads != 0 || head_width % 2 != 0 {
@@ -172,65 +152,5 @@ impl LlamaConfig {
             )));
         }
         Ok(self)
-    }
-
-    /// Angle a position of each pair of a head's elements, D/2 numbers (Su et al., arXiv 2104.09864).
-    pub fn frequencies(&self) -> Vec<f32> {
-        let pairs = self.head_width / 2;
-        (0..pairs)
-            .map(|pair| {
-                let exponent = (2 * pair) as f32 / self.head_width as f32;
-                let frequency = 1.0 / f64::from(self.theta as f32).powf(f64::from(exponent));
-                match self.scaling {
-                    RopeScaling::None => frequency as f32,
-                    RopeScaling::Linear { factor } => (frequency / factor) as f32,
-                    RopeScaling::Llama3 { factor, low, high, original } => {
-                        let wave = TAU / frequency;
-                        if wave < original / high {
-                            frequency as f32
-                        } else if wave > original / low {
-                            (frequency / factor) as f32
-                        } else {
-                            let fast = (original / wave - low) / (high - low);
-                            ((1.0 - fast) * frequency / factor + fast * frequency) as f32
-                        }
-                    }
-                }
-            })
-            .collect()
-    }
-}
-
-/// Newer configurations keep everything of the angles in one object, older ones beside it.
-fn rope<'a>(reader: &Reader<'a>) -> Option<Reader<'a>> {
-    let value = ["rope_parameters", "rope_scaling"]
-        .iter()
-        .find_map(|key| reader.value.get(key).filter(|value| !value.is_null()))?;
-    Some(Reader { value, source: reader.source })
-}
-
-fn theta(reader: &Reader) -> Result<f64> {
-    match rope(reader).filter(|rope| rope.present("rope_theta").is_some()) {
-        Some(rope) => rope.number("rope_theta", None),
-        None => reader.number("rope_theta", Some(10_000.0)),
-    }
-}
-
-fn scaling(reader: &Reader) -> Result<RopeScaling> {
-    let Some(rope) = rope(reader) else { return Ok(RopeScaling::None) };
-    let kind = rope.present("rope_type").or_else(|| rope.present("type")).and_then(Value::as_str);
-    match kind.unwrap_or("default") {
-        "default" => Ok(RopeScaling::None),
-        "linear" => Ok(RopeScaling::Linear { factor: rope.number("factor", None)? }),
-        "llama3" => Ok(RopeScaling::Llama3 {
-            factor: rope.number("factor", None)?,
-            low: rope.number("low_freq_factor", None)?,
-            high: rope.number("high_freq_factor", None)?,
-            original: rope.number("original_max_position_embeddings", None)?,
-        }),
-        other => Err(Error::Unsupported(format!(
-            "{}: rope type {other:?} is not implemented; default, linear and llama3 are",
-            reader.source
-        ))),
     }
 }

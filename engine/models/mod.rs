@@ -1,8 +1,11 @@
 //! Models that are trained by command, as plain candle modules.
 
 pub mod cache;
+mod gguf;
+mod gguf_tokenizer;
 pub mod gpt;
 pub mod linear;
 pub mod llama;
 pub mod llama_config;
 pub mod pretrained;
+pub mod rope;

@@ -1,21 +1,21 @@
 //! Models that others have trained: their configuration, where their tensors are, and the model in an engine.
 
 use super::cache::LayerCache;
+use super::gguf;
+use super::gguf_tokenizer;
 use super::gpt::{self, Gpt, GptConfig};
 use super::linear::Adapting;
 use super::llama::{self, Llama};
 use super::llama_config::LlamaConfig;
+use crate::data::{DataError, Tokenizer};
 use crate::error::{Error, Result};
 use crate::pass::lock;
 use crate::weights::{Arrangement, Weights};
-use crate::{Engine, Segment};
-use candle_core::quantized::gguf_file;
+use crate::{Engine, Segment, TiledLinear};
 use candle_core::{Module, Tensor};
 use candle_nn::VarBuilder;
 use ferrozero_kernels::ops;
 use serde_json::{Value, json};
-use std::fs::File;
-use std::io::BufReader;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
@@ -29,6 +29,17 @@ enum Family {
     Gpt2(GptConfig),
 }
 
+impl Family {
+    fn head_tiles(&self) -> usize {
+        match self {
+            Self::Llama(config) if !config.tied => {
+                (config.vocabulary * config.hidden).div_ceil(config.layer_elements().max(1))
+            }
+            _ => 1,
+        }
+    }
+}
+
 /// A model's folder or GGUF file.
 #[derive(Debug, Clone)]
 pub struct Pretrained {
@@ -38,6 +49,9 @@ pub struct Pretrained {
     pub configuration: Value,
     /// The weights.
     pub weights: Arc<Weights>,
+    /// Tiles of an untied head in an engine. As many as make none of them larger than a layer: by the shape alone, so that
+    /// memory changes no number.
+    pub head_tiles: usize,
     family: Family,
 }
 
@@ -53,11 +67,7 @@ impl Pretrained {
 
     fn of_folder(folder: &Path, sequence: usize) -> Result<Self> {
         let path = folder.join("config.json");
-        let text =
-            std::fs::read_to_string(&path).map_err(|source| Error::File { path: path.clone(), source })?;
-        let configuration: Value = serde_json::from_str(&text).map_err(|error| {
-            Error::Configuration(format!("{} is not valid JSON: {error}", path.display()))
-        })?;
+        let configuration = read_json(&path)?;
         let source = path.display().to_string();
         let family = match configuration.get("model_type").and_then(Value::as_str) {
             Some("gpt2") => Family::Gpt2(gpt2_config(&configuration, &source, sequence)?),
@@ -71,15 +81,14 @@ impl Pretrained {
                 (!derived).then(|| (name.to_owned(), Arrangement::Same))
             })?,
         };
-        Ok(Self { path: folder.to_owned(), configuration, weights: Arc::new(weights), family })
+        let head_tiles = family.head_tiles();
+        Ok(Self { path: folder.to_owned(), configuration, weights: Arc::new(weights), head_tiles, family })
     }
 
     fn of_gguf(path: &Path, sequence: usize) -> Result<Self> {
         let damaged = |reason: String| Error::Weights { path: path.to_owned(), reason };
-        let file = File::open(path).map_err(|source| Error::File { path: path.to_owned(), source })?;
-        let content = gguf_file::Content::read(&mut BufReader::new(file))
-            .map_err(|error| damaged(format!("its table of contents cannot be read as GGUF: {error}")))?;
-        let configuration = gguf_configuration(path, &content)?;
+        let content = gguf::read(path)?;
+        let configuration = gguf::configuration(path, &content)?;
         let config = LlamaConfig::from_json(&configuration, &path.display().to_string(), sequence)?;
         if content.tensor_infos.contains_key("rope_freqs.weight") {
             return Err(damaged(
@@ -88,14 +97,42 @@ impl Pretrained {
         }
         // The converter of Llama's checkpoints turns rows for another form of rotation; those of other families are as they were.
         let interleaved = configuration["model_type"] == "llama";
-        let naming = |name: &str| gguf_name(name, interleaved.then_some(config.head_width));
+        let naming = |name: &str| gguf::parameter_name(name, interleaved.then_some(config.head_width));
         let weights = Weights::of_gguf(path, &content, &naming)?;
-        Ok(Self {
-            path: path.to_owned(),
-            configuration,
-            weights: Arc::new(weights),
-            family: Family::Llama(config),
-        })
+        let family = Family::Llama(config);
+        let head_tiles = family.head_tiles();
+        Ok(Self { path: path.to_owned(), configuration, weights: Arc::new(weights), head_tiles, family })
+    }
+
+    /// The tokenizer of a file, or else the model's own: `tokenizer.json` in its folder, or what the metadata of a GGUF file say.
+    ///
+    /// # Errors
+    /// [`DataError::Tokenizer`] for a file that is missing or damaged, and for a kind of GGUF's that is not implemented.
+    pub fn tokenizer(&self, file: Option<&Path>) -> std::result::Result<Tokenizer, DataError> {
+        match file {
+            Some(file) => Tokenizer::from_file(file),
+            None if self.path.is_dir() => Tokenizer::from_file(&self.path.join("tokenizer.json")),
+            None => gguf_tokenizer::read(&self.path),
+        }
+    }
+
+    /// `tokenizer_config.json` of the folder, or the same of a GGUF file's metadata; null where there is none.
+    ///
+    /// # Errors
+    /// [`Error::Configuration`] for JSON that is damaged, [`Error::File`], [`Error::Weights`].
+    pub fn tokenizer_configuration(&self) -> Result<Value> {
+        if !self.path.is_dir() {
+            return Ok(gguf::tokenizer_configuration(&gguf::read(&self.path)?));
+        }
+        let path = self.path.join("tokenizer_config.json");
+        let mut configuration = if path.exists() { read_json(&path)? } else { Value::Null };
+        // Newer folders keep the template in a file of its own.
+        let path = self.path.join("chat_template.jinja");
+        if path.exists() {
+            let template = std::fs::read_to_string(&path).map_err(|source| Error::File { path, source })?;
+            configuration["chat_template"] = template.into();
+        }
+        Ok(configuration)
     }
 
     /// The model with its blocks as segments of an engine, whose configuration has [`Self::weights`] as initial values.
@@ -112,6 +149,11 @@ impl Pretrained {
             adapting,
             |vb, config| engine.segment(vb, |vb| llama::Block::new(config, adapting, vb)),
             |vb, config| engine.segment(vb, |vb| gpt::Block::new(config, vb)),
+            |vb, config| {
+                let sizes = (config.hidden, config.vocabulary);
+                let tiled = || TiledLinear::new(engine, sizes, self.head_tiles, false, llama::WEIGHTS, vb);
+                (self.head_tiles > 1).then(tiled).transpose()
+            },
         )
     }
 
@@ -126,6 +168,7 @@ impl Pretrained {
             &none,
             |vb, config| Ok(llama::Block::new(config, &none, vb)?),
             |vb, config| Ok(gpt::Block::new(config, vb)?),
+            |_, _| Ok(None),
         )
     }
 
@@ -135,10 +178,12 @@ impl Pretrained {
         adapting: &Adapting,
         llama_block: impl Fn(VarBuilder<'static>, &LlamaConfig) -> Result<L>,
         gpt_block: impl Fn(VarBuilder<'static>, &GptConfig) -> Result<G>,
+        tiled_head: impl FnOnce(VarBuilder<'static>, &LlamaConfig) -> Result<Option<TiledLinear>>,
     ) -> Result<LanguageModel<L, G>> {
         match &self.family {
             Family::Llama(config) => {
-                Ok(LanguageModel::Llama(Llama::new(config, vb, |vb| llama_block(vb, config))?))
+                let (block, head) = (|vb| llama_block(vb, config), |vb| tiled_head(vb, config));
+                Ok(LanguageModel::Llama(Llama::new(config, vb, block, head)?))
             }
             Family::Gpt2(_) if adapting.rank > 0 => Err(Error::Unsupported(
                 "adapters are implemented for Llama-like models, not for GPT-2".into(),
@@ -163,9 +208,16 @@ impl Pretrained {
             Family::Llama(config) => {
                 (config.layers * 2 * config.key_value_heads * config.head_width * tokens * 4) as u64
             }
-            Family::Gpt2(_) => 0,
+            Family::Gpt2(config) => (config.layers * 2 * config.hidden * tokens * 4) as u64,
         }
     }
+}
+
+fn read_json(path: &Path) -> Result<Value> {
+    let text =
+        std::fs::read_to_string(path).map_err(|source| Error::File { path: path.to_owned(), source })?;
+    let invalid = |error| Error::Configuration(format!("{} is not valid JSON: {error}", path.display()));
+    serde_json::from_str(&text).map_err(invalid)
 }
 
 /// GPT-2's linear layers lie as [in, out] in its checkpoints.
@@ -217,73 +269,6 @@ fn gpt2_config(value: &Value, source: &str, sequence: usize) -> Result<GptConfig
     Ok(config)
 }
 
-/// Metadata of a GGUF file as Hugging Face's configuration says the same.
-fn gguf_configuration(path: &Path, content: &gguf_file::Content) -> Result<Value> {
-    let damaged = |reason: String| Error::Weights { path: path.to_owned(), reason };
-    let architecture = content.metadata.get("general.architecture").and_then(|value| value.to_string().ok());
-    let architecture = architecture.ok_or_else(|| damaged("it has no general.architecture".into()))?;
-    let metadata = |key: &str| content.metadata.get(&format!("{architecture}.{key}"));
-    let size = |key: &str| metadata(key).and_then(|value| value.to_u64().ok());
-    let number = |key: &str| metadata(key).and_then(|value| value.to_f32().ok());
-    let embedding = content.tensor_infos.get("token_embd.weight");
-    let embedding = embedding.ok_or_else(|| damaged("it has no token_embd.weight".into()))?;
-    Ok(json!({
-        "architectures": [match architecture.as_str() {
-            "qwen2" => "Qwen2ForCausalLM",
-            "qwen3" => "Qwen3ForCausalLM",
-            _ => "LlamaForCausalLM",
-        }],
-        "model_type": architecture,
-        "vocab_size": embedding.shape.dims().first(),
-        "hidden_size": size("embedding_length"),
-        "num_hidden_layers": size("block_count"),
-        "intermediate_size": size("feed_forward_length"),
-        "num_attention_heads": size("attention.head_count"),
-        "num_key_value_heads": size("attention.head_count_kv"),
-        "head_dim": size("attention.key_length"),
-        "rms_norm_eps": number("attention.layer_norm_rms_epsilon"),
-        "rope_theta": number("rope.freq_base").unwrap_or(10_000.0),
-        "max_position_embeddings": size("context_length"),
-        "hidden_act": "silu",
-        "tie_word_embeddings": !content.tensor_infos.contains_key("output.weight"),
-    }))
-}
-
-/// The name of a GGUF file's tensor in Hugging Face's checkpoints.
-fn gguf_name(stored: &str, interleaved_head_rows: Option<usize>) -> Option<(String, Arrangement)> {
-    let same = |name: &str| Some((name.to_owned(), Arrangement::Same));
-    match stored {
-        "token_embd.weight" => return same("model.embed_tokens.weight"),
-        "output_norm.weight" => return same("model.norm.weight"),
-        "output.weight" => return same("lm_head.weight"),
-        _ => {}
-    }
-    let Some((layer, rest)) = stored.strip_prefix("blk.").and_then(|rest| rest.split_once('.')) else {
-        // Kept under its own name, so that it is found to be left over.
-        return same(stored);
-    };
-    let (part, kind) = rest.split_once('.').unwrap_or((rest, "weight"));
-    let name = match part {
-        "attn_q" => "self_attn.q_proj",
-        "attn_k" => "self_attn.k_proj",
-        "attn_v" => "self_attn.v_proj",
-        "attn_output" => "self_attn.o_proj",
-        "attn_q_norm" => "self_attn.q_norm",
-        "attn_k_norm" => "self_attn.k_norm",
-        "attn_norm" => "input_layernorm",
-        "ffn_norm" => "post_attention_layernorm",
-        "ffn_gate" => "mlp.gate_proj",
-        "ffn_up" => "mlp.up_proj",
-        "ffn_down" => "mlp.down_proj",
-        _ => return same(stored),
-    };
-    let arrangement = match interleaved_head_rows {
-        Some(head_rows) if matches!(part, "attn_q" | "attn_k") => Arrangement::InterleavedHeads { head_rows },
-        _ => Arrangement::Same,
-    };
-    Some((format!("model.layers.{layer}.{name}.{kind}"), arrangement))
-}
-
 /// A model of one of the families, over blocks or segments of them.
 pub enum LanguageModel<L, G> {
     /// Llama and what is like it.
@@ -300,13 +285,6 @@ impl<L: Module, G: Module> LanguageModel<L, G> {
         }
     }
 
-    fn head(&self) -> &Tensor {
-        match self {
-            Self::Llama(model) => model.head(),
-            Self::Gpt2(model) => model.head(),
-        }
-    }
-
     /// Mean cross-entropy of `targets` after `tokens`, both [B, T], at the places `counted` [N], numbers below B·T, or at all.
     ///
     /// # Errors
@@ -317,15 +295,17 @@ impl<L: Module, G: Module> LanguageModel<L, G> {
         targets: &Tensor,
         counted: Option<&Tensor>,
     ) -> candle_core::Result<Tensor> {
-        let head = self.head();
         let mut hidden = self.hidden(tokens)?.flatten(0, 1)?; // [B·T, C]
-        let mut targets = ops::to_device(targets, head.device())?.flatten_all()?; // [B·T]
+        let mut targets = ops::to_device(targets, hidden.device())?.flatten_all()?; // [B·T]
         if let Some(counted) = counted {
-            let counted = ops::to_device(counted, head.device())?;
+            let counted = ops::to_device(counted, hidden.device())?;
             hidden = hidden.index_select(&counted, 0)?; // [N, C]
             targets = targets.index_select(&counted, 0)?; // [N]
         }
-        ops::linear_cross_entropy(&hidden, head, &targets)
+        match self {
+            Self::Llama(model) => model.cross_entropy(&hidden, &targets),
+            Self::Gpt2(model) => ops::linear_cross_entropy(&hidden, model.head(), &targets),
+        }
     }
 
     /// Logits [B, V] of the token after the last one of `tokens` [B, T].
@@ -338,7 +318,10 @@ impl<L: Module, G: Module> LanguageModel<L, G> {
 
     fn last_logits(&self, hidden: Tensor) -> candle_core::Result<Tensor> {
         let last = hidden.narrow(1, hidden.dim(1)? - 1, 1)?.squeeze(1)?.contiguous()?; // [B, C]
-        ops::linear(&last, self.head(), None)
+        match self {
+            Self::Llama(model) => model.logits(&last),
+            Self::Gpt2(model) => ops::linear(&last, model.head(), None),
+        }
     }
 }
 
@@ -353,26 +336,39 @@ impl Cache {
     }
 }
 
+impl Cache {
+    /// Runs a block of a number with its part of the cache.
+    fn with<T>(&self, number: usize, run: impl FnOnce(&mut LayerCache) -> T) -> T {
+        let mut layers = lock(&self.0);
+        if layers.len() <= number {
+            layers.resize_with(number + 1, LayerCache::default);
+        }
+        run(&mut layers[number])
+    }
+}
+
 impl LanguageModel<Segment<llama::Block>, Segment<gpt::Block>> {
-    /// As [`Self::next_logits`] of all `tokens` [B, T], of which only those are computed that `cache` has not yet. GPT-2
-    /// computes all of them.
+    /// As [`Self::next_logits`] of all `tokens` [B, T], of which only those are computed that `cache` has not yet.
     ///
     /// # Errors
     /// What the model says.
     pub fn next_logits_cached(&self, tokens: &Tensor, cache: &Cache) -> candle_core::Result<Tensor> {
-        let Self::Llama(model) = self else { return self.next_logits(tokens) };
         let known = cache.tokens();
         let new = tokens.narrow(1, known, tokens.dim(1)? - known)?.contiguous()?;
-        let hidden = model.hidden(&new, |number, layer, xs| {
-            let cache = cache.clone();
-            layer.call(&[xs], move |block, inputs| {
-                let mut layers = lock(&cache.0);
-                if layers.len() <= number {
-                    layers.resize_with(number + 1, LayerCache::default);
-                }
-                block.forward_cached(&inputs[0], &mut layers[number])
-            })
-        })?;
-        self.last_logits(hidden)
+        let hidden = match self {
+            Self::Llama(model) => model.hidden(&new, |number, layer, xs| {
+                let cache = cache.clone();
+                layer.call(&[xs], move |block, inputs| {
+                    cache.with(number, |cache| block.forward_cached(&inputs[0], cache))
+                })
+            }),
+            Self::Gpt2(model) => model.hidden_with(&new, known, |number, layer, xs| {
+                let cache = cache.clone();
+                layer.call(&[xs], move |block, inputs| {
+                    cache.with(number, |cache| block.forward_cached(&inputs[0], cache))
+                })
+            }),
+        };
+        self.last_logits(hidden?)
     }
 }

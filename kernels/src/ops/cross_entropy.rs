@@ -75,17 +75,17 @@ pub fn linear_cross_entropy(hidden: &Tensor, weight: &Tensor, targets: &Tensor) 
 
 /// What the loss needs to know of a row's logits.
 #[derive(Clone, Copy)]
-struct RowSum {
+pub(super) struct RowSum {
     maximum: f32,
     /// `Σ e^(logit − maximum)`.
     sum: f32,
-    target_logit: f32,
+    pub(super) target_logit: f32,
 }
 
 impl RowSum {
-    const EMPTY: RowSum = RowSum { maximum: f32::NEG_INFINITY, sum: 0.0, target_logit: 0.0 };
+    pub(super) const EMPTY: RowSum = RowSum { maximum: f32::NEG_INFINITY, sum: 0.0, target_logit: 0.0 };
 
-    fn log_sum(&self) -> f32 {
+    pub(super) fn log_sum(&self) -> f32 {
         self.maximum + self.sum.ln()
     }
 
@@ -164,7 +164,7 @@ impl CustomOp2 for CrossEntropy {
 }
 
 /// Gradients of the hidden states and of the weight, where they are wanted.
-type HeadGradients = [Option<Vec<f32>>; 2];
+pub(super) type HeadGradients = [Option<Vec<f32>>; 2];
 
 struct LinearCrossEntropy {
     /// Whether the forward makes gradients, and of which inputs.
@@ -282,30 +282,30 @@ impl CustomOp3 for LinearCrossEntropy {
 const BLOCK_ROWS: usize = 256;
 
 /// The layer that makes logits, and what they should be.
-struct Head<'a> {
-    hidden: Matrix<'a>,
-    weight: Matrix<'a>,
-    targets: &'a [u32],
+pub(super) struct Head<'a> {
+    pub(super) hidden: Matrix<'a>,
+    pub(super) weight: Matrix<'a>,
+    pub(super) targets: &'a [u32],
 }
 
 impl Head<'_> {
-    fn blocks(&self) -> impl Iterator<Item = Range<usize>> + use<> {
+    pub(super) fn blocks(&self) -> impl Iterator<Item = Range<usize>> + use<> {
         let rows = self.targets.len();
         (0..rows).step_by(BLOCK_ROWS).map(move |first| first..(first + BLOCK_ROWS).min(rows))
     }
 
-    fn vocabulary_size(&self) -> usize {
+    pub(super) fn vocabulary_size(&self) -> usize {
         self.weight.row_count()
     }
 
-    fn zeros(&self, wanted: [bool; 2]) -> HeadGradients {
+    pub(super) fn zeros(&self, wanted: [bool; 2]) -> HeadGradients {
         let width = self.hidden.columns();
         let [hidden, weight] = [self.targets.len(), self.vocabulary_size()].map(|rows| rows * width);
         [wanted[0].then(|| vec![0f32; hidden]), wanted[1].then(|| vec![0f32; weight])]
     }
 
     /// The logits of some rows.
-    fn logits(&self, block: &Range<usize>, out: &mut Vec<f32>) {
+    pub(super) fn logits(&self, block: &Range<usize>, out: &mut Vec<f32>) {
         out.resize(block.len() * self.vocabulary_size(), 0.0);
         let destination = MatrixMut::new(out, block.len(), self.vocabulary_size());
         let hidden = self.hidden.rows(block.start, block.len());
@@ -319,11 +319,21 @@ impl Head<'_> {
         logits: &mut [f32],
         log_sums: &[f32],
         scale: f32,
+        gradients: &mut HeadGradients,
+    ) {
+        logits_gradient(logits, log_sums, &self.targets[block.clone()], self.vocabulary_size(), scale);
+        self.add_products(block, logits, gradients);
+    }
+
+    /// Adds what follows for the inputs of the gradient of the logits of some rows.
+    pub(super) fn add_products(
+        &self,
+        block: &Range<usize>,
+        d_logits: &[f32],
         [d_hidden, d_weight]: &mut HeadGradients,
     ) {
         let (width, vocabulary_size) = (self.hidden.columns(), self.vocabulary_size());
-        logits_gradient(logits, log_sums, &self.targets[block.clone()], vocabulary_size, scale);
-        let d_logits = Matrix::new(logits, block.len(), vocabulary_size);
+        let d_logits = Matrix::new(d_logits, block.len(), vocabulary_size);
         if let Some(d_hidden) = d_hidden {
             let destination = &mut d_hidden[block.start * width..block.end * width];
             let destination = MatrixMut::new(destination, block.len(), width);
@@ -338,7 +348,7 @@ impl Head<'_> {
 }
 
 /// Adds the logits of some rows to their sums.
-fn add_logits(sums: &mut [RowSum], logits: &[f32], targets: &[u32], vocabulary_size: usize) {
+pub(super) fn add_logits(sums: &mut [RowSum], logits: &[f32], targets: &[u32], vocabulary_size: usize) {
     let chunk = chunk_elements(vocabulary_size);
     let chunk_rows = chunk / vocabulary_size;
     sums.par_chunks_mut(chunk_rows)

@@ -17,6 +17,7 @@
 //! | [`causal_attention`] | `[B, T, 3·C] → [B, T, C]` | attention on packed q, k, v; no T×T matrix is kept |
 //! | [`grouped_causal_attention`] | `[B, T, H·D], twice [B, T, K·D] → [B, T, H·D]` | the same where query heads share keys and values |
 //! | [`cross_entropy`], [`linear_cross_entropy`] | `[N, C] → []` | log-softmax and mean; no full logits in the latter |
+//! | [`linear_log_sums`] | `[N, C] → [2, N]` | what a part of the vocabulary adds to a cross-entropy |
 //!
 //! **Devices and dtypes.** On the CPU the elements are `f32`. On a CUDA device (feature `cuda`) they are `f32`, `bf16` or `f16`,
 //! one type for all inputs, and arithmetic is `f32` in any case; losses are `f32` there whatever the logits are. Every other
@@ -39,6 +40,7 @@ mod embedding;
 mod error;
 mod input;
 mod linear;
+mod log_sums;
 mod matrix;
 mod norm;
 mod recompute;
@@ -52,6 +54,7 @@ pub use cross_entropy::{cross_entropy, linear_cross_entropy};
 pub use embedding::{embedding, to_device};
 pub use error::OpError;
 pub use linear::linear;
+pub use log_sums::linear_log_sums;
 pub use norm::{layer_norm, rms_norm};
 pub use recompute::{backward, before_backward, closing_linear, recompute};
 pub use rope::{rope, rope_by_position, rope_i};

@@ -1,0 +1,140 @@
+//! GGUF files: their table of contents, and their metadata as Hugging Face's configuration says the same.
+
+use crate::error::{Error, Result};
+use crate::weights::Arrangement;
+use candle_core::quantized::gguf_file::{self, Content};
+use serde_json::{Value, json};
+use std::fs::File;
+use std::io::BufReader;
+use std::path::Path;
+
+/// Reads the table of contents and the metadata.
+///
+/// # Errors
+/// [`Error::File`], and [`Error::Weights`] for what is no GGUF file.
+pub(super) fn read(path: &Path) -> Result<Content> {
+    let file = File::open(path).map_err(|source| Error::File { path: path.to_owned(), source })?;
+    Content::read(&mut BufReader::new(file)).map_err(|error| Error::Weights {
+        path: path.to_owned(),
+        reason: format!("its table of contents cannot be read as GGUF: {error}"),
+    })
+}
+
+/// Metadata of a GGUF file as Hugging Face's configuration says the same.
+///
+/// # Errors
+/// [`Error::Weights`] for metadata that are missing, [`Error::Unsupported`] for an architecture that is not implemented.
+pub(super) fn configuration(path: &Path, content: &Content) -> Result<Value> {
+    let damaged = |reason: String| Error::Weights { path: path.to_owned(), reason };
+    let architecture = content.metadata.get("general.architecture").and_then(|value| value.to_string().ok());
+    let architecture = architecture.ok_or_else(|| damaged("it has no general.architecture".into()))?;
+    if !["llama", "qwen2", "qwen3"].contains(&architecture.as_str()) {
+        return Err(Error::Unsupported(format!(
+            "{}: its architecture is {architecture:?}; llama, qwen2 and qwen3 are read from GGUF files",
+            path.display()
+        )));
+    }
+    let metadata = |key: &str| content.metadata.get(&format!("{architecture}.{key}"));
+    let size = |key: &str| metadata(key).and_then(|value| value.to_u64().ok());
+    let number = |key: &str| metadata(key).and_then(|value| value.to_f32().ok());
+    let token = |key: &str| {
+        content.metadata.get(&format!("tokenizer.ggml.{key}_token_id")).and_then(|value| value.to_u64().ok())
+    };
+    // The names of the kinds are Hugging Face's.
+    let scaling =
+        metadata("rope.scaling.type").and_then(|kind| kind.to_string().ok()).filter(|kind| *kind != "none");
+    let scaling = scaling.map(|kind| {
+        json!({
+            "rope_type": kind,
+            "factor": number("rope.scaling.factor"),
+            "original_max_position_embeddings": size("rope.scaling.original_context_length"),
+        })
+    });
+    let embedding = content.tensor_infos.get("token_embd.weight");
+    let embedding = embedding.ok_or_else(|| damaged("it has no token_embd.weight".into()))?;
+    Ok(json!({
+        "architectures": [match architecture.as_str() {
+            "qwen2" => "Qwen2ForCausalLM",
+            "qwen3" => "Qwen3ForCausalLM",
+            _ => "LlamaForCausalLM",
+        }],
+        "model_type": architecture,
+        "vocab_size": embedding.shape.dims().first(),
+        "hidden_size": size("embedding_length"),
+        "num_hidden_layers": size("block_count"),
+        "intermediate_size": size("feed_forward_length"),
+        "num_attention_heads": size("attention.head_count"),
+        "num_key_value_heads": size("attention.head_count_kv"),
+        "head_dim": size("attention.key_length"),
+        "rms_norm_eps": number("attention.layer_norm_rms_epsilon"),
+        "rope_theta": number("rope.freq_base").unwrap_or(10_000.0),
+        "rope_scaling": scaling,
+        "max_position_embeddings": size("context_length"),
+        "hidden_act": "silu",
+        "bos_token_id": token("bos"),
+        "eos_token_id": token("eos"),
+        "tie_word_embeddings": !content.tensor_infos.contains_key("output.weight"),
+    }))
+}
+
+/// Metadata of a GGUF file as Hugging Face's `tokenizer_config.json` says the same.
+pub(super) fn tokenizer_configuration(content: &Content) -> Value {
+    let find = |key: &str| content.metadata.get(&format!("tokenizer.{key}"));
+    let text = |value: &gguf_file::Value| value.to_string().ok().cloned();
+    let tokens = find("ggml.tokens").and_then(|tokens| tokens.to_vec().ok());
+    let token = |key: &str| {
+        let id = find(&format!("ggml.{key}_token_id"))?.to_u64().ok()?;
+        text(tokens?.get(usize::try_from(id).ok()?)?)
+    };
+    let mut configuration = json!({ "tokenizer_class": "PreTrainedTokenizerFast" });
+    let members = [
+        ("bos_token", token("bos")),
+        ("eos_token", token("eos")),
+        ("pad_token", token("padding")),
+        ("chat_template", find("chat_template").and_then(text)),
+    ];
+    for (key, value) in members {
+        if let Some(value) = value {
+            configuration[key] = value.into();
+        }
+    }
+    configuration
+}
+
+/// The name of a GGUF file's tensor in Hugging Face's checkpoints.
+pub(super) fn parameter_name(
+    stored: &str,
+    interleaved_head_rows: Option<usize>,
+) -> Option<(String, Arrangement)> {
+    let same = |name: &str| Some((name.to_owned(), Arrangement::Same));
+    match stored {
+        "token_embd.weight" => return same("model.embed_tokens.weight"),
+        "output_norm.weight" => return same("model.norm.weight"),
+        "output.weight" => return same("lm_head.weight"),
+        _ => {}
+    }
+    let Some((layer, rest)) = stored.strip_prefix("blk.").and_then(|rest| rest.split_once('.')) else {
+        // Kept under its own name, so that it is found to be left over.
+        return same(stored);
+    };
+    let (part, kind) = rest.split_once('.').unwrap_or((rest, "weight"));
+    let name = match part {
+        "attn_q" => "self_attn.q_proj",
+        "attn_k" => "self_attn.k_proj",
+        "attn_v" => "self_attn.v_proj",
+        "attn_output" => "self_attn.o_proj",
+        "attn_q_norm" => "self_attn.q_norm",
+        "attn_k_norm" => "self_attn.k_norm",
+        "attn_norm" => "input_layernorm",
+        "ffn_norm" => "post_attention_layernorm",
+        "ffn_gate" => "mlp.gate_proj",
+        "ffn_up" => "mlp.up_proj",
+        "ffn_down" => "mlp.down_proj",
+        _ => return same(stored),
+    };
+    let arrangement = match interleaved_head_rows {
+        Some(head_rows) if matches!(part, "attn_q" | "attn_k") => Arrangement::InterleavedHeads { head_rows },
+        _ => Arrangement::Same,
+    };
+    Some((format!("model.layers.{layer}.{name}.{kind}"), arrangement))
+}

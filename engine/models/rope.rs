@@ -1,0 +1,152 @@
+//! The angles by which queries and keys are turned at each position (Su et al., arXiv 2104.09864), and how they are stretched for
+//! longer sequences than a model was first trained on.
+
+use super::llama_config::Reader;
+use crate::error::{Error, Result};
+use std::f64::consts::TAU;
+
+/// Angles of positions.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Rope {
+    /// Base of the angles.
+    pub theta: f64,
+    /// How they are stretched.
+    pub scaling: RopeScaling,
+}
+
+/// How the angles of positions are stretched.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum RopeScaling {
+    /// Not at all.
+    None,
+    /// All by the same factor (Chen et al., arXiv 2306.15595).
+    Linear {
+        /// The factor.
+        factor: f64,
+    },
+    /// Slow ones by a factor, fast ones not, those between in part, as Llama 3.1.
+    Llama3 {
+        /// Factor of the slow ones.
+        factor: f64,
+        /// Waves longer than the original sequence over this are slow.
+        low: f64,
+        /// Waves shorter than the original sequence over this are fast.
+        high: f64,
+        /// Sequence of the first training.
+        original: f64,
+    },
+    /// Slow ones by a factor, fast ones not, those between in part along the pairs (YaRN, Peng et al., arXiv 2309.00071).
+    Yarn {
+        /// Factor of the slow ones.
+        factor: f64,
+        /// Turns in the original sequence from which on a pair is fast.
+        fast: f64,
+        /// Turns in the original sequence up to which a pair is slow.
+        slow: f64,
+        /// Whether the borders between them are whole numbers of pairs.
+        truncate: bool,
+        /// Sequence of the first training.
+        original: f64,
+        /// Factor on cosines and sines: the square root of the paper's temperature, over which attention is made.
+        attention: f64,
+    },
+}
+
+impl Rope {
+    /// Reads it. Newer configurations keep everything of the angles in one object, older ones beside it.
+    pub(super) fn read(reader: &Reader) -> Result<Self> {
+        let value = ["rope_parameters", "rope_scaling"].iter().find_map(|key| reader.present(key));
+        let rope = value.map(|value| Reader { value, source: reader.source });
+        let theta = match &rope {
+            Some(rope) if rope.present("rope_theta").is_some() => rope.number("rope_theta", None)?,
+            _ => reader.number("rope_theta", Some(10_000.0))?,
+        };
+        let scaling = rope.map_or(Ok(RopeScaling::None), |rope| scaling(&rope, reader))?;
+        Ok(Self { theta, scaling })
+    }
+
+    /// Angle a position of each pair of the elements of a head of an even width, `head_width / 2` numbers.
+    pub fn frequencies(&self, head_width: usize) -> Vec<f32> {
+        let base = f64::from(self.theta as f32);
+        (0..head_width / 2)
+            .map(|pair| {
+                let exponent = (2 * pair) as f32 / head_width as f32;
+                let frequency = 1.0 / base.powf(f64::from(exponent));
+                match self.scaling {
+                    RopeScaling::None => frequency as f32,
+                    RopeScaling::Linear { factor } => (frequency / factor) as f32,
+                    RopeScaling::Llama3 { factor, low, high, original } => {
+                        let wave = TAU / frequency;
+                        if wave < original / high {
+                            frequency as f32
+                        } else if wave > original / low {
+                            (frequency / factor) as f32
+                        } else {
+                            let fast = (original / wave - low) / (high - low);
+                            ((1.0 - fast) * frequency / factor + fast * frequency) as f32
+                        }
+                    }
+                    RopeScaling::Yarn { factor, fast, slow, truncate, original, .. } => {
+                        // The pair that turns so many times in the original sequence.
+                        let pair_of = |turns: f64| {
+                            head_width as f64 * (original / (turns * TAU)).ln() / (2.0 * base.ln())
+                        };
+                        let (first, last) = (pair_of(fast), pair_of(slow));
+                        let (first, last) =
+                            if truncate { (first.floor(), last.ceil()) } else { (first, last) };
+                        let (first, last) = (first.max(0.0), last.min(head_width as f64 - 1.0));
+                        let width = if first == last { 0.001 } else { last - first };
+                        let slow = ((pair as f64 - first) / width).clamp(0.0, 1.0);
+                        (slow * frequency / factor + (1.0 - slow) * frequency) as f32
+                    }
+                }
+            })
+            .collect()
+    }
+
+    /// Factor on cosines and sines.
+    pub fn magnitude(&self) -> f64 {
+        match self.scaling {
+            RopeScaling::Yarn { attention, .. } => attention,
+            _ => 1.0,
+        }
+    }
+}
+
+/// `model` is the configuration around `rope`.
+fn scaling(rope: &Reader, model: &Reader) -> Result<RopeScaling> {
+    let kind = rope.present("rope_type").or_else(|| rope.present("type")).and_then(|kind| kind.as_str());
+    match kind.unwrap_or("default") {
+        "default" => Ok(RopeScaling::None),
+        "linear" => Ok(RopeScaling::Linear { factor: rope.number("factor", None)? }),
+        "llama3" => Ok(RopeScaling::Llama3 {
+            factor: rope.number("factor", None)?,
+            low: rope.number("low_freq_factor", None)?,
+            high: rope.number("high_freq_factor", None)?,
+            original: rope.number("original_max_position_embeddings", None)?,
+        }),
+        "yarn" => {
+            let factor = rope.number("factor", None)?;
+            let longest = model.number("max_position_embeddings", Some(2048.0))?;
+            let magnitude = |scale: f64| if factor <= 1.0 { 1.0 } else { 0.1 * scale * factor.ln() + 1.0 };
+            let default = match (rope.present("mscale"), rope.present("mscale_all_dim")) {
+                (Some(_), Some(_)) => {
+                    magnitude(rope.number("mscale", None)?) / magnitude(rope.number("mscale_all_dim", None)?)
+                }
+                _ => magnitude(1.0),
+            };
+            Ok(RopeScaling::Yarn {
+                factor,
+                fast: rope.number("beta_fast", Some(32.0))?,
+                slow: rope.number("beta_slow", Some(1.0))?,
+                truncate: rope.flag("truncate", true)?,
+                original: rope.number("original_max_position_embeddings", Some(longest))?,
+                attention: rope.number("attention_factor", Some(default))?,
+            })
+        }
+        other => Err(Error::Unsupported(format!(
+            "{}: rope type {other:?} is not implemented; default, linear, llama3 and yarn are",
+            rope.source
+        ))),
+    }
+}
