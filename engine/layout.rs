@@ -156,6 +156,14 @@ impl Layout {
         Ok(found.into_iter().map(|(_, group, index)| (group, index)).collect())
     }
 
+    /// Elements of a parameter.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] for an unknown name.
+    pub fn elements_of(&self, name: &str) -> Result<usize> {
+        Ok(self.find(name)?.iter().map(|&(group, index)| self.groups[group].table[index].elements).sum())
+    }
+
     /// The pieces of a group's run that hold a parameter.
     pub fn pieces_of(&self, group: usize, entry: usize) -> Range<usize> {
         let entry = &self.groups[group].table[entry];

@@ -88,6 +88,19 @@ impl TiledLinear {
         Tensor::cat(&outputs?, D::Minus1)
     }
 
+    /// As [`Self::forward`] of `xs` [N, inputs], row by row: the bits of a row do not depend on those beside it.
+    ///
+    /// # Errors
+    /// As [`Segment::call`].
+    pub(crate) fn forward_by_rows(&self, xs: &Tensor) -> candle_core::Result<Tensor> {
+        let outputs = self.tiles.iter().map(|(_, tile)| {
+            tile.call(&[&self.nothing, xs], |tile, inputs| {
+                linear_by_rows(&inputs[1], &tile.weight, tile.bias.as_ref())
+            })
+        });
+        Tensor::cat(&outputs.collect::<candle_core::Result<Vec<_>>>()?, D::Minus1)
+    }
+
     /// Mean cross-entropy of `targets` [N] of u32 for `hidden` [N, inputs] by way of logits, of which only a part of a tile's exists
     /// at a time: the log-sums of the tiles are summed. There must be no bias.
     ///
@@ -115,4 +128,14 @@ impl TiledLinear {
         let sums = log_sums.broadcast_sub(&largest)?.exp()?.sum(0)?;
         ((sums.log()? + largest)? - target_logits.sum(0)?)?.mean(0)
     }
+}
+
+/// The layer of each row of `xs` [N, in] on its own. A product of several rows may sum in another order.
+pub(crate) fn linear_by_rows(
+    xs: &Tensor,
+    weight: &Tensor,
+    bias: Option<&Tensor>,
+) -> candle_core::Result<Tensor> {
+    let rows = (0..xs.dim(0)?).map(|row| ops::linear(&xs.narrow(0, row, 1)?, weight, bias));
+    Tensor::cat(&rows.collect::<candle_core::Result<Vec<_>>>()?, 0)
 }

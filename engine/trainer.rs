@@ -25,6 +25,9 @@ use std::path::Path;
 use std::sync::{Arc, Mutex, OnceLock};
 use std::time::Instant;
 
+/// Pieces that are fetched at a time where a parameter is looked at: enough to keep the disk busy, and little memory.
+const PIECES_COLLECTED: usize = 8;
+
 /// What one optimizer step did.
 #[derive(Debug, Clone)]
 pub struct StepReport {
@@ -456,26 +459,30 @@ impl Trainer {
     /// # Errors
     /// [`Error::Unsupported`] for an unknown name, and errors of the tiers.
     pub fn parameter(&self, name: &str) -> Result<Vec<f32>> {
-        let mut all = vec![];
-        for (group, index) in self.plan.layout.find(name)? {
-            all.extend(self.part(group, index)?);
-        }
+        let mut all = Vec::with_capacity(self.plan.layout.elements_of(name)?);
+        self.visit(name, |values| all.extend_from_slice(values))?;
         Ok(all)
     }
 
-    /// Values of an entry of a group's table.
-    fn part(&self, group: usize, index: usize) -> Result<Vec<f32>> {
+    /// Shows the values of a parameter in order, some pieces at a time.
+    fn visit(&self, name: &str, mut each: impl FnMut(&[f32])) -> Result<()> {
         let layout = &self.plan.layout;
-        let mut values = vec![0.0; layout.groups[group].table[index].elements];
-        let (sender, received) = unbounded();
         self.settle()?;
-        let schedule = self.plan.schedule(|builder| builder.collect(group, layout.pieces_of(group, index)));
-        self.executor.run(schedule, Arc::new(StepContext { collector: Some(sender), ..self.context() }))?;
-        self.executor.drain()?;
-        for piece in received.try_iter().filter(|piece| piece.entry == index) {
-            values[piece.entry_start..piece.entry_start + piece.values.len()].copy_from_slice(&piece.values);
+        for (group, index) in layout.find(name)? {
+            let pieces = layout.pieces_of(group, index);
+            for first in pieces.clone().step_by(PIECES_COLLECTED) {
+                let (sender, received) = unbounded();
+                let some = first..(first + PIECES_COLLECTED).min(pieces.end);
+                let schedule = self.plan.schedule(|builder| builder.collect(group, some));
+                self.executor
+                    .run(schedule, Arc::new(StepContext { collector: Some(sender), ..self.context() }))?;
+                self.executor.drain()?;
+                let mut parts: Vec<_> = received.try_iter().filter(|part| part.entry == index).collect();
+                parts.sort_by_key(|part| part.entry_start);
+                parts.iter().for_each(|part| each(&part.values));
+            }
         }
-        Ok(values)
+        Ok(())
     }
 
     /// Names and shapes of all parameters, in the order of their names.
@@ -492,9 +499,10 @@ impl Trainer {
         let mut hasher = Sha256::new();
         for (name, _) in self.parameters() {
             hasher.update(name.as_bytes());
-            for value in self.parameter(&name)? {
-                hasher.update(value.to_le_bytes());
-            }
+            self.visit(&name, |values| {
+                let bytes: Vec<u8> = values.iter().flat_map(|value| value.to_le_bytes()).collect();
+                hasher.update(bytes);
+            })?;
         }
         Ok(hasher.finalize().iter().map(|byte| format!("{byte:02x}")).collect())
     }

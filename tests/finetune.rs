@@ -3,6 +3,7 @@
 
 use safetensors::SafeTensors;
 use std::collections::BTreeMap;
+use std::io::{BufRead, BufReader};
 use std::path::Path;
 use std::process::{Command, Output};
 
@@ -25,10 +26,12 @@ fn model_and_text(folder: &Path) {
     std::fs::write(folder.join("text.txt"), text.join(" ")).unwrap();
 }
 
+const FIXED: &str =
+    "finetune model --data text.txt --memory 64MiB --seq 16 --batch 2 --accumulate 1 --lr 0.01";
+
 fn finetune(folder: &Path, options: &[&str]) -> Output {
-    let fixed = "finetune model --data text.txt --memory 64MiB --seq 16 --batch 2 --accumulate 1 --lr 0.01";
     let mut command = Command::new(env!("CARGO_BIN_EXE_ferrozero"));
-    command.current_dir(folder).args(fixed.split(' ')).args(options).output().unwrap()
+    command.current_dir(folder).args(FIXED.split(' ')).args(options).output().unwrap()
 }
 
 fn expect_success(output: &Output) -> String {
@@ -112,4 +115,64 @@ fn layers_that_are_not_there_get_no_adapter_and_that_is_said() {
     let error = String::from_utf8_lossy(&output.stderr);
     assert!(!output.status.success() && error.contains("c_attn"), "{error}");
     assert!(!folder.path().join("out").exists());
+}
+
+#[test]
+fn a_run_that_was_stopped_goes_on_to_the_weights_of_one_that_was_not() {
+    let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    model_and_text(folder.path());
+    let digest = |output: &str| {
+        output.lines().find_map(|line| line.strip_prefix("digest of the weights ")).unwrap().to_owned()
+    };
+    let whole = expect_success(&finetune(folder.path(), &["--out", "whole", "--dir", "run-whole"]));
+
+    let mut command = Command::new(env!("CARGO_BIN_EXE_ferrozero"));
+    command.current_dir(folder.path()).args(FIXED.split(' ')).args(["--out", "part", "--dir", "run"]);
+    let mut child = command.stdout(std::process::Stdio::piped()).spawn().unwrap();
+    let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
+    let first = lines.by_ref().find(|line| line.as_ref().unwrap().starts_with("step 1/")).unwrap();
+    // As Ctrl-C does.
+    Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap();
+    let rest: Vec<String> = lines.map(Result::unwrap).collect();
+    assert!(child.wait().unwrap().success(), "{rest:?}");
+    let stopped = digest(&rest.join("\n"));
+    assert_ne!(stopped, digest(&whole), "it was stopped before its end: {first:?}");
+
+    let resumed = expect_success(&finetune(folder.path(), &["--out", "part", "--dir", "run", "--resume"]));
+    assert!(!resumed.contains("step 1/"), "{resumed}");
+    assert_eq!(digest(&resumed), digest(&whole));
+    let [part, whole] = ["part", "whole"].map(|out| folder.path().join(out).join("model.safetensors"));
+    let bytes = std::fs::read(&part).unwrap();
+    assert_eq!(bytes, std::fs::read(whole).unwrap());
+    // Without it, transformers does not load a file.
+    let (_, metadata) = SafeTensors::read_metadata(&bytes).unwrap();
+    assert_eq!(metadata.metadata().as_ref().unwrap()["format"], "pt");
+}
+
+#[test]
+fn chats_need_a_template_and_the_line_that_is_wrong_is_named() {
+    let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    model_and_text(folder.path());
+    let refused = |line: &str| {
+        std::fs::write(folder.path().join("text.jsonl"), format!("{{\"text\": \"w1\"}}\n{line}\n")).unwrap();
+        let mut command = Command::new(env!("CARGO_BIN_EXE_ferrozero"));
+        let arguments = FIXED.replace("text.txt", "text.jsonl");
+        let output =
+            command.current_dir(folder.path()).args(arguments.split(' ')).args(["--out", "out"]).output();
+        let output = output.unwrap();
+        assert!(!output.status.success());
+        String::from_utf8_lossy(&output.stderr).into_owned()
+    };
+    let chat = r#"{"messages": [{"role": "user", "content": "w1"}]}"#;
+    let error = refused(chat);
+    assert!(error.contains("line 2") && error.contains("template"), "{error}");
+    std::fs::write(
+        folder.path().join("model/chat_template.jinja"),
+        "{% for m in messages %}{{ m.content }}{% endfor %}",
+    )
+    .unwrap();
+    let error = refused(chat);
+    assert!(error.contains("line 2") && error.contains("assistant"), "{error}");
+    let error = refused("{\"text\": ");
+    assert!(error.contains("line 2"), "{error}");
 }

@@ -3,8 +3,9 @@
 
 use candle_core::{DType, Device, Tensor, Var};
 use candle_nn::{Init, VarBuilder, var_builder::SimpleBackend};
+use ferrozero::generate::choose;
 use ferrozero::models::linear::Adapting;
-use ferrozero::models::pretrained::{Cache, Pretrained};
+use ferrozero::models::pretrained::{Cache, Continued, Pretrained};
 use ferrozero::{AdamW, Config, Engine, Error, InitialValues, Placement, Tier};
 use serde_json::Value;
 use std::collections::BTreeMap;
@@ -145,8 +146,8 @@ fn check_continuation(path: &Path, folder: &Path) {
     let cache = Cache::default();
     let mut tokens = expected[..prompt].to_vec();
     while tokens.len() < expected.len() {
-        let all = Tensor::new(tokens.as_slice(), &Device::Cpu).unwrap().unsqueeze(0).unwrap();
-        let logits = trainer.evaluate(|| model.next_logits_cached(&all, &cache)).unwrap();
+        let text = [Continued { tokens: &tokens, cache: &cache }];
+        let logits = trainer.evaluate(|| model.next_logits_of(&text)).unwrap();
         tokens.push(logits.argmax(1).unwrap().to_vec1::<u32>().unwrap()[0]);
         assert_eq!(cache.tokens(), tokens.len() - 1, "every token is computed once");
     }
@@ -164,6 +165,42 @@ fn loss_and_gradients_are_those_of_transformers() {
 fn greedy_continuations_are_those_of_transformers_with_weights_that_stream() {
     for family in FAMILIES {
         check_continuation(&folder(family), &folder(family));
+    }
+}
+
+#[test]
+fn texts_that_are_continued_together_have_the_bits_that_they_have_alone() {
+    for (family, head_tiles) in [("llama", 1), ("llama", 5), ("gpt2", 1)] {
+        let mut pretrained = Pretrained::open(&folder(family), 32).unwrap();
+        pretrained.head_tiles = head_tiles;
+        let config = Config { initial_values: Some(pretrained.weights.clone()), ..Config::default() };
+        let engine = Engine::new(config).unwrap();
+        let model = pretrained.build(&engine, &Adapting::default()).unwrap();
+        let (inputs, targets) = batch(&[1, 2, 3]);
+        let plan = engine.plan(AdamW::default(), || model.loss(&inputs, &targets, None)).unwrap();
+        let mut trainer = engine.trainer(plan).unwrap();
+        let mut continued = |prompts: &[&[u32]]| {
+            let mut texts: Vec<(Vec<u32>, Cache)> =
+                prompts.iter().map(|prompt| (prompt.to_vec(), Cache::default())).collect();
+            let mut all = vec![vec![]; prompts.len()];
+            for _ in 0..5 {
+                let borrowed: Vec<_> =
+                    texts.iter().map(|(tokens, cache)| Continued { tokens, cache }).collect();
+                let logits = trainer.evaluate(|| model.next_logits_of(&borrowed)).unwrap();
+                for ((row, (tokens, _)), all) in
+                    logits.to_vec2::<f32>().unwrap().iter().zip(&mut texts).zip(&mut all)
+                {
+                    tokens.push(choose(row, 0.0, 1.0, 0.0));
+                    all.extend(row.iter().map(|logit| logit.to_bits()));
+                }
+            }
+            all
+        };
+        let prompts: [&[u32]; 3] = [&[5, 6, 7, 8, 9, 10, 11], &[90], &[40, 41, 42]];
+        let together = continued(&prompts);
+        for (prompt, expected) in prompts.iter().zip(together) {
+            assert!(continued(&[prompt])[0] == expected, "{family}, {head_tiles} tiles");
+        }
     }
 }
 
@@ -209,7 +246,8 @@ fn what_is_wrong_with_weights_is_named() {
         let file = std::fs::OpenOptions::new().write(true).open(&path).unwrap();
         file.set_len(std::fs::metadata(path).unwrap().len() - 1).unwrap();
     });
-    assert!(truncated.to_string().contains("model.safetensors"), "{truncated}");
+    let truncated = truncated.to_string();
+    assert!(truncated.contains("model.safetensors") && truncated.contains("for model."), "{truncated}");
     let shape = configure("\"intermediate_size\": 48", "\"intermediate_size\": 40");
     assert!(matches!(&shape, Error::Weights { reason, .. } if reason.contains("mlp.")), "{shape}");
     let missing = configure("\"num_hidden_layers\": 2", "\"num_hidden_layers\": 3");
@@ -218,6 +256,55 @@ fn what_is_wrong_with_weights_is_named() {
     assert!(extra.to_string().contains("it has model.layers.1."), "{extra}");
     let unknown = configure("\"llama3\"", "\"longrope\"");
     assert!(matches!(unknown, Error::Unsupported(_)), "{unknown}");
+}
+
+/// Deals the tensors of a model out to two files with an index.
+fn in_two_files(target: &Path) {
+    let bytes = std::fs::read(folder("llama").join("model.safetensors")).unwrap();
+    let file = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+    let mut names: Vec<_> = file.names().into_iter().map(str::to_owned).collect();
+    names.sort();
+    let mut map = serde_json::Map::new();
+    for part in [0, 1] {
+        let name = format!("model-{}-of-2.safetensors", part + 1);
+        let views =
+            names.iter().skip(part).step_by(2).map(|tensor| (tensor.clone(), file.tensor(tensor).unwrap()));
+        let views: Vec<_> = views.collect();
+        map.extend(views.iter().map(|(tensor, _)| (tensor.clone(), Value::from(name.clone()))));
+        safetensors::serialize_to_file(views, None, &target.join(name)).unwrap();
+    }
+    let index = serde_json::json!({ "metadata": {}, "weight_map": map });
+    std::fs::write(target.join("model.safetensors.index.json"), index.to_string()).unwrap();
+    std::fs::copy(folder("llama").join("config.json"), target.join("config.json")).unwrap();
+}
+
+#[test]
+fn weights_in_several_files_are_those_of_one() {
+    let target = tempfile::tempdir().unwrap();
+    in_two_files(target.path());
+    let several = Pretrained::open(target.path(), 16).unwrap().weights;
+    let one = Pretrained::open(&folder("llama"), 16).unwrap().weights;
+    for name in ["lm_head.weight", "model.norm.weight", "model.layers.1.mlp.down_proj.weight"] {
+        let shape = one.shape(name).unwrap();
+        assert_eq!(several.shape(name), Some(shape.clone()));
+        let values = |weights: &dyn InitialValues| {
+            let mut values = vec![0.0; shape.iter().product()];
+            assert!(weights.fill(name, 0, &mut values).unwrap());
+            values
+        };
+        assert_eq!(values(&*several), values(&*one), "{name}");
+    }
+    let index = target.path().join("model.safetensors.index.json");
+    let text = std::fs::read_to_string(&index).unwrap();
+    let refused = |text: String| {
+        std::fs::write(&index, text).unwrap();
+        Pretrained::open(target.path(), 16).unwrap_err().to_string()
+    };
+    let elsewhere = refused(text.replace("model-1-of-2", "../model-1-of-2"));
+    assert!(elsewhere.contains("../model-1-of-2"), "{elsewhere}");
+    let absent = refused(text.replace("model-1-of-2", "model-3-of-2"));
+    assert!(absent.contains("model-3-of-2"), "{absent}");
+    assert!(refused("{}".into()).contains("weight_map"));
 }
 
 #[test]

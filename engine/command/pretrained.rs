@@ -3,9 +3,10 @@
 use super::settings::ComputeType;
 use super::{CommandResult, configuration};
 use crate::byte_size::ByteSize;
-use crate::generate::{Sampling, choose};
+use crate::data::Tokenizer;
+use crate::generate::choose;
 use crate::models::linear::Adapting;
-use crate::models::pretrained::{Cache, Pretrained};
+use crate::models::pretrained::{Cache, Continued, Pretrained};
 use crate::{AdamW, Config, Engine};
 use candle_core::{DType, Device, Tensor};
 use ferrozero_kernels::philox::Stream;
@@ -19,9 +20,9 @@ use std::time::Instant;
 pub struct GenerateArguments {
     /// Hugging Face folder, or GGUF file
     model: PathBuf,
-    /// Text that is continued
-    #[arg(long)]
-    prompt: String,
+    /// Text that is continued; several are continued together, each as it would be alone
+    #[arg(long, required = true)]
+    prompt: Vec<String>,
     /// Most tokens that are generated
     #[arg(long, default_value_t = 128)]
     tokens: usize,
@@ -63,7 +64,8 @@ pub(super) fn ends(configuration: &Value) -> Vec<u32> {
 
 /// Generates as the arguments say.
 pub fn generate(arguments: GenerateArguments) -> CommandResult {
-    let GenerateArguments { model: path, prompt, tokens: count, temperature, top_p, seed, .. } = arguments;
+    let GenerateArguments { model: path, prompt: prompts, tokens: count, temperature, top_p, seed, .. } =
+        arguments;
     let usable = top_p > 0.0 && top_p <= 1.0 && temperature >= 0.0 && temperature.is_finite();
     if !usable {
         return Err(
@@ -72,16 +74,18 @@ pub fn generate(arguments: GenerateArguments) -> CommandResult {
     }
     // The length of the prompt is known only with the tokenizer.
     let tokenizer = Pretrained::open(&path, 1)?.tokenizer(arguments.tokenizer.as_deref())?;
-    let mut tokens = tokenizer.encode(prompt.as_bytes())?;
-    if tokens.is_empty() || count == 0 {
+    let mut texts: Vec<Text> =
+        prompts.iter().map(|prompt| Text::new(prompt, &tokenizer)).collect::<CommandResult<_>>()?;
+    let longest = texts.iter().map(|text| text.tokens.len()).max().unwrap_or(0);
+    if texts.iter().any(|text| text.tokens.is_empty()) || count == 0 {
         return Err(
             configuration("--prompt must have a token, and --tokens must be at least 1".into()).into()
         );
     }
-    let sequence = tokens.len() + count;
+    let sequence = longest + count;
     let pretrained = Pretrained::open(&path, sequence)?;
     // Keys and values grow beside what the plan counts, and once more while they are copied to grow.
-    let cache_bytes = 2 * pretrained.cache_bytes(sequence);
+    let cache_bytes = 2 * texts.len() as u64 * pretrained.cache_bytes(sequence);
     let scratch = match &arguments.scratch {
         Some(folder) => tempfile::tempdir_in(folder)?,
         None => tempfile::tempdir()?,
@@ -99,51 +103,89 @@ pub fn generate(arguments: GenerateArguments) -> CommandResult {
     // Neither gradients nor moments.
     engine.freeze(|_, _| true)?;
     let model = pretrained.build(&engine, &Adapting::default())?;
-    let rehearsed = Tensor::new(tokens.as_slice(), &Device::Cpu)?.unsqueeze(0)?;
+    let rehearsed = Tensor::zeros((texts.len(), longest), DType::U32, &Device::Cpu)?;
     let plan = engine.plan(AdamW::default(), || model.loss(&rehearsed, &rehearsed, None))?;
     eprintln!("{plan}");
     let mut trainer = engine.trainer(plan)?;
-    let (cache, stream, ends) =
-        (Cache::default(), Stream::new(seed, "sampling"), ends(&pretrained.configuration));
-    let sampling = Sampling { temperature, seed };
-    let prompt_tokens = tokens.len();
+    let (stream, ends) = (Stream::new(seed, "sampling"), ends(&pretrained.configuration));
+    let prompt_tokens: usize = texts.iter().map(|text| text.tokens.len()).sum();
     let (began, mut first_s) = (Instant::now(), 0.0);
-    let mut written = tokenizer.decode(&tokens);
-    print!("{written}");
+    let alone = texts.len() == 1;
     for position in 0..count as u64 {
-        let all = Tensor::new(tokens.as_slice(), &Device::Cpu)?.unsqueeze(0)?;
-        let logits = trainer.evaluate(|| model.next_logits_cached(&all, &cache))?;
-        let logits = logits.squeeze(0)?.to_dtype(DType::F32)?.to_vec1::<f32>()?;
-        let token = choose(&logits, sampling.temperature, top_p, stream.uniform(position));
+        let continued: Vec<Continued> =
+            texts.iter().filter(|text| !text.ended).map(Text::continued).collect();
+        if continued.is_empty() {
+            break;
+        }
+        let logits = trainer.evaluate(|| model.next_logits_of(&continued))?;
+        let logits = logits.to_dtype(DType::F32)?.to_vec2::<f32>()?;
+        for (text, logits) in texts.iter_mut().filter(|text| !text.ended).zip(&logits) {
+            let token = choose(logits, temperature, top_p, stream.uniform(position));
+            text.ended = ends.contains(&token);
+            if !text.ended {
+                text.tokens.push(token);
+            }
+            if alone {
+                text.write(&tokenizer)?;
+            }
+        }
         if position == 0 {
             first_s = began.elapsed().as_secs_f64();
         }
-        if ends.contains(&token) {
-            break;
-        }
-        tokens.push(token);
-        // A character can be made of several tokens: only what stays is written.
-        let text = tokenizer.decode(&tokens);
-        if let Some(new) = text.strip_prefix(written.as_str()).filter(|new| !new.ends_with('\u{fffd}')) {
-            print!("{new}");
-            std::io::stdout().flush()?;
-            written = text;
-        }
     }
-    println!();
-    let generated = tokens.len() - prompt_tokens;
     let rest_s = began.elapsed().as_secs_f64() - first_s;
+    for (number, text) in texts.iter_mut().enumerate() {
+        if !alone {
+            println!("prompt {}:", number + 1);
+        }
+        text.write(&tokenizer)?;
+        println!();
+    }
+    let generated = texts.iter().map(|text| text.tokens.len()).sum::<usize>() - prompt_tokens;
     let usage = trainer.usage();
     eprintln!(
         "{}",
         json!({
+            "prompts": prompts.len(),
             "prompt_tokens": prompt_tokens,
             "generated_tokens": generated,
             "first_token_s": first_s,
-            "tokens_per_s": generated.saturating_sub(1) as f64 / rest_s.max(f64::MIN_POSITIVE),
+            "tokens_per_s": generated.saturating_sub(prompts.len()) as f64 / rest_s.max(f64::MIN_POSITIVE),
             "peak_host_bytes": usage.peak_host_bytes,
             "peak_device_bytes": usage.peak_device_bytes,
         })
     );
     Ok(())
+}
+
+/// A prompt and what follows it.
+struct Text {
+    tokens: Vec<u32>,
+    cache: Cache,
+    /// What was printed.
+    written: String,
+    ended: bool,
+}
+
+impl Text {
+    fn new(prompt: &str, tokenizer: &Tokenizer) -> CommandResult<Self> {
+        let tokens = tokenizer.encode(prompt.as_bytes())?;
+        Ok(Self { tokens, cache: Cache::default(), written: String::new(), ended: false })
+    }
+
+    fn continued(&self) -> Continued<'_> {
+        Continued { tokens: &self.tokens, cache: &self.cache }
+    }
+
+    /// Prints what is new.
+    fn write(&mut self, tokenizer: &Tokenizer) -> CommandResult {
+        let text = tokenizer.decode(&self.tokens);
+        // A character can be made of several tokens: only what stays is written.
+        if let Some(new) = text.strip_prefix(self.written.as_str()).filter(|new| !new.ends_with('\u{fffd}')) {
+            print!("{new}");
+            std::io::stdout().flush()?;
+            self.written = text;
+        }
+        Ok(())
+    }
 }

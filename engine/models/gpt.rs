@@ -172,20 +172,27 @@ impl<B> Gpt<B> {
         })
     }
 
-    /// Hidden states [B, T, C] of tokens [B, T], of which the first is at `position`; `run` runs the block of a number.
+    /// Hidden states [B, T, C] of tokens [B, T] at `positions` [B, T], both of u32; `run` runs the block of a number.
     ///
     /// # Errors
-    /// For more tokens than the sequence has, and what `run` says.
-    pub fn hidden_with(
+    /// For positions that the sequence has not, and what `run` says.
+    pub fn hidden_at(
         &self,
         tokens: &Tensor,
-        position: usize,
+        positions: &Tensor,
+        run: impl FnMut(usize, &B, &Tensor) -> Result<Tensor>,
+    ) -> Result<Tensor> {
+        let [tokens, positions] = [tokens, positions].map(|tensor| ops::to_device(tensor, self.wte.device()));
+        let xs = (ops::embedding(&self.wte, &tokens?)? + ops::embedding(&self.wpe, &positions?)?)?;
+        self.after_embedding(xs, run)
+    }
+
+    /// `xs` [B, T, C].
+    fn after_embedding(
+        &self,
+        mut xs: Tensor,
         mut run: impl FnMut(usize, &B, &Tensor) -> Result<Tensor>,
     ) -> Result<Tensor> {
-        let tokens = ops::to_device(tokens, self.wte.device())?;
-        let t = tokens.dim(1)?;
-        let embedded = ops::embedding(&self.wte, &tokens)?; // [B, T, C]
-        let mut xs = embedded.broadcast_add(&self.wpe.narrow(0, position, t)?)?; // [B, T, C]
         for (number, block) in self.blocks.iter().enumerate() {
             xs = run(number, block, &xs)?;
         }
@@ -204,7 +211,11 @@ impl<B: Module> Gpt<B> {
     /// # Errors
     /// For more tokens than the sequence has, and what the blocks say.
     pub fn hidden(&self, tokens: &Tensor) -> Result<Tensor> {
-        self.hidden_with(tokens, 0, |_, block, xs| block.forward(xs))
+        let tokens = tokens.to_device(self.wte.device())?;
+        let t = tokens.dim(1)?;
+        let embedded = ops::embedding(&self.wte, &tokens)?; // [B, T, C]
+        let xs = embedded.broadcast_add(&self.wpe.narrow(0, 0, t)?)?; // [B, T, C]
+        self.after_embedding(xs, |_, block, xs| block.forward(xs))
     }
 
     /// Mean cross-entropy of `targets` [B, T] after `tokens` [B, T]. The head is the token embedding.

@@ -8,6 +8,7 @@ use super::cache::LayerCache;
 use super::linear::{Adapting, Linear};
 use super::llama_config::LlamaConfig;
 use crate::TiledLinear;
+use crate::tiled_linear::linear_by_rows;
 use candle_core::{Module, Result, Tensor};
 use candle_nn::{Init, VarBuilder};
 use ferrozero_kernels::ops;
@@ -59,6 +60,13 @@ impl Angles {
     /// Rotates `xs` [B, H, T, D], whose first token is at `position`.
     fn rotate(&self, xs: &Tensor, position: usize) -> Result<Tensor> {
         let t = xs.dim(2)?;
+        let sequence = self.cosines.dim(0)?;
+        if position + t > sequence {
+            candle_core::bail!(
+                "{} tokens for a model that was made for sequences of {sequence}",
+                position + t
+            )
+        }
         let [cosines, sines] =
             [&self.cosines, &self.sines].map(|table| table.narrow(0, position, t)?.contiguous());
         ops::rope(xs, &cosines?, &sines?)
@@ -224,7 +232,6 @@ pub struct Llama<B> {
     layers: Vec<B>,
     norm: Norm,
     head: Head,
-    sequence: usize,
 }
 
 /// What makes logits of hidden states.
@@ -265,24 +272,19 @@ impl<B> Llama<B> {
             layers,
             norm: Norm::new(config.hidden, config.epsilon, model.pp("norm"))?,
             head,
-            sequence: config.sequence,
         })
     }
 
     /// Hidden states [B, T, C] of `tokens` [B, T] after the final norm; `run` runs the layer of a number.
     ///
     /// # Errors
-    /// For more tokens than the sequence has, and what `run` says.
+    /// What `run` says, which knows at what positions the tokens are.
     pub fn hidden(
         &self,
         tokens: &Tensor,
         mut run: impl FnMut(usize, &B, &Tensor) -> Result<Tensor>,
     ) -> Result<Tensor> {
         let tokens = ops::to_device(tokens, self.embed_tokens.device())?;
-        let t = tokens.dim(1)?;
-        if t > self.sequence {
-            candle_core::bail!("{t} tokens for a model that was made for sequences of {}", self.sequence)
-        }
         let mut xs = ops::embedding(&self.embed_tokens, &tokens)?; // [B, T, C]
         for (number, layer) in self.layers.iter().enumerate() {
             xs = run(number, layer, &xs)?;
@@ -302,15 +304,15 @@ impl<B> Llama<B> {
         }
     }
 
-    /// Logits [N, V] of `hidden` [N, C].
+    /// Logits [N, V] of `hidden` [N, C], each row on its own.
     ///
     /// # Errors
     /// What the operations say.
     pub fn logits(&self, hidden: &Tensor) -> Result<Tensor> {
         match &self.head {
-            Head::Tied => ops::linear(hidden, &self.embed_tokens, None),
-            Head::Whole(weight) => ops::linear(hidden, weight, None),
-            Head::Tiled(head) => head.forward(hidden),
+            Head::Tied => linear_by_rows(hidden, &self.embed_tokens, None),
+            Head::Whole(weight) => linear_by_rows(hidden, weight, None),
+            Head::Tiled(head) => head.forward_by_rows(hidden),
         }
     }
 }

@@ -10,9 +10,10 @@ use super::llama_config::LlamaConfig;
 use crate::data::{DataError, Tokenizer};
 use crate::error::{Error, Result};
 use crate::pass::lock;
+use crate::tiled_linear::linear_by_rows;
 use crate::weights::{Arrangement, Weights};
 use crate::{Engine, Segment, TiledLinear};
-use candle_core::{Module, Tensor};
+use candle_core::{Device, Module, Tensor};
 use candle_nn::VarBuilder;
 use ferrozero_kernels::ops;
 use serde_json::{Value, json};
@@ -318,10 +319,7 @@ impl<L: Module, G: Module> LanguageModel<L, G> {
 
     fn last_logits(&self, hidden: Tensor) -> candle_core::Result<Tensor> {
         let last = hidden.narrow(1, hidden.dim(1)? - 1, 1)?.squeeze(1)?.contiguous()?; // [B, C]
-        match self {
-            Self::Llama(model) => model.logits(&last),
-            Self::Gpt2(model) => ops::linear(&last, model.head(), None),
-        }
+        self.logits(&last)
     }
 }
 
@@ -347,28 +345,79 @@ impl Cache {
     }
 }
 
+/// A text that is continued: all of its tokens, and the keys and values of those that the model has seen.
+pub struct Continued<'a> {
+    /// The tokens; at least one is not in the cache yet.
+    pub tokens: &'a [u32],
+    /// Grows by the tokens that are not in it.
+    pub cache: &'a Cache,
+}
+
+/// Which rows of a tensor of all texts' new tokens are those of one.
+struct Rows {
+    first: usize,
+    count: usize,
+    cache: Cache,
+}
+
+/// Runs a layer of a number for each text on its own: the bits of one do not depend on those beside it.
+fn run_each<M: Send + Sync + 'static>(
+    layer: &Segment<M>,
+    number: usize,
+    rows: &Arc<Vec<Rows>>,
+    xs: &Tensor,
+    run: fn(&M, &Tensor, &mut LayerCache) -> candle_core::Result<Tensor>,
+) -> candle_core::Result<Tensor> {
+    let rows = rows.clone();
+    layer.call(&[xs], move |module, inputs| {
+        let outputs = rows.iter().map(|rows| {
+            let xs = inputs[0].narrow(1, rows.first, rows.count)?.contiguous()?;
+            rows.cache.with(number, |cache| run(module, &xs, cache))
+        });
+        Tensor::cat(&outputs.collect::<candle_core::Result<Vec<_>>>()?, 1)
+    })
+}
+
 impl LanguageModel<Segment<llama::Block>, Segment<gpt::Block>> {
-    /// As [`Self::next_logits`] of all `tokens` [B, T], of which only those are computed that `cache` has not yet.
+    /// Logits [N, V] of the token after the last one of each of N texts, of which only those tokens are computed that their caches
+    /// have not yet. Weights are fetched once for all texts, and each gets the bits that it gets alone.
     ///
     /// # Errors
-    /// What the model says.
-    pub fn next_logits_cached(&self, tokens: &Tensor, cache: &Cache) -> candle_core::Result<Tensor> {
-        let known = cache.tokens();
-        let new = tokens.narrow(1, known, tokens.dim(1)? - known)?.contiguous()?;
+    /// For a text without a new token, and what the model says.
+    pub fn next_logits_of(&self, texts: &[Continued]) -> candle_core::Result<Tensor> {
+        let (mut rows, mut tokens, mut positions) = (vec![], vec![], vec![]);
+        for text in texts {
+            let known = text.cache.tokens();
+            let new = text.tokens.get(known..).filter(|new| !new.is_empty());
+            let new = new.ok_or_else(|| candle_core::Error::Msg("a text without a new token".into()))?;
+            rows.push(Rows { first: tokens.len(), count: new.len(), cache: text.cache.clone() });
+            tokens.extend_from_slice(new);
+            positions.extend(known as u32..text.tokens.len() as u32);
+        }
+        let (rows, count) = (Arc::new(rows), tokens.len());
+        let tokens = Tensor::from_vec(tokens, (1, count), &Device::Cpu)?;
         let hidden = match self {
-            Self::Llama(model) => model.hidden(&new, |number, layer, xs| {
-                let cache = cache.clone();
-                layer.call(&[xs], move |block, inputs| {
-                    cache.with(number, |cache| block.forward_cached(&inputs[0], cache))
-                })
-            }),
-            Self::Gpt2(model) => model.hidden_with(&new, known, |number, layer, xs| {
-                let cache = cache.clone();
-                layer.call(&[xs], move |block, inputs| {
-                    cache.with(number, |cache| block.forward_cached(&inputs[0], cache))
-                })
-            }),
+            Self::Llama(model) => model.hidden(&tokens, |number, layer, xs| {
+                run_each(layer, number, &rows, xs, llama::Block::forward_cached)
+            })?,
+            Self::Gpt2(model) => {
+                let positions = Tensor::from_vec(positions, (1, count), &Device::Cpu)?;
+                model.hidden_at(&tokens, &positions, |number, layer, xs| {
+                    run_each(layer, number, &rows, xs, gpt::Block::forward_cached)
+                })?
+            }
         };
-        self.last_logits(hidden?)
+        let last = rows.iter().map(|rows| hidden.narrow(1, rows.first + rows.count - 1, 1)?.squeeze(0));
+        self.logits(&Tensor::cat(&last.collect::<candle_core::Result<Vec<_>>>()?, 0)?)
+    }
+}
+
+impl<L, G> LanguageModel<L, G> {
+    /// Logits [N, V] of hidden states [N, C], each row on its own.
+    fn logits(&self, hidden: &Tensor) -> candle_core::Result<Tensor> {
+        match self {
+            Self::Llama(model) => model.logits(hidden),
+            Self::Gpt2(model) => linear_by_rows(hidden, model.head(), None),
+        }
     }
 }

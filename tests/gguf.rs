@@ -1,0 +1,157 @@
+//! GGUF files carry their own tokenizer and chat template, and are fine-tuned without anything beside them.
+
+use candle_core::quantized::gguf_file::{self, Value};
+use candle_core::quantized::{GgmlDType, QTensor};
+use candle_core::{Device, Tensor};
+use ferrozero::models::pretrained::Pretrained;
+use std::fs::File;
+use std::path::Path;
+use std::process::Command;
+
+const MERGES: [&str; 3] = ["t h", "th e", "Ġ the"];
+const WIDTH: usize = 16;
+
+/// Tokens: two that no text is made of, all bytes as GPT-2 writes them, and what the merges make.
+fn tokens() -> Vec<String> {
+    let printable = |byte: u32| matches!(byte, 0x21..=0x7e | 0xa1..=0xac | 0xae..=0xff);
+    let mut others = 0x100..;
+    let bytes = (0..256).map(|byte| if printable(byte) { byte } else { others.next().unwrap() });
+    let bytes = bytes.map(|code| char::from_u32(code).unwrap().to_string());
+    let special = ["<|endoftext|>", "<|im_end|>"].map(str::to_owned);
+    special.into_iter().chain(bytes).chain(MERGES.map(|merge| merge.replace(' ', ""))).collect()
+}
+
+/// Writes a model of one layer with weights of no meaning. `changes` replace metadata.
+fn write_model(path: &Path, changes: &[(&str, Value)]) {
+    let strings = |all: &[String]| Value::Array(all.iter().map(|text| Value::String(text.clone())).collect());
+    let text = |text: &str| Value::String(text.to_owned());
+    let tokens = tokens();
+    let kinds = (0..tokens.len()).map(|token| Value::I32(if token < 2 { 3 } else { 1 })).collect();
+    let mut metadata = vec![
+        ("general.architecture", text("llama")),
+        ("llama.block_count", Value::U32(1)),
+        ("llama.context_length", Value::U32(64)),
+        ("llama.embedding_length", Value::U32(WIDTH as u32)),
+        ("llama.feed_forward_length", Value::U32(24)),
+        ("llama.attention.head_count", Value::U32(2)),
+        ("llama.attention.head_count_kv", Value::U32(1)),
+        ("llama.attention.layer_norm_rms_epsilon", Value::F32(1e-5)),
+        ("tokenizer.ggml.model", text("gpt2")),
+        ("tokenizer.ggml.pre", text("smollm")),
+        ("tokenizer.ggml.tokens", strings(&tokens)),
+        ("tokenizer.ggml.token_type", Value::Array(kinds)),
+        ("tokenizer.ggml.merges", strings(&MERGES.map(str::to_owned))),
+        ("tokenizer.ggml.eos_token_id", Value::U32(1)),
+        (
+            "tokenizer.chat_template",
+            text("{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"),
+        ),
+    ];
+    for (key, value) in changes {
+        metadata.retain(|(known, _)| known != key);
+        metadata.push((key, value.clone()));
+    }
+    let matrix = |name: &str, shape: &[usize]| {
+        let count: usize = shape.iter().product();
+        let values: Vec<f32> = (0..count).map(|i| (i as f32 * 0.7).sin() * 0.1).collect();
+        let tensor = Tensor::from_vec(values, shape, &Device::Cpu).unwrap();
+        (name.to_owned(), QTensor::quantize(&tensor, GgmlDType::F32).unwrap())
+    };
+    let layer = |name: &str, shape: &[usize]| matrix(&format!("blk.0.{name}.weight"), shape);
+    let tensors = [
+        matrix("token_embd.weight", &[tokens.len(), WIDTH]),
+        matrix("output_norm.weight", &[WIDTH]),
+        layer("attn_norm", &[WIDTH]),
+        layer("ffn_norm", &[WIDTH]),
+        layer("attn_q", &[WIDTH, WIDTH]),
+        layer("attn_k", &[WIDTH / 2, WIDTH]),
+        layer("attn_v", &[WIDTH / 2, WIDTH]),
+        layer("attn_output", &[WIDTH, WIDTH]),
+        layer("ffn_gate", &[24, WIDTH]),
+        layer("ffn_up", &[24, WIDTH]),
+        layer("ffn_down", &[WIDTH, 24]),
+    ];
+    let metadata: Vec<_> = metadata.iter().map(|(key, value)| (*key, value)).collect();
+    let tensors: Vec<_> = tensors.iter().map(|(name, tensor)| (name.as_str(), tensor)).collect();
+    gguf_file::write(&mut File::create(path).unwrap(), &metadata, &tensors).unwrap();
+}
+
+#[test]
+fn the_tokenizer_that_a_file_carries_cuts_text_as_its_name_says() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("model.gguf");
+    write_model(&path, &[]);
+    let tokenizer = Pretrained::open(&path, 16).unwrap().tokenizer(None).unwrap();
+    let all = tokens();
+    let token = |text: &str| all.iter().position(|token| token == text).unwrap() as u32;
+    let expected = ["the", "Ġthe", "Ġ", "1", "2", "Ã", "©", "<|im_end|>"].map(token);
+    let text = "the the 12é<|im_end|>";
+    assert_eq!(tokenizer.encode(text.as_bytes()).unwrap(), expected);
+    assert_eq!(tokenizer.decode(&expected), text.replace("<|im_end|>", ""), "a special token is no text");
+    // Digits are not single words where the name says nothing of the kind.
+    write_model(
+        &path,
+        &[
+            ("tokenizer.ggml.pre", Value::String("gpt-2".into())),
+            ("tokenizer.ggml.merges", Value::Array(vec![Value::String("Ġ t".into())])),
+        ],
+    );
+    let error = Pretrained::open(&path, 16).unwrap().tokenizer(None).err().unwrap().to_string();
+    assert!(error.contains("model.gguf"), "a merge whose token is missing: {error}");
+}
+
+#[test]
+fn a_tokenizer_that_is_not_known_is_named_with_what_to_do() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("model.gguf");
+    let text = |text: &str| Value::String(text.into());
+    for (key, value) in [
+        ("tokenizer.ggml.model", text("llama")),
+        ("tokenizer.ggml.pre", text("viking")),
+        ("tokenizer.ggml.tokens", text("none")),
+        ("tokenizer.ggml.merges", Value::U32(3)),
+    ] {
+        write_model(&path, &[(key, value)]);
+        let error = Pretrained::open(&path, 16).unwrap().tokenizer(None).err().unwrap().to_string();
+        assert!(error.contains(key) && error.contains("--tokenizer"), "{error}");
+    }
+    write_model(&path, &[("general.architecture", text("gpt2"))]);
+    let error = Pretrained::open(&path, 16).unwrap_err().to_string();
+    assert!(error.contains("gpt2") && error.contains("llama"), "{error}");
+}
+
+#[test]
+fn a_file_alone_is_fine_tuned_on_chats_and_its_folder_goes_on() {
+    let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    write_model(&folder.path().join("model.gguf"), &[]);
+    let chat = serde_json::json!({ "messages": [
+        { "role": "user", "content": "one two three" },
+        { "role": "assistant", "content": "four five six seven" },
+    ]});
+    std::fs::write(folder.path().join("chats.jsonl"), format!("{chat}\n").repeat(60)).unwrap();
+    let run = |options: &str| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_ferrozero"));
+        let output = command.current_dir(folder.path()).args(options.split(' ')).output().unwrap();
+        let err = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(output.status.success(), "{err}");
+        (String::from_utf8_lossy(&output.stdout).into_owned(), err)
+    };
+    let train = "--data chats.jsonl --memory 64MiB --seq 16 --accumulate 1 --lr 0.01";
+    let (output, _) = run(&format!("finetune model.gguf {train} --dir run --out out"));
+    let loss = |when: &str| -> f32 {
+        let (_, rest) = output.split_once(&format!("validation loss at {when} ")).unwrap();
+        rest.split_whitespace().next().unwrap().parse().unwrap()
+    };
+    assert!(loss("last") < loss("first"), "{output}");
+    let configuration = std::fs::read_to_string(folder.path().join("out/tokenizer_config.json")).unwrap();
+    assert!(configuration.contains("chat_template") && configuration.contains("<|im_end|>"));
+    // The folder has all that the file had.
+    run(&format!("finetune out {train} --dir again --out out-again"));
+    let prompts = "--prompt one --prompt two --tokens 4 --memory 64MiB";
+    let (text, figures) = run(&format!("generate out {prompts}"));
+    assert!(text.starts_with("prompt 1:\none") && text.contains("prompt 2:\ntwo"), "{text}");
+    let figures = figures.lines().last().unwrap();
+    let figures: serde_json::Value = serde_json::from_str(figures).unwrap();
+    assert_eq!(figures["prompts"], 2);
+    assert!(figures["tokens_per_s"].as_f64().unwrap() > 0.0);
+}
