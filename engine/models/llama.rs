@@ -292,6 +292,11 @@ impl<B> Llama<B> {
         self.norm.forward(&xs)
     }
 
+    /// Different tokens, V.
+    pub fn vocabulary(&self) -> usize {
+        self.embed_tokens.dims()[0]
+    }
+
     /// Mean cross-entropy of `targets` [N] for `hidden` [N, C].
     ///
     /// # Errors

@@ -10,7 +10,6 @@ use crate::models::llama_config::LlamaConfig;
 use crate::schedule::Queue;
 use crate::{AdamW, Config, Engine, Placement, Segment, Tier};
 use candle_core::{Device, Module, Tensor};
-use ferrozero_kernels::ops;
 use ferrozero_kernels::philox::Stream;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
@@ -311,27 +310,25 @@ impl Model {
         let config = LlamaConfig::from_json(&serde_json::from_str(&text)?, &source, arguments.seq)?;
         let adapting = Adapting::default();
         let block = |vb| engine.segment(vb, |vb| llama::Block::new(&config, &adapting, vb));
-        Ok(Self::Llama(Llama::new(&config, engine.var_builder(), block)?))
-    }
-
-    fn head(&self) -> &Tensor {
-        match self {
-            Self::Gpt(model) => model.head(),
-            Self::Llama(model) => model.head(),
-        }
+        Ok(Self::Llama(Llama::new(&config, engine.var_builder(), block, |_| Ok(None))?))
     }
 
     fn vocabulary(&self) -> usize {
-        self.head().dims()[0]
+        match self {
+            Self::Gpt(model) => model.head().dims()[0],
+            Self::Llama(model) => model.vocabulary(),
+        }
     }
 
     /// Mean cross-entropy of `targets` [B, T] after `tokens` [B, T].
     fn loss(&self, tokens: &Tensor, targets: &Tensor) -> candle_core::Result<Tensor> {
-        let hidden = match self {
-            Self::Gpt(model) => model.hidden(tokens)?,
-            Self::Llama(model) => model.hidden(tokens, |_, layer, xs| layer.forward(xs))?,
-        };
-        ops::linear_cross_entropy(&hidden.flatten(0, 1)?, self.head(), &targets.flatten_all()?)
+        match self {
+            Self::Gpt(model) => model.loss(tokens, targets),
+            Self::Llama(model) => {
+                let hidden = model.hidden(tokens, |_, layer, xs| layer.forward(xs))?;
+                model.cross_entropy(&hidden.flatten(0, 1)?, &targets.flatten_all()?)
+            }
+        }
     }
 }
 
