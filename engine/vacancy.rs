@@ -90,7 +90,7 @@ impl DeviceRun {
 
     /// Type of its elements.
     pub fn dtype(&self) -> DType {
-        self.0.dtype()
+        storage_dtype(&self.storage)
     }
 
     /// Elements of a floating-point storage; of every other, 0.

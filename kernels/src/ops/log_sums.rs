@@ -87,9 +87,10 @@ impl CustomOp3 for LinearLogSums {
             let targets = &head.targets[block.clone()];
             add_logits(&mut sums[block], &logits, targets, vocabulary_size);
         }
-        let target_logits = sums.iter().zip(head.targets).map(|(sum, &target)| {
-            if (target as usize) < vocabulary_size { sum.target_logit } else { 0.0 }
-        });
+        let target_logits = sums
+            .iter()
+            .zip(head.targets)
+            .map(|(sum, &target)| if (target as usize) < vocabulary_size { sum.target_logit } else { 0.0 });
         let out: Vec<f32> = sums.iter().map(RowSum::log_sum).chain(target_logits).collect();
         Ok((CpuStorage::F32(out), (2, rows).into()))
     }
