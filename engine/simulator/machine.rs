@@ -85,8 +85,7 @@ impl Machine {
     pub fn probed(directory: &Path) -> Option<Self> {
         let machine = Self::from_file(Path::new("machine.json")).ok()?;
         let measured = machine.directory.as_deref()?;
-        let is_same = directory.canonicalize().is_ok_and(|directory| directory == measured);
-        is_same.then_some(machine)
+        (canonical(directory)? == measured).then_some(machine)
     }
 
     /// Writes the numbers.
@@ -104,4 +103,14 @@ impl Machine {
     pub fn is_apart(&self) -> bool {
         self.device_memory_bytes.is_some()
     }
+}
+
+/// The whole path of a folder that may not have been made yet.
+fn canonical(directory: &Path) -> Option<PathBuf> {
+    directory.ancestors().find_map(|made| {
+        let whole = if made.as_os_str().is_empty() { Path::new(".") } else { made };
+        let rest = directory.strip_prefix(made).ok()?;
+        let whole = whole.canonicalize().ok()?;
+        Some(if rest.as_os_str().is_empty() { whole } else { whole.join(rest) })
+    })
 }
