@@ -211,7 +211,7 @@ impl<B: Module> Gpt<B> {
     /// # Errors
     /// For more tokens than the sequence has, and what the blocks say.
     pub fn hidden(&self, tokens: &Tensor) -> Result<Tensor> {
-        let tokens = tokens.to_device(self.wte.device())?;
+        let tokens = ops::to_device(tokens, self.wte.device())?;
         let t = tokens.dim(1)?;
         let embedded = ops::embedding(&self.wte, &tokens)?; // [B, T, C]
         let xs = embedded.broadcast_add(&self.wpe.narrow(0, 0, t)?)?; // [B, T, C]

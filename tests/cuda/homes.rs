@@ -2,10 +2,24 @@
 
 use super::support::{tokens, train, trainer};
 use super::{BLOCKS, homes, on_cuda};
+use ferrozero::simulator::Machine;
 use ferrozero::{Config, Placement, Tier};
 
 /// Of the model's own tensors: more than they take.
 const WORKING_BYTES: u64 = 16 << 20;
+
+/// Where states are best at home on the device, as many as fit.
+fn slow_bus() -> Machine {
+    let numbers = serde_json::json!({
+        "disk_read_bytes_per_s": 1e9,
+        "disk_write_bytes_per_s": 1e9,
+        "upload_bytes_per_s": 1e6,
+        "download_bytes_per_s": 1e6,
+        "optimizer_bytes_per_s": 1e9,
+        "device_memory_bytes_per_s": 1e12,
+    });
+    serde_json::from_value(numbers).unwrap()
+}
 
 #[test]
 fn groups_come_home_to_the_device_by_themselves_as_its_memory_allows() {
@@ -17,6 +31,7 @@ fn groups_come_home_to_the_device_by_themselves_as_its_memory_allows() {
         device_memory_bytes: Some(device_memory_bytes),
         memory_bytes: Some(64 << 20),
         working_bytes: Some(WORKING_BYTES),
+        machine: Some(slow_bus()),
         ..homes(Tier::Host)
     };
     let at_home = |device_memory_bytes: u64| {

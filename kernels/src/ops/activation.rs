@@ -7,7 +7,7 @@ use rayon::prelude::*;
 
 #[cfg(feature = "cuda")]
 use super::cuda;
-use super::error::shapes_error;
+use super::error::{OpError, shapes_error};
 use super::input::{Input, cpu_tensor, elements};
 use super::vector::{chunk_elements, sigmoid, vectorized};
 
@@ -55,6 +55,7 @@ pub fn gated_silu(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
         return Err(shapes_error(GatedSilu::NAME, "expected equal shapes", &[gate.shape(), up.shape()]));
     }
     if gate.device().is_cuda() {
+        OpError::check_dtypes(GatedSilu::NAME, gate, &[up])?;
         return silu(gate)? * up;
     }
     gate.contiguous()?.apply_op2(&up.contiguous()?, GatedSilu)

@@ -7,7 +7,7 @@ use rayon::prelude::*;
 
 #[cfg(feature = "cuda")]
 use super::cuda;
-use super::error::shapes_error;
+use super::error::{OpError, shapes_error};
 use super::input::{Input, cpu_tensor, elements};
 use super::matrix::{Matrix, MatrixMut, Threads, multiply};
 use super::softmax::{Rows, softmax_rows, softmax_rows_backward};
@@ -56,6 +56,7 @@ pub fn grouped_causal_attention(
         return Err(shapes_error(GroupedAttention::NAME, expected, &shapes));
     };
     if query.device().is_cuda() {
+        OpError::check_dtypes(GroupedAttention::NAME, query, &[key, value])?;
         let packed = [query.clone(), sizes.repeat(key)?, sizes.repeat(value)?];
         return causal_attention(&Tensor::cat(&packed, 2)?, heads);
     }

@@ -1,6 +1,6 @@
 //! What the operations refuse.
 
-use candle_core::{DType, DeviceLocation, Shape};
+use candle_core::{DType, DeviceLocation, Shape, Tensor};
 
 /// Why an operation refused its inputs. It reaches the caller inside [`candle_core::Error`].
 #[derive(Debug, thiserror::Error)]
@@ -84,6 +84,15 @@ pub enum OpError {
 }
 
 impl OpError {
+    /// Refuses the first tensor that has another dtype than `first`
+    pub(super) fn check_dtypes(op: &'static str, first: &Tensor, others: &[&Tensor]) -> Result<(), Self> {
+        let expected = first.dtype();
+        match others.iter().map(|tensor| tensor.dtype()).find(|&dtype| dtype != expected) {
+            Some(dtype) => Err(Self::DType { op, dtype, expected }),
+            None => Ok(()),
+        }
+    }
+
     /// Refuses the first token that names no row.
     pub(super) fn check_tokens(op: &'static str, tokens: &[u32], vocabulary_size: usize) -> Result<(), Self> {
         match tokens.iter().position(|&token| token as usize >= vocabulary_size) {
