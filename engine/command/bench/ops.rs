@@ -9,9 +9,13 @@ use candle_core::{D, DType, Device, Module, Result, Tensor, Var};
 use candle_nn::{VarBuilder, VarMap};
 use ferrozero_kernels::ops;
 use ferrozero_kernels::philox::Stream;
+use ferrozero_offload::memory;
 use serde_json::json;
 use std::io::BufRead;
 use std::time::Instant;
+
+/// Memory of freed tensors that is kept for the next ones.
+const KEPT_BYTES: u64 = 4 << 30;
 
 /// Sizes to measure.
 #[derive(Debug, Clone, clap::Args)]
@@ -69,7 +73,7 @@ impl Case {
     fn run(&self, operation: &Operation) -> Result<f64> {
         let inputs: Vec<Tensor> = self.inputs.iter().map(|input| input.as_tensor().clone()).collect();
         let started = Instant::now();
-        ops::backward(&operation(&inputs)?)?;
+        ops::backward(&ops::before_backward(|| operation(&inputs))?)?;
         Ok(started.elapsed().as_secs_f64())
     }
 }
@@ -228,6 +232,8 @@ pub fn run(arguments: OpsArguments) -> CommandResult {
         let message = "bench ops: sizes must be at least 1, and --hidden a multiple of twice the --heads";
         return Err(configuration(message.into()).into());
     }
+    // As in a run, whose plan grants freed tensors their memory for the next ones.
+    memory::set_cache_limit_bytes(memory::current_bytes() + KEPT_BYTES);
     let cases = cases(&arguments)?;
     if arguments.serve {
         for line in std::io::stdin().lock().lines() {
