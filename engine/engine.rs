@@ -304,9 +304,9 @@ impl Engine {
             })
         };
         let mut machine = config.machine.clone().unwrap_or_else(measured);
-        if let Some(Throttle { read_bytes_per_s, write_bytes_per_s }) = config.throttle {
-            machine.disk_read_bytes_per_s = machine.disk_read_bytes_per_s.min(read_bytes_per_s);
-            machine.disk_write_bytes_per_s = machine.disk_write_bytes_per_s.min(write_bytes_per_s);
+        if let Some(throttle) = &config.throttle {
+            machine.disk_read_bytes_per_s = machine.disk_read_bytes_per_s.min(throttle.read_bytes_per_s());
+            machine.disk_write_bytes_per_s = machine.disk_write_bytes_per_s.min(throttle.write_bytes_per_s());
         }
         machine
     }

@@ -74,7 +74,7 @@ fn options(config: &Config, piece_bytes: usize) -> StoreOptions {
         stripes: config.stripes.clone(),
         backend: config.backend,
         faults: config.faults.clone(),
-        throttle: config.throttle,
+        throttle: config.throttle.clone(),
     }
 }
 

@@ -28,7 +28,7 @@ pub(crate) use directory::Directory;
 pub use fault::{Fault, FaultKind, FaultPlan, FaultPoint, Faulty};
 pub use mem::Mem;
 pub use pool::Pool;
-pub use throttled::Throttled;
+pub use throttled::{Throttle, Throttled};
 pub use ticket::Ticket;
 pub use uring::Uring;
 pub(crate) use workers::{Job, Workers};

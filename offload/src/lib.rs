@@ -61,10 +61,10 @@ mod store;
 pub use arena::{Arena, Lease, PAGE_BYTES, padded_bytes};
 pub use budget::{Budget, Reservation, Tier};
 pub use error::Error;
-pub use io::{Completion, Ticket};
+pub use io::{Completion, Throttle, Ticket};
 pub use notice::Notice;
 pub use store::{
-    BackendChoice, Commit, Extent, ExtentId, ExtentKind, ExtentSpec, Store, StoreOptions, Throttle, Traffic,
+    BackendChoice, Commit, Extent, ExtentId, ExtentKind, ExtentSpec, Store, StoreOptions, Traffic,
 };
 
 use std::sync::{Mutex, MutexGuard, PoisonError};

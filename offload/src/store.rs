@@ -11,7 +11,9 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     Completion, Error, Lease, Notice,
-    io::{Directory, FaultPlan, Faulty, Io, Job, Mem, Pool, Request, Throttled, Uring, Verb, Workers},
+    io::{
+        Directory, FaultPlan, Faulty, Io, Job, Mem, Pool, Request, Throttle, Throttled, Uring, Verb, Workers,
+    },
     locked, padded_bytes,
 };
 
@@ -46,7 +48,7 @@ pub struct StoreOptions {
     pub backend: BackendChoice,
     /// Failures to inject.
     pub faults: Option<FaultPlan>,
-    /// Bandwidths to slow down to.
+    /// Slower disk to be, shared with other stores that have it.
     pub throttle: Option<Throttle>,
 }
 
@@ -76,15 +78,6 @@ pub enum BackendChoice {
     Pool,
     /// No disk at all: the files are in memory and end with the store.
     Memory,
-}
-
-/// Bandwidths of a slower disk, in bytes a second.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Throttle {
-    /// Of reads.
-    pub read_bytes_per_s: f64,
-    /// Of writes.
-    pub write_bytes_per_s: f64,
 }
 
 /// What the last commit says.
@@ -547,8 +540,8 @@ fn connect(path: &Path, options: &StoreOptions) -> Result<(Arc<dyn Io>, Vec<Noti
     if options.faults.is_some() {
         io = Arc::new(Faulty::new(io, faults));
     }
-    if let Some(Throttle { read_bytes_per_s, write_bytes_per_s }) = options.throttle {
-        io = Arc::new(Throttled::new(io, read_bytes_per_s, write_bytes_per_s)?);
+    if let Some(throttle) = &options.throttle {
+        io = Arc::new(Throttled::new(io, throttle.clone()));
     }
     Ok((io, notices))
 }

@@ -355,7 +355,7 @@ fn wrappers_move_the_same_bytes() {
     let arena = arena(8 << 20);
     let options = StoreOptions {
         piece_bytes: 1 << 20,
-        throttle: Some(Throttle { read_bytes_per_s: 1e12, write_bytes_per_s: 1e12 }),
+        throttle: Some(Throttle::new(1e12, 1e12).unwrap()),
         ..StoreOptions::default()
     };
     let store = Store::create(directory.path(), state("weights", 5 << 20), options).unwrap();

@@ -6,7 +6,7 @@ use std::{fs, path::PathBuf, sync::Arc};
 
 use common::*;
 use ferrozero_offload::{
-    io::{FaultPlan, Io, Mem, Throttled},
+    io::{FaultPlan, Io, Mem, Throttle, Throttled},
     *,
 };
 use serde_json::json;
@@ -93,7 +93,7 @@ fn stripes_work_in_place_in_memory_and_below_wrappers() {
     let options =
         StoreOptions { in_place: true, stripes: vec!["/one".into(), "/two".into()], ..of_pieces(4096) };
     let mem = Arc::new(Mem::new(&FaultPlan::default()).unwrap());
-    let io: Arc<dyn Io> = Arc::new(Throttled::new(mem.clone(), 1e12, 1e12).unwrap());
+    let io: Arc<dyn Io> = Arc::new(Throttled::new(mem.clone(), Throttle::new(1e12, 1e12).unwrap()));
     let arena = arena(1 << 20);
     let store = Store::create_on(io.clone(), specs(), &options).unwrap();
     write_all(&store, &arena, 1);

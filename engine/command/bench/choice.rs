@@ -67,7 +67,7 @@ fn budget(memory_mib: u64, directory: &Path, steps: usize) -> CommandResult<Row>
     let config = Config {
         memory_bytes: Some(memory_mib << 20),
         clip: Some(1.0),
-        throttle: slow_disk(DISK_BYTES_PER_S),
+        throttle: slow_disk(DISK_BYTES_PER_S)?,
         ..Config::default()
     };
     let run = |config: Config| measure(SIZES, config, directory, steps).map(|(_, measured_s)| measured_s);

@@ -62,15 +62,15 @@ fn gpt(layers: usize, hidden: usize, batch: usize) -> Sizes {
 }
 
 /// A disk that reads and writes so many bytes a second.
-pub fn slow_disk(bytes_per_s: f64) -> Option<Throttle> {
-    Some(Throttle { read_bytes_per_s: bytes_per_s, write_bytes_per_s: bytes_per_s })
+pub fn slow_disk(bytes_per_s: f64) -> CommandResult<Option<Throttle>> {
+    Ok(Some(Throttle::new(bytes_per_s, bytes_per_s)?))
 }
 
-fn cases() -> Vec<Case> {
+fn cases() -> CommandResult<Vec<Case>> {
     let case = |name, sizes, config| Case { name, sizes, config };
     let disk = || Config { placement: Placement::All(Tier::Disk), clip: Some(1.0), ..Config::default() };
     let within = |mib: u64| Config { memory_bytes: Some(mib * MIB), clip: Some(1.0), ..Config::default() };
-    vec![
+    Ok(vec![
         case("6 × 256, in memory", gpt(6, 256, 4), within(1024)),
         case(
             "6 × 256, on host",
@@ -78,36 +78,36 @@ fn cases() -> Vec<Case> {
             Config { placement: Placement::All(Tier::Host), ..within(1024) },
         ),
         case("6 × 256, on disk", gpt(6, 256, 4), disk()),
-        case("6 × 256, on disk of 100 MB/s", gpt(6, 256, 4), Config { throttle: slow_disk(1e8), ..disk() }),
+        case("6 × 256, on disk of 100 MB/s", gpt(6, 256, 4), Config { throttle: slow_disk(1e8)?, ..disk() }),
         case(
             "6 × 256, on disk of 300 MB/s, not clipped",
             gpt(6, 256, 4),
-            Config { throttle: slow_disk(3e8), clip: None, ..disk() },
+            Config { throttle: slow_disk(3e8)?, clip: None, ..disk() },
         ),
         case(
             "6 × 256, 160 MiB, disk of 100 MB/s",
             gpt(6, 256, 4),
-            Config { throttle: slow_disk(1e8), ..within(160) },
+            Config { throttle: slow_disk(1e8)?, ..within(160) },
         ),
         case("4 × 512, in memory", gpt(4, 512, 2), within(1024)),
         case("4 × 512, on disk", gpt(4, 512, 2), disk()),
-        case("4 × 512, on disk of 300 MB/s", gpt(4, 512, 2), Config { throttle: slow_disk(3e8), ..disk() }),
+        case("4 × 512, on disk of 300 MB/s", gpt(4, 512, 2), Config { throttle: slow_disk(3e8)?, ..disk() }),
         case(
             "4 × 512, 224 MiB, disk of 200 MB/s",
             gpt(4, 512, 2),
-            Config { throttle: slow_disk(2e8), ..within(224) },
+            Config { throttle: slow_disk(2e8)?, ..within(224) },
         ),
         case(
             "4 × 512, on disk of 300 MB/s, 2 micro-batches",
             gpt(4, 512, 2),
-            Config { throttle: slow_disk(3e8), accumulate: 2, ..disk() },
+            Config { throttle: slow_disk(3e8)?, accumulate: 2, ..disk() },
         ),
         case(
             "8 × 384, on disk of 200 MB/s, boundaries too",
             gpt(8, 384, 2),
-            Config { throttle: slow_disk(2e8), boundaries: Some(Tier::Disk), ..disk() },
+            Config { throttle: slow_disk(2e8)?, boundaries: Some(Tier::Disk), ..disk() },
         ),
-    ]
+    ])
 }
 
 /// Runs the bench.
@@ -128,7 +128,7 @@ pub fn run(arguments: PredictArguments) -> CommandResult {
 
 fn compare(arguments: &PredictArguments) -> CommandResult {
     let given = arguments.machine.as_deref().map(Machine::from_file).transpose()?;
-    let cases = cases();
+    let cases = cases()?;
     let mut found: Vec<Vec<(f64, f64)>> = vec![vec![]; cases.len()];
     for round in 0..arguments.rounds {
         // The next plan measures the machine again.

@@ -1,6 +1,7 @@
 //! A slower disk.
 
 use std::{
+    fmt,
     path::PathBuf,
     sync::{Arc, Mutex},
 };
@@ -8,31 +9,68 @@ use std::{
 use super::{FileId, FileSpec, Io, OnDone, Request, Verb, Workers};
 use crate::{Error, Notice, clock::Clock, locked};
 
-/// An [`Io`] whose transfers take at least the time of a given bandwidth in each direction.
-pub struct Throttled {
-    inner: Arc<dyn Io>,
+/// The bandwidths of a slower disk. Whatever is given clones of it shares them, as stores on one disk do.
+#[derive(Clone)]
+pub struct Throttle(Arc<Lanes>);
+
+struct Lanes {
     read: Lane,
     write: Lane,
 }
 
 /// One direction: a clock, and the thread that waits for it.
 struct Lane {
+    bytes_per_s: f64,
     clock: Arc<Mutex<Clock>>,
     worker: Workers,
 }
 
+impl Lane {
+    fn new(name: &str, bytes_per_s: f64) -> Result<Self, Error> {
+        let clock = Arc::new(Mutex::new(Clock::new(bytes_per_s)));
+        Ok(Self { bytes_per_s, clock, worker: Workers::spawn(name, 1)? })
+    }
+}
+
+impl Throttle {
+    /// A disk with these bandwidths, in bytes a second.
+    ///
+    /// # Errors
+    /// [`Error::Thread`] where the system gives no thread.
+    pub fn new(read_bytes_per_s: f64, write_bytes_per_s: f64) -> Result<Self, Error> {
+        Ok(Self(Arc::new(Lanes {
+            read: Lane::new("ferrozero-slow-read", read_bytes_per_s)?,
+            write: Lane::new("ferrozero-slow-write", write_bytes_per_s)?,
+        })))
+    }
+
+    /// Bytes a second that are read.
+    pub fn read_bytes_per_s(&self) -> f64 {
+        self.0.read.bytes_per_s
+    }
+
+    /// Bytes a second that are written.
+    pub fn write_bytes_per_s(&self) -> f64 {
+        self.0.write.bytes_per_s
+    }
+}
+
+impl fmt::Debug for Throttle {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        write!(f, "Throttle({} B/s, {} B/s)", self.read_bytes_per_s(), self.write_bytes_per_s())
+    }
+}
+
+/// An [`Io`] whose transfers take at least their time on a slower disk.
+pub struct Throttled {
+    inner: Arc<dyn Io>,
+    throttle: Throttle,
+}
+
 impl Throttled {
-    /// Slows `inner` down to these bandwidths, in bytes a second.
-    pub fn new(inner: Arc<dyn Io>, read_bytes_per_s: f64, write_bytes_per_s: f64) -> Result<Self, Error> {
-        let lane = |name, bytes_per_s| -> Result<Lane, Error> {
-            let clock = Arc::new(Mutex::new(Clock::new(bytes_per_s)));
-            Ok(Lane { clock, worker: Workers::spawn(name, 1)? })
-        };
-        Ok(Self {
-            inner,
-            read: lane("ferrozero-slow-read", read_bytes_per_s)?,
-            write: lane("ferrozero-slow-write", write_bytes_per_s)?,
-        })
+    /// Slows `inner` down.
+    pub fn new(inner: Arc<dyn Io>, throttle: Throttle) -> Self {
+        Self { inner, throttle }
     }
 }
 
@@ -47,8 +85,8 @@ impl Io for Throttled {
 
     fn submit(&self, request: Request, on_done: OnDone) {
         let lane = match request.verb() {
-            Verb::Read => &self.read,
-            Verb::Write => &self.write,
+            Verb::Read => &self.throttle.0.read,
+            Verb::Write => &self.throttle.0.write,
         };
         let (inner, clock) = (self.inner.clone(), lane.clock.clone());
         lane.worker.run(move || {
