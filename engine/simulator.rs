@@ -1,8 +1,8 @@
 //! The schedule's third reader: costs it with a machine's numbers, and tells how long a step will take and which queue is
 //! the busiest.
 //!
-//! The simulator starts operations by the rules of the executor, which are in one place. Transfers of the disk that are
-//! under way share its bandwidth, and where computing, copies and the optimizer run on the same processors, those are shared.
+//! The simulator starts operations by the rules of the executor, which are in one place. The disk makes the transfers of a
+//! direction in the order in which they were given to it, and where computing, copies and the optimizer run on the same processors, those are shared.
 
 pub mod catalog;
 mod clockwork;
@@ -119,7 +119,7 @@ pub struct Simulator<'a> {
 enum Cost {
     /// Seconds of its queue, on this many processors of those that are shared.
     Seconds { seconds: f64, processors: f64 },
-    /// Bytes of the disk, which is shared.
+    /// Bytes of the disk, which has one transfer a direction at a time.
     Transfer { write: bool, bytes: f64 },
 }
 
@@ -358,14 +358,14 @@ mod tests {
     }
 
     #[test]
-    fn transfers_under_way_share_the_disk() {
-        // Two reads at half the speed each; the forward waits for the user's code only.
-        assert_eq!(times_of(&[read(0, 0), read(1, 1), FORWARD]), [(0.0, 2.0), (0.0, 2.0), (1.0, 4.0)]);
-        // Eight at a time; the ninth has the disk for itself.
+    fn transfers_under_way_wait_in_the_queue_of_the_disk() {
+        // Two reads, one after the other; the forward waits for the user's code only.
+        assert_eq!(times_of(&[read(0, 0), read(1, 1), FORWARD]), [(0.0, 1.0), (0.0, 2.0), (1.0, 4.0)]);
+        // Eight are under way at a time: the ninth is given to the disk when the first is done.
         let nine: Vec<_> = (0..9).map(|piece| read(piece, piece)).collect();
         let times = times_of(&nine);
-        assert_eq!(times[..8], [(0.0, 8.0); 8]);
-        assert_eq!(times[8], (8.0, 9.0));
+        assert_eq!(times[7], (0.0, 8.0));
+        assert_eq!(times[8], (1.0, 9.0));
     }
 
     #[test]

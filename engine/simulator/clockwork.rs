@@ -34,28 +34,34 @@ enum TrainingThread {
 struct Rates {
     /// Share of its speed that whatever uses processors has.
     processors: f64,
-    /// Bytes a second of one read and of one write of the disk.
-    disk: [f64; 2],
+    /// The read and the write that the disk is making, by number, and its bytes a second.
+    disk: [Option<(u64, f64)>; 2],
 }
 
 impl Rates {
+    /// Bytes a second of a transfer; none while others come before it.
+    fn of_transfer(&self, id: u64, write: bool) -> f64 {
+        self.disk[usize::from(write)].filter(|(first, _)| *first == id).map_or(0.0, |(_, speed)| speed)
+    }
+
     /// Seconds to the end at these rates.
-    fn left_s(&self, left: &Cost) -> f64 {
-        match *left {
+    fn left_s(&self, running: &Running) -> f64 {
+        match running.left {
             Cost::Seconds { seconds, processors } if processors > 0.0 => seconds / self.processors,
             Cost::Seconds { seconds, .. } => seconds,
-            Cost::Transfer { write, bytes } => bytes / self.disk[usize::from(write)],
+            Cost::Transfer { write, bytes } => bytes / self.of_transfer(running.id, write),
         }
     }
 
     /// Takes off what is done in `elapsed_s`.
-    fn advance(&self, left: &mut Cost, elapsed_s: f64) {
-        match left {
+    fn advance(&self, running: &mut Running, elapsed_s: f64) {
+        let id = running.id;
+        match &mut running.left {
             Cost::Seconds { seconds, processors } if *processors > 0.0 => {
                 *seconds -= elapsed_s * self.processors;
             }
             Cost::Seconds { seconds, .. } => *seconds -= elapsed_s,
-            Cost::Transfer { write, bytes } => *bytes -= elapsed_s * self.disk[usize::from(*write)],
+            Cost::Transfer { write, bytes } => *bytes -= elapsed_s * self.of_transfer(id, *write),
         }
     }
 }
@@ -137,17 +143,20 @@ impl<'a> Clockwork<'a> {
 
     fn rates(&self) -> Rates {
         let machine = self.simulator.machine;
-        let (mut reads, mut writes, mut wanted) = (0.0, 0.0, 0.0);
+        let mut wanted = 0.0;
+        // A disk makes the transfers of a direction one after another: those under way wait in its queue.
+        let mut first = [None; 2];
         for running in &self.running {
             match running.left {
-                Cost::Transfer { write: false, .. } => reads += 1.0,
-                Cost::Transfer { write: true, .. } => writes += 1.0,
+                Cost::Transfer { write, .. } => {
+                    first[usize::from(write)].get_or_insert(running.id);
+                }
                 Cost::Seconds { processors, .. } => wanted += processors,
             }
         }
         let alone = machine.disk_read_bytes_per_s + machine.disk_write_bytes_per_s;
-        let share = match machine.disk_mixed_bytes_per_s {
-            Some(mixed) if reads > 0.0 && writes > 0.0 => (mixed / alone).min(1.0),
+        let share = match (machine.disk_mixed_bytes_per_s, first) {
+            (Some(mixed), [Some(_), Some(_)]) => (mixed / alone).min(1.0),
             _ => 1.0,
         };
         let processors = match machine.processors {
@@ -158,15 +167,18 @@ impl<'a> Clockwork<'a> {
             }
             None => 1.0,
         };
-        let disk =
-            [machine.disk_read_bytes_per_s * share / reads, machine.disk_write_bytes_per_s * share / writes];
+        let [read, write] = first;
+        let disk = [
+            read.map(|id| (id, machine.disk_read_bytes_per_s * share)),
+            write.map(|id| (id, machine.disk_write_bytes_per_s * share)),
+        ];
         Rates { processors, disk }
     }
 
     /// When something happens next; none if nothing will.
     fn next_s(&self) -> Option<f64> {
         let rates = self.rates();
-        let ends = self.running.iter().map(|running| self.now_s + rates.left_s(&running.left));
+        let ends = self.running.iter().map(|running| self.now_s + rates.left_s(running));
         let asks = match self.training_thread {
             TrainingThread::Working(left_s) if self.is_working() => {
                 Some(self.now_s + left_s / rates.processors)
@@ -192,10 +204,10 @@ impl<'a> Clockwork<'a> {
         self.now_s = next_s;
         let mut ended = vec![];
         self.running.retain_mut(|running| {
-            let ends = rates.left_s(&running.left) <= elapsed_s + SAME_MOMENT_S;
+            let ends = rates.left_s(running) <= elapsed_s + SAME_MOMENT_S;
             match ends {
                 true => ended.push(running.id),
-                false => rates.advance(&mut running.left, elapsed_s),
+                false => rates.advance(running, elapsed_s),
             }
             !ends
         });
