@@ -229,6 +229,14 @@ impl ComputeDevice {
         memory::reset_peak();
     }
 
+    /// Keeps freed tensors for later ones while they and what is in use are at most `limit_bytes`; 0 keeps none. A device
+    /// with memory of its own keeps them anyway.
+    pub fn keep_freed(&self, limit_bytes: u64) {
+        if !self.is_apart() {
+            memory::set_cache_limit_bytes(limit_bytes);
+        }
+    }
+
     /// The error of a device that has no memory left, with what the plan counts beside what is used.
     pub fn explain(&self, error: Error, planned_bytes: u64) -> Error {
         let reason = error.to_string();

@@ -1,7 +1,7 @@
-//! The rehearsal: the user's loss is computed and propagated back once before the plan is made. Each kind of segment runs twice,
-//! with parameters of zero, the first time to warm up and the second to be timed; its likes are skipped. That gives the order of
-//! the segments, the shapes of boundaries, the parameters that no gradient reaches, the working memory of the model's own tensors,
-//! and the time of computing.
+//! The rehearsal: the user's loss is computed and propagated back twice before the plan is made, the first time to warm up and the
+//! second to be timed. Each kind of segment runs a few times, with parameters of zero; its likes are skipped. That gives the
+//! order of the segments, the shapes of boundaries, the parameters that no gradient reaches, the working memory of the model's own
+//! tensors, and the time of computing.
 
 use crate::arrangement::Call;
 use crate::device::ComputeDevice;
@@ -15,6 +15,16 @@ use candle_core::{DType, Shape, Tensor};
 use std::collections::{BTreeSet, HashMap};
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
+
+/// One computing of the loss.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+enum Pass {
+    /// Finds code cold, and measures memory: nothing that is freed is kept.
+    #[default]
+    WarmUp,
+    /// Measures time, with freed tensors kept as in a run.
+    Timed,
+}
 
 /// What makes two segments alike: code, parameters and inputs.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
@@ -32,27 +42,41 @@ struct Known {
 }
 
 /// What runs of one kind of segment took, in one direction.
-#[derive(Debug, Clone, Copy, Default)]
+#[derive(Debug, Clone, Default)]
 struct Measured {
-    runs: usize,
     /// Most bytes beyond the parameters.
     bytes: u64,
-    /// Least seconds.
-    seconds: f64,
+    /// Seconds of each run of the pass.
+    seconds: Vec<f64>,
 }
 
 impl Measured {
-    /// Runs that are worth their time: the first finds code and memory cold.
-    const RUNS: usize = 2;
+    /// Runs of a pass that are worth their time: the first finds memory cold.
+    const LEAST_RUNS: usize = 2;
+    /// Short runs are worth more of them, because their time varies more.
+    const ENOUGH_S: f64 = 0.3;
+    const MOST_RUNS: usize = 8;
 
-    fn is_known(&self) -> bool {
-        self.runs >= Self::RUNS
+    fn is_known(&self, pass: Pass) -> bool {
+        let is_enough = || self.seconds.iter().sum::<f64>() >= Self::ENOUGH_S;
+        let runs = self.seconds.len();
+        match pass {
+            Pass::WarmUp => runs >= 1,
+            Pass::Timed => runs >= Self::MOST_RUNS || runs >= Self::LEAST_RUNS && is_enough(),
+        }
     }
 
     fn add(&mut self, bytes: u64, seconds: f64) {
-        self.seconds = if self.runs == 0 { seconds } else { self.seconds.min(seconds) };
         self.bytes = self.bytes.max(bytes);
-        self.runs += 1;
+        self.seconds.push(seconds);
+    }
+
+    /// The median of the warm runs.
+    fn typical_s(&self) -> f64 {
+        let mut warm = self.seconds.get(1..).unwrap_or_default().to_vec();
+        warm.sort_by(f64::total_cmp);
+        let typical = warm.get(warm.len() / 2).or(self.seconds.first());
+        typical.copied().unwrap_or_default()
     }
 }
 
@@ -65,6 +89,7 @@ enum Turn {
 
 #[derive(Default)]
 struct Findings {
+    pass: Pass,
     calls: Vec<(Call, Kind)>,
     known: HashMap<Kind, Known>,
     peak_bytes: u64,
@@ -82,11 +107,11 @@ impl Findings {
             let (Turn::Forward(call) | Turn::Backward(call)) = turn;
             let known = self.calls.get(call).and_then(|(_, kind)| self.known.get(kind));
             let (of_turn, measured) = match turn {
-                Turn::Forward(call) => (compute.forward.get_mut(call), known.map(|known| known.forward)),
-                Turn::Backward(call) => (compute.backward.get_mut(call), known.map(|known| known.backward)),
+                Turn::Forward(call) => (compute.forward.get_mut(call), known.map(|known| &known.forward)),
+                Turn::Backward(call) => (compute.backward.get_mut(call), known.map(|known| &known.backward)),
             };
             if let (Some(of_turn), Some(measured)) = (of_turn, measured) {
-                *of_turn = ComputeTime { before_s, within_s: measured.seconds };
+                *of_turn = ComputeTime { before_s, within_s: measured.typical_s() };
             }
         }
         compute.detach.before_s = self.after_s;
@@ -120,13 +145,13 @@ pub struct Trial {
 }
 
 impl Rehearsal {
-    /// Runs `loss` once, forward and backward.
+    /// Runs the loss, forward and backward: `within` does so once.
     pub fn run(
         layout: Arc<Layout>,
         tensors: Arc<GroupTensors>,
         device: Arc<ComputeDevice>,
         moves_boundaries: bool,
-        within: impl FnOnce(Arc<Self>, &dyn Fn(&Self, &Tensor) -> Result<()>) -> Result<()>,
+        within: impl Fn(Arc<Self>, &dyn Fn(&Self, &Tensor) -> Result<()>) -> Result<()>,
     ) -> Result<Observed> {
         let resident = layout.resident();
         tensors.fill(resident, device.zeros(&layout.groups[resident])?)?;
@@ -141,7 +166,11 @@ impl Rehearsal {
             user_code_since: Mutex::new(Instant::now()),
             resident_gradients: Mutex::default(),
         });
-        let result = within(this.clone(), &|this, loss| this.finish(loss));
+        let result = [Pass::WarmUp, Pass::Timed].into_iter().try_for_each(|pass| {
+            this.begin(pass);
+            within(this.clone(), &|this, loss| this.finish(loss))
+        });
+        device.keep_freed(0);
         tensors.take(resident)?;
         result?;
         let findings = lock(&this.findings);
@@ -153,6 +182,23 @@ impl Rehearsal {
             working_bytes: (findings.peak_bytes > 0).then_some(findings.peak_bytes),
             compute: findings.compute(),
         })
+    }
+
+    /// Calls and times are those of the last pass.
+    fn begin(&self, pass: Pass) {
+        let mut findings = lock(&self.findings);
+        if pass == Pass::Timed {
+            self.device.keep_freed(self.base_bytes + findings.peak_bytes);
+        }
+        findings.pass = pass;
+        findings.calls.clear();
+        findings.turns.clear();
+        for known in findings.known.values_mut() {
+            known.forward.seconds.clear();
+            known.backward.seconds.clear();
+        }
+        lock(&self.resident_gradients).clear();
+        *lock(&self.user_code_since) = Instant::now();
     }
 
     /// Propagates the loss back.
@@ -170,7 +216,7 @@ impl Rehearsal {
         findings.missing.extend(missing);
         // A segment without a backward: nothing reached its parameters.
         for (call, kind) in findings.calls.clone() {
-            if findings.known.get(&kind).is_none_or(|known| known.backward.runs == 0) {
+            if findings.known.get(&kind).is_none_or(|known| known.backward.seconds.is_empty()) {
                 let table = &self.layout.groups[call.group].table;
                 findings
                     .missing
@@ -220,7 +266,7 @@ impl Rehearsal {
         let kind = self.kind(group, code, inputs);
         let call = Call { group, boundary_elements, boundary_moves: moves };
         let mut findings = lock(&self.findings);
-        let known = findings.known.get(&kind).is_some_and(|known| known.forward.is_known());
+        let known = findings.known.get(&kind).is_some_and(|known| known.forward.is_known(findings.pass));
         findings.calls.push((call, kind.clone()));
         let call = findings.calls.len() - 1;
         findings.turns.push((Turn::Forward(call), before_s));
@@ -237,7 +283,7 @@ impl Rehearsal {
         let mut findings = lock(&self.findings);
         findings.turns.push((Turn::Backward(call), before_s));
         let (Call { group, boundary_moves, .. }, kind) = findings.calls[call].clone();
-        let known = findings.known.get(&kind).is_some_and(|known| known.backward.is_known());
+        let known = findings.known.get(&kind).is_some_and(|known| known.backward.is_known(findings.pass));
         drop(findings);
         let moves = boundary_moves && self.moves_boundaries && vacancy::is_vacant(&inputs[0]);
         let boundary_elements = inputs[0].elem_count();
@@ -352,9 +398,9 @@ impl Trial {
     /// Ends the turn.
     pub fn finish(self) -> Result<()> {
         if self.known {
-            self.count(|known| match known.backward.runs {
-                0 => known.forward.bytes,
-                _ => known.backward.bytes,
+            self.count(|known| match known.backward.seconds.is_empty() {
+                true => known.forward.bytes,
+                false => known.backward.bytes,
             });
         }
         self.rehearsal.device.reset_peak();

@@ -18,7 +18,7 @@ use crossbeam::channel::unbounded;
 use ferrozero_kernels::Pool;
 use ferrozero_kernels::adamw::AdamWStep;
 use ferrozero_kernels::ops;
-use ferrozero_offload::{Budget, Notice, Reservation, Store, Tier, memory};
+use ferrozero_offload::{Budget, Notice, Reservation, Store, Tier};
 use sha2::{Digest, Sha256};
 use std::collections::HashMap;
 use std::path::Path;
@@ -110,9 +110,7 @@ impl Trainer {
         compute.reset_peak();
         let base_heap_bytes = compute.used_bytes();
         // Freed tensors are kept for the next step, within what the plan grants.
-        if !compute.is_apart() {
-            memory::set_cache_limit_bytes(base_heap_bytes + plan.heap_bytes());
-        }
+        compute.keep_freed(base_heap_bytes + plan.heap_bytes());
         let threads =
             config.threads.or_else(|| std::thread::available_parallelism().ok().map(Into::into)).unwrap_or(1);
         let pool = Pool::new(threads).map_err(|error| Error::Kernel(error.to_string()))?;
