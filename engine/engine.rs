@@ -300,7 +300,7 @@ impl Engine {
                 directory: config.directory.as_deref().filter(|_| config.backend != BackendChoice::Memory),
                 threads: config.threads,
                 memory_bytes: config.memory_bytes,
-                is_apart: self.device.is_apart(),
+                device: &self.device,
             })
         };
         let mut machine = config.machine.clone().unwrap_or_else(measured);

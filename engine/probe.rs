@@ -1,13 +1,15 @@
 //! Measures what decides how fast a step is here: thoroughly for `ferrozero probe`, and quickly when a run is planned and
 //! nobody has probed.
 
+mod device;
 pub mod disk;
 pub mod optimizer;
 
+use crate::device::ComputeDevice;
 use crate::error::{Error, Result};
 use crate::simulator::Machine;
 use crate::simulator::catalog::{BUS_SHARE, PCIE_4};
-use candle_core::{DType, Device, Tensor};
+use candle_core::DType;
 use disk::{Disk, Sweep};
 use ferrozero_kernels::Pool;
 use ferrozero_kernels::gradient::{Accumulate, GradientStatistics, accumulate};
@@ -38,9 +40,6 @@ const THOROUGH: Effort =
 const QUICK: Effort =
     Effort { elements: 4 << 20, rounds: 3, disk_time: Duration::from_millis(300), places: 3 };
 
-/// Rows and columns of the matrices: as large as those of a small model, so that larger ones are not slower.
-const MATMUL_SIDE: usize = 1024;
-const MATMUL_TIME: Duration = Duration::from_secs(1);
 /// State that a first, short look at the disk moves.
 const FIRST_LOOK_BYTES: u64 = 48 << 20;
 /// State of the measurement: a longer one of a faster disk.
@@ -57,33 +56,46 @@ fn processors() -> usize {
     std::thread::available_parallelism().map_or(1, usize::from)
 }
 
-/// Measures everything, in about ten seconds, and tells `next` what comes next.
+/// Measures everything, in about ten seconds, and tells `next` what comes next. Matrix products and copies are those of `device`.
 ///
 /// # Errors
 /// Errors of the tiers.
-pub fn thorough(directory: &Path, threads: Option<usize>, next: &dyn Fn(&'static str)) -> Result<Machine> {
+pub fn thorough(
+    directory: &Path,
+    threads: Option<usize>,
+    device: &ComputeDevice,
+    next: &dyn Fn(&'static str),
+) -> Result<Machine> {
     let processors = processors();
     let threads = threads.unwrap_or(processors);
     let pool = pool(threads)?;
     next("memory");
     let memory = memory_bytes_per_s(threads, THOROUGH);
     next("copies");
-    let (upload, download) = crossing_bytes_per_s(&pool, THOROUGH)?;
+    let [upload, download] = match device.is_apart() {
+        true => device::bus_bytes_per_s(device, THOROUGH)?,
+        false => crossing_bytes_per_s(&pool, THOROUGH)?,
+    };
     next("optimizer");
     let optimizer = optimizer_bytes_per_s(&pool, THOROUGH)?;
     next("matrix products, f32");
-    let matmul_f32 = matmul_flop_per_s(DType::F32);
+    let matmul = |dtype| device::matmul_flop_per_s(device.device(), dtype).ok();
+    let matmul_f32 = matmul(DType::F32);
     next("matrix products, bf16");
-    let matmul_bf16 = matmul_flop_per_s(DType::BF16);
+    let matmul_bf16 = matmul(DType::BF16);
     next("disk");
     let write_s = Disk::new(directory, FIRST_LOOK_BYTES, THOROUGH.places, threads)?.sweep(Sweep::Write)?;
     let bytes = SWEEP_S * FIRST_LOOK_BYTES as f64 / write_s;
     let bytes = (bytes as u64).clamp(FIRST_LOOK_BYTES, DISK_BYTES_MAX);
     let [read, write, mixed] = disk_bytes_per_s(directory, bytes, threads, THOROUGH)?;
+    let (beside, device_memory) = match device.is_apart() {
+        true => (", a CUDA device", Some(device::memory_bytes_per_s(device.device(), THOROUGH)?)),
+        false => ("", None),
+    };
     Ok(Machine {
-        name: format!("{processors} processors, {threads} threads of the optimizer"),
+        name: format!("{processors} processors, {threads} threads of the optimizer{beside}"),
         directory: directory.canonicalize().ok(),
-        processors: Some(processors),
+        processors: (!device.is_apart()).then_some(processors),
         host_memory_bytes: free_memory_bytes(),
         disk_read_bytes_per_s: read,
         disk_write_bytes_per_s: write,
@@ -92,6 +104,8 @@ pub fn thorough(directory: &Path, threads: Option<usize>, next: &dyn Fn(&'static
         download_bytes_per_s: download,
         optimizer_bytes_per_s: optimizer,
         memory_bytes_per_s: Some(memory),
+        device_memory_bytes: device.default_limit_bytes()?,
+        device_memory_bytes_per_s: device_memory,
         matmul_f32_flop_per_s: matmul_f32,
         matmul_bf16_flop_per_s: matmul_bf16,
         ..Machine::default()
@@ -107,8 +121,8 @@ pub struct QuickLook<'a> {
     pub threads: Option<usize>,
     /// Bytes that the run may take.
     pub memory_bytes: Option<u64>,
-    /// Whether a device with memory of its own computes.
-    pub is_apart: bool,
+    /// What computes.
+    pub device: &'a ComputeDevice,
 }
 
 /// Speeds of memory and optimizer by threads, and of disks by their device's number: a process measures each once.
@@ -117,6 +131,8 @@ static MEASURED: Mutex<Option<Measured>> = Mutex::new(None);
 #[derive(Default)]
 struct Measured {
     memory: HashMap<usize, [f64; 3]>,
+    /// Up and down, by the type in which state crosses.
+    bus: HashMap<DType, [f64; 2]>,
     disk: HashMap<u64, [f64; 3]>,
 }
 
@@ -124,6 +140,8 @@ struct Measured {
 /// up, down, and of the optimizer; and of the disk's reads, writes, and both.
 const ASSUMED_MEMORY: [f64; 3] = [8e9, 8e9, 20e9];
 const ASSUMED_DISK: [f64; 3] = [5e8, 5e8, 5e8];
+/// 16 lanes of PCI Express 4.
+const ASSUMED_BUS: [f64; 2] = [BUS_SHARE * PCIE_4; 2];
 
 /// What decides between plans, in less than half a second on a fast disk, and once a process. It never fails: what cannot be
 /// measured is assumed, and whatever is wrong with the folder is told when the run wants it.
@@ -148,13 +166,13 @@ pub fn quick(look: QuickLook) -> Machine {
         // Files that are in memory are copied there and back.
         None => [upload, upload, upload],
     };
-    if look.is_apart {
-        // What the bus of the device does is not measured: 16 lanes of PCI Express 4, where f32 crosses.
-        (upload, download) = (BUS_SHARE * PCIE_4, BUS_SHARE * PCIE_4);
+    if look.device.is_apart() {
+        let of_bus = || device::bus_bytes_per_s(look.device, effort).unwrap_or(ASSUMED_BUS);
+        [upload, download] = *measured.bus.entry(look.device.dtype()).or_insert_with(of_bus);
     }
     Machine {
         name: "measured when the run was planned".into(),
-        processors: (!look.is_apart).then(processors),
+        processors: (!look.device.is_apart()).then(processors),
         disk_read_bytes_per_s: read,
         disk_write_bytes_per_s: write,
         disk_mixed_bytes_per_s: Some(mixed),
@@ -180,7 +198,7 @@ fn existing(directory: &Path) -> Option<&Path> {
 
 fn memory_speeds(threads: usize, effort: Effort) -> Result<[f64; 3]> {
     let pool = pool(threads)?;
-    let (upload, download) = crossing_bytes_per_s(&pool, effort)?;
+    let [upload, download] = crossing_bytes_per_s(&pool, effort)?;
     Ok([upload, download, optimizer_bytes_per_s(&pool, effort)?])
 }
 
@@ -252,7 +270,7 @@ fn memory_bytes_per_s(threads: usize, effort: Effort) -> f64 {
 }
 
 /// Bytes a second of state up to the CPU device and down from it: a copy by one thread, and an accumulation by the pool.
-fn crossing_bytes_per_s(pool: &Pool, effort: Effort) -> Result<(f64, f64)> {
+fn crossing_bytes_per_s(pool: &Pool, effort: Effort) -> Result<[f64; 2]> {
     let from = vec![1.0_f32; effort.elements];
     let mut to = vec![0.0_f32; effort.elements];
     let bytes = 4.0 * effort.elements as f64;
@@ -265,7 +283,7 @@ fn crossing_bytes_per_s(pool: &Pool, effort: Effort) -> Result<(f64, f64)> {
         accumulate(pool, &mut to, &from, 1.0, Accumulate::Overwrite, &mut statistics)
             .map_err(|error| Error::Kernel(error.to_string()))
     })?;
-    Ok((bytes / up_s, bytes / down_s))
+    Ok([bytes / up_s, bytes / down_s])
 }
 
 fn optimizer_bytes_per_s(pool: &Pool, effort: Effort) -> Result<f64> {
@@ -276,20 +294,6 @@ fn optimizer_bytes_per_s(pool: &Pool, effort: Effort) -> Result<f64> {
         runs.update(pool, step).map(drop)
     })?;
     Ok((BYTES_PER_PARAMETER * effort.elements) as f64 / update_s)
-}
-
-/// Operations a second of candle's matrix product; none where candle has no product of that type.
-fn matmul_flop_per_s(dtype: DType) -> Option<f64> {
-    let side = (MATMUL_SIDE, MATMUL_SIDE);
-    let matrix = Tensor::ones(side, DType::F32, &Device::Cpu).and_then(|ones| ones.to_dtype(dtype)).ok()?;
-    matrix.matmul(&matrix).ok()?;
-    let started = Instant::now();
-    let mut products = 0;
-    while products == 0 || started.elapsed() < MATMUL_TIME {
-        matrix.matmul(&matrix).ok()?;
-        products += 1;
-    }
-    Some(f64::from(products) * 2.0 * (MATMUL_SIDE as f64).powi(3) / started.elapsed().as_secs_f64())
 }
 
 /// Memory that can be had without anything being swapped, as Linux estimates it (`MemAvailable`, proc(5)).

@@ -197,13 +197,11 @@ impl Simulator<'_> {
             Operation::Read { .. } => Cost::Transfer { write: false, bytes },
             Operation::Write { .. } => Cost::Transfer { write: true, bytes },
             Operation::Norm | Operation::Commit => Cost::Seconds { seconds: 0.0, processors: 0.0 },
-            // A boundary has no masters to round: all of its bytes cross, where state of f32 crosses in the device's type.
-            Operation::SaveBoundary { .. } => {
-                seconds(bytes * self.crossing_share(), machine.download_bytes_per_s, 1.0)
-            }
-            Operation::LoadBoundary { .. } => {
-                seconds(bytes * self.crossing_share(), machine.upload_bytes_per_s, 1.0)
-            }
+            // States at home on a device cross in f32 where they do, and boundaries as they are.
+            Operation::CopyUp { .. } => seconds(bytes, machine.upload_bytes_per_s, 1.0),
+            Operation::CopyDown { .. } => seconds(bytes, machine.download_bytes_per_s, 1.0),
+            Operation::SaveBoundary { .. } => seconds(bytes, machine.download_bytes_per_s, 1.0),
+            Operation::LoadBoundary { .. } => seconds(bytes, machine.upload_bytes_per_s, 1.0),
             // What is at home on a device with memory of its own stays there.
             Operation::Accumulate { group, .. } if self.arrangement.updated_on_device(group) => {
                 seconds(2.0 * bytes, device_bytes_per_s, 0.0)
@@ -214,10 +212,19 @@ impl Simulator<'_> {
             Operation::Upload { group, .. } if self.arrangement.updated_on_device(group) => {
                 seconds(2.0 * bytes, device_bytes_per_s, 0.0)
             }
-            Operation::Accumulate { .. } => seconds(bytes, machine.download_bytes_per_s, all),
+            Operation::Accumulate { .. } => Cost::Seconds {
+                seconds: self.crossing_s(bytes, machine.download_bytes_per_s),
+                processors: all,
+            },
             _ => match operation.queue() {
-                Queue::Upload => seconds(bytes, machine.upload_bytes_per_s, 1.0),
-                Queue::Download => seconds(bytes, machine.download_bytes_per_s, 1.0),
+                Queue::Upload => Cost::Seconds {
+                    seconds: self.crossing_s(bytes, machine.upload_bytes_per_s),
+                    processors: 1.0,
+                },
+                Queue::Download => Cost::Seconds {
+                    seconds: self.crossing_s(bytes, machine.download_bytes_per_s),
+                    processors: 1.0,
+                },
                 Queue::Optimizer => {
                     seconds(optimizer_bytes(operation, bytes), machine.optimizer_bytes_per_s, all)
                 }
@@ -226,11 +233,21 @@ impl Simulator<'_> {
         }
     }
 
-    /// How many times the bytes of f32 state that cross in the same time the bytes of a boundary count.
-    fn crossing_share(&self) -> f64 {
-        let device = self.arrangement.device;
-        if device.apart { F32_BYTES / device.element_bytes() as f64 } else { 1.0 }
+    /// Seconds in which `bytes` of f32 state cross. A device with memory of its own gets and gives them in its type, from and to the
+    /// host's memory, which is read and written for that.
+    fn crossing_s(&self, bytes: f64, bytes_per_s: f64) -> f64 {
+        let crossing_s = crossing_bytes(self.arrangement, bytes) / bytes_per_s;
+        match self.machine.memory_bytes_per_s {
+            Some(memory) if self.arrangement.device.apart => crossing_s.max(2.0 * bytes / memory),
+            _ => crossing_s,
+        }
     }
+}
+
+/// Bytes that cross between host and device for `bytes` of f32 state.
+fn crossing_bytes(arrangement: &Arrangement, bytes: f64) -> f64 {
+    let device = arrangement.device;
+    if device.apart { bytes * device.element_bytes() as f64 / F32_BYTES } else { bytes }
 }
 
 /// Seconds of the second step in which the training thread works: in operations, and in the user's own code between them.
@@ -292,11 +309,10 @@ mod tests {
     }
 
     /// States on disk, or on a device that has memory of its own and computes in 16 bits.
-    fn arrangement(layout: &Layout, calls: &[Call], apart: bool) -> Arrangement {
+    fn arrangement(layout: &Layout, calls: &[Call], apart: bool, home: Tier) -> Arrangement {
         let dtype = if apart { DType::BF16 } else { DType::F32 };
         let device = DeviceKind { dtype, apart };
         let needs = Needs { layout, calls, gradient_passes_through: true, device };
-        let home = if apart { Tier::Device } else { Tier::Disk };
         let depths = Depths { slots: 1, look_ahead: 1, state_pieces: 4, gradient_sets: 1 };
         Arrangement::new(&needs, vec![GroupPlacement::all(home); layout.groups.len()], Tier::Device, depths)
     }
@@ -326,7 +342,7 @@ mod tests {
     /// Begin and end of each operation of the schedules, in seconds.
     fn times(machine: &Machine, schedules: &[&[Operation]]) -> Vec<Vec<(f64, f64)>> {
         let (layout, calls, compute) = (layout(9), calls(), compute());
-        let arrangement = arrangement(&layout, &calls, false);
+        let arrangement = arrangement(&layout, &calls, false, Tier::Disk);
         let simulator = Simulator {
             layout: &layout,
             calls: &calls,
@@ -403,7 +419,7 @@ mod tests {
         // The buffer is free when it has been written.
         assert_eq!(second, [(5.0, 8.0), (6.0, 10.0), (10.0, 10.0), (10.0, 12.0)]);
         let (layout, calls, machine, compute) = (layout(9), calls(), machine(), compute());
-        let arrangement = arrangement(&layout, &calls, false);
+        let arrangement = arrangement(&layout, &calls, false, Tier::Disk);
         let simulator = Simulator {
             layout: &layout,
             calls: &calls,
@@ -433,17 +449,18 @@ mod tests {
     }
 
     #[test]
-    fn boundaries_in_16_bits_cross_with_all_their_bytes_and_homes_on_the_device_do_not_cross() {
+    fn state_crosses_in_the_type_of_the_device_and_boundaries_as_they_are_and_homes_on_the_device_do_not() {
         let (layout, calls, machine, compute) = (layout(9), calls(), machine(), compute());
-        let alone_s = |apart: bool, operation: &Operation| {
-            let arrangement = arrangement(&layout, &calls, apart);
+        let alone_s = |(apart, home): (bool, Tier), operation: &Operation| {
+            let arrangement = arrangement(&layout, &calls, apart, home);
             let (layout, calls, machine, compute) = (&layout, &calls[..], &machine, &compute);
             let simulator = Simulator { layout, calls, arrangement: &arrangement, machine, compute };
             simulator.alone_s(operation)
         };
         let passage = crate::schedule::Passage(0);
         let load = Operation::LoadBoundary { call: 0, piece: 0, passage, buffer: Buffer(0) };
-        assert_eq!(alone_s(true, &load), 2.0 * alone_s(false, &load));
-        assert_eq!((alone_s(false, &upload(0, 0)), alone_s(true, &upload(0, 0))), (0.5, 0.0));
+        let (cpu, host, device) = ((false, Tier::Host), (true, Tier::Host), (true, Tier::Device));
+        assert_eq!([cpu, host, device].map(|of| alone_s(of, &load)), [alone_s(cpu, &load); 3]);
+        assert_eq!([cpu, host, device].map(|of| alone_s(of, &upload(0, 0))), [0.5, 0.25, 0.0]);
     }
 }

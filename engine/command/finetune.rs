@@ -132,8 +132,10 @@ pub fn run(arguments: FinetuneArguments) -> CommandResult {
     )?;
     let steps = (epochs * data.training() as f64 / (batch * accumulate) as f64).ceil() as u64;
     output.say(format_args!("data: {} sequences for training, {steps} steps", data.training()));
+    let device = crate::open_device(&arguments.device)?;
     let engine = Engine::new(Config {
-        device: crate::open_device(&arguments.device)?,
+        machine: Machine::probed(&arguments.dir, &device),
+        device,
         dtype: arguments.dtype.on(&arguments.device)?,
         memory_bytes: Some(arguments.memory.0),
         device_memory_bytes: arguments.device_memory.map(|size| size.0),
@@ -143,7 +145,6 @@ pub fn run(arguments: FinetuneArguments) -> CommandResult {
         clip: Some(arguments.clip),
         seed: arguments.seed,
         initial_values: Some(pretrained.weights.clone()),
-        machine: Machine::probed(&arguments.dir),
         ..Config::default()
     })?;
     if engine.resumed().is_some_and(|user| user["data"] != data.fingerprint()) {

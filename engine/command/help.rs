@@ -60,6 +60,7 @@ Examples:
 pub const PROBE: &str = "\
 Examples:
   ferrozero probe
+  ferrozero probe --device cuda:0
   ferrozero probe --dir /mnt/nvme/run --out workstation.json --again";
 
 pub const PLAN: &str = "\

@@ -2,9 +2,11 @@
 
 use super::output::{quoted, say_next};
 use super::{CommandResult, configuration};
+use crate::device::ComputeDevice;
 use crate::plan::Bytes;
 use crate::probe;
 use crate::simulator::Machine;
+use candle_core::DType;
 use indicatif::{ProgressBar, ProgressStyle};
 use std::path::{Path, PathBuf};
 
@@ -17,6 +19,9 @@ pub struct ProbeArguments {
     /// File to write
     #[arg(long, short, value_name = "FILE.json", default_value = "machine.json")]
     out: PathBuf,
+    /// Device: cpu, cuda or cuda:NUMBER
+    #[arg(long, default_value = "cpu")]
+    device: String,
     /// Threads of the optimizer [default: one a processor]
     #[arg(long)]
     threads: Option<usize>,
@@ -33,12 +38,12 @@ pub struct ProbeArguments {
 
 /// Measures, unless that was done before.
 pub fn run(arguments: ProbeArguments) -> CommandResult {
-    let ProbeArguments { dir, out, threads, again, json, quiet } = arguments;
+    let ProbeArguments { dir, out, device, threads, again, json, quiet } = arguments;
     let is_measured = out.exists() && !again;
     let machine = match is_measured {
         true => Machine::from_file(&out)?,
         false => {
-            let machine = measure(&dir, threads, quiet)?;
+            let machine = measure(&dir, &device, threads, quiet)?;
             machine.save(&out)?;
             machine
         }
@@ -78,12 +83,17 @@ fn print(machine: &Machine) {
     speed("disk read and write at once", machine.disk_mixed_bytes_per_s);
     matmul("matrix products, f32", machine.matmul_f32_flop_per_s);
     matmul("matrix products, bf16", machine.matmul_bf16_flop_per_s);
+    speed("memory of the device", machine.device_memory_bytes_per_s);
+    if let Some(bytes) = machine.device_memory_bytes {
+        println!("  {:<28}{:>14}", "device memory to use", Bytes(bytes));
+    }
     if let Some(bytes) = machine.host_memory_bytes {
         println!("  {:<28}{:>14}", "memory that is free", Bytes(bytes));
     }
 }
 
-fn measure(dir: &Path, threads: Option<usize>, quiet: bool) -> CommandResult<Machine> {
+fn measure(dir: &Path, device: &str, threads: Option<usize>, quiet: bool) -> CommandResult<Machine> {
+    let device = ComputeDevice::new(&crate::open_device(device)?, DType::F32, None)?;
     let is_new = !dir.exists();
     std::fs::create_dir_all(dir)
         .map_err(|error| configuration(format!("--dir {}: {error}", dir.display())))?;
@@ -96,7 +106,7 @@ fn measure(dir: &Path, threads: Option<usize>, quiet: bool) -> CommandResult<Mac
         bar.inc(u64::from(bar.message() != ""));
         bar.set_message(what);
     };
-    let machine = probe::thorough(dir, threads, &next);
+    let machine = probe::thorough(dir, threads, &device, &next);
     bar.finish_and_clear();
     if is_new {
         // Fails, as it should, when anything else was put there meanwhile.

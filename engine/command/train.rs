@@ -93,8 +93,10 @@ fn prepare(
     data: &Dataset,
     output: &Output,
 ) -> CommandResult<(Gpt<Segment<Block>>, Trainer)> {
+    let device = crate::open_device(&settings.device)?;
     let engine = Engine::new(Config {
-        device: crate::open_device(&settings.device)?,
+        machine: Machine::probed(&settings.dir, &device),
+        device,
         dtype: settings.dtype.on(&settings.device)?,
         memory_bytes: Some(settings.memory.0),
         device_memory_bytes: settings.device_memory.map(|size| size.0),
@@ -106,7 +108,6 @@ fn prepare(
         clip: (settings.clip > 0.0).then_some(settings.clip),
         seed: settings.seed,
         threads: settings.threads,
-        machine: Machine::probed(&settings.dir),
         ..Config::default()
     })?;
     let config = settings.model(tokenizer.vocabulary());

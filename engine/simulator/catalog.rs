@@ -135,9 +135,7 @@ impl Description {
         })?;
         let (read, write) = self.drive.as_deref().map_or(Ok((1e9, 1e9)), drive_speeds)?;
         let memory = self.host_bytes_per_s.unwrap_or(HOST_BYTES_PER_S);
-        // State is f32 in the host's memory and 16 bits on the bus, which so moves two bytes of it for each of its own.
-        // Memory, where both are read and written, is the other limit.
-        let crossing = (2.0 * BUS_SHARE * gpu.bus_bytes_per_s).min(memory / 2.0);
+        let crossing = BUS_SHARE * gpu.bus_bytes_per_s;
         Ok(Machine {
             name: self.device.clone(),
             host_memory_bytes: self.host_memory_bytes,

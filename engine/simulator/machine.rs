@@ -1,6 +1,7 @@
 //! How fast a machine is, and how much it holds: measured by `ferrozero probe`, or described from the catalogue.
 
 use crate::error::{Error, Result};
+use candle_core::Device;
 use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
 
@@ -33,9 +34,9 @@ pub struct Machine {
     /// Bytes a second of both while both are under way; none: neither takes from the other.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub disk_mixed_bytes_per_s: Option<f64>,
-    /// Bytes a second of f32 state that go from host to device.
+    /// Bytes a second that go from host to device.
     pub upload_bytes_per_s: f64,
-    /// Bytes a second of f32 state that are copied or accumulated from device to host.
+    /// Bytes a second that are copied or accumulated from device to host.
     pub download_bytes_per_s: f64,
     /// Bytes a second that the optimizer reads and writes: 28 a parameter.
     pub optimizer_bytes_per_s: f64,
@@ -81,11 +82,12 @@ impl Machine {
         }
     }
 
-    /// What `ferrozero probe` has written to `machine.json` in the current folder, if it measured the disk of `directory`.
-    pub fn probed(directory: &Path) -> Option<Self> {
+    /// What `ferrozero probe` has written to `machine.json` in the current folder, if it measured the disk of `directory`, and with
+    /// a device as this one is.
+    pub fn probed(directory: &Path, device: &Device) -> Option<Self> {
         let machine = Self::from_file(Path::new("machine.json")).ok()?;
         let measured = machine.directory.as_deref()?;
-        (canonical(directory)? == measured).then_some(machine)
+        (canonical(directory)? == measured && machine.is_apart() == device.is_cuda()).then_some(machine)
     }
 
     /// Writes the numbers.

@@ -1,6 +1,6 @@
 //! A machine's numbers from what really happened.
 
-use super::{Compute, ComputeTime, F32_BYTES, Machine, optimizer_bytes};
+use super::{Compute, ComputeTime, F32_BYTES, Machine, crossing_bytes, optimizer_bytes};
 use crate::plan::Plan;
 use crate::schedule::{Operation, Queue};
 use crate::trace::{Trace, TraceEvent};
@@ -25,8 +25,10 @@ pub fn measure(trace: &Trace, plan: &Plan) -> Option<(Machine, Compute)> {
 fn rate(trace: &Trace, plan: &Plan, queues: &[Queue]) -> f64 {
     let moved = trace.events.iter().filter(|event| queues.contains(&event.operation.queue())).map(|event| {
         let bytes = F32_BYTES * event.operation.elements(plan.layout(), plan.calls()) as f64;
-        match event.operation.queue() {
-            Queue::Optimizer => optimizer_bytes(&event.operation, bytes),
+        match (&event.operation, event.operation.queue()) {
+            (_, Queue::Optimizer) => optimizer_bytes(&event.operation, bytes),
+            (Operation::SaveBoundary { .. } | Operation::LoadBoundary { .. }, _) => bytes,
+            (_, Queue::Upload | Queue::Download) => crossing_bytes(&plan.arrangement, bytes),
             _ => bytes,
         }
     });

@@ -31,8 +31,9 @@ fn step(clip: bool, bus_s: f64) -> (Forecast, Trace) {
     let builder = Builder { layout: &layout, calls: &calls, arrangement: &arrangement, accumulate: 1, clip };
     let layer_bytes = 4.0 * LAYER_ELEMENTS as f64;
     let machine = Machine {
-        upload_bytes_per_s: layer_bytes / bus_s,
-        download_bytes_per_s: layer_bytes / bus_s,
+        // Half of f32 crosses.
+        upload_bytes_per_s: layer_bytes / 2.0 / bus_s,
+        download_bytes_per_s: layer_bytes / 2.0 / bus_s,
         // The update of a layer moves seven times its bytes, here in half of its forward.
         optimizer_bytes_per_s: 7.0 * layer_bytes / (0.5 * FORWARD_S),
         ..Machine::default()

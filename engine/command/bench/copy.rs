@@ -85,9 +85,12 @@ impl Copies {
             lease.as_f32_mut().fill(1.0);
             Ok(lease)
         };
+        let on_device = device.f32_zeros(elements)?;
+        // What makes zeros of it and what copies do not wait for each other.
+        device.synchronize()?;
         let plain_elements = if device.is_apart() { 0 } else { elements };
         Ok(Self {
-            on_device: device.f32_zeros(elements)?,
+            on_device,
             pieces: (0..pieces).map(|_| lease(lease_bytes)).collect::<CommandResult<_>>()?,
             whole: (0..usize::from(device.is_apart()))
                 .map(|_| lease(whole_bytes))

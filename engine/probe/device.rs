@@ -1,0 +1,95 @@
+//! What a device does: its matrix products, and the bus and the memory of one that has its own.
+
+use super::{Effort, median};
+use crate::device::ComputeDevice;
+use crate::error::Result;
+use crate::vacancy::DeviceRun;
+use candle_core::{DType, Device, Tensor};
+use ferrozero_offload::{Budget, Tier};
+use std::time::{Duration, Instant};
+
+/// Elements of a copy over the bus.
+const BUS_ELEMENTS: usize = 4 << 20;
+/// Rows and columns of matrices for a device that multiplies those of [`SIDE`] in no time.
+const LARGE_SIDE: usize = 4096;
+/// Rows and columns of matrices as large as those of a small model, so that larger ones are not slower.
+const SIDE: usize = 1024;
+const MATMUL_TIME: Duration = Duration::from_secs(1);
+/// A product that takes less says little of the device.
+const SHORTEST_PRODUCT: Duration = Duration::from_millis(2);
+/// Products between two looks at the clock of a device that must not wait for the host.
+const PRODUCTS_TOGETHER: u32 = 8;
+
+/// Bytes a second that page-locked memory sends to the device, and gets from it.
+pub fn bus_bytes_per_s(device: &ComputeDevice, effort: Effort) -> Result<[f64; 2]> {
+    let bytes = BUS_ELEMENTS * device.dtype().size_in_bytes();
+    let budget = Budget::new(Tier::Host, bytes as u64);
+    let mut lease = device.host_arena(&budget, bytes)?.lease(bytes)?;
+    let mut run = DeviceRun::zeros(BUS_ELEMENTS, device.dtype(), device.device())?;
+    device.synchronize()?;
+    let (mut up, mut down) = (vec![], vec![]);
+    // The first round finds everything cold.
+    for round in 0..=effort.rounds {
+        let started = Instant::now();
+        device.load_boundary(&lease, &mut run, 0..BUS_ELEMENTS)?;
+        let up_s = started.elapsed().as_secs_f64();
+        device.save_boundary(&mut run, 0..BUS_ELEMENTS, &mut lease)?;
+        let down_s = started.elapsed().as_secs_f64() - up_s;
+        if round > 0 {
+            up.push(bytes as f64 / up_s);
+            down.push(bytes as f64 / down_s);
+        }
+    }
+    Ok([median(up), median(down)])
+}
+
+/// Bytes a second that the device reads and writes in its own memory: a sum of a run and a number.
+pub fn memory_bytes_per_s(device: &Device, effort: Effort) -> candle_core::Result<f64> {
+    let run = Tensor::zeros(effort.elements, DType::F32, device)?;
+    let bytes = 2.0 * 4.0 * effort.elements as f64;
+    let mut speeds = vec![];
+    for round in 0..=effort.rounds {
+        device.synchronize()?;
+        let started = Instant::now();
+        let _sum = run.affine(1.0, 1.0)?;
+        device.synchronize()?;
+        if round > 0 {
+            speeds.push(bytes / started.elapsed().as_secs_f64());
+        }
+    }
+    Ok(median(speeds))
+}
+
+/// Operations a second of matrix products of a type; an error where the device has none.
+pub fn matmul_flop_per_s(device: &Device, dtype: DType) -> candle_core::Result<f64> {
+    let together = if device.is_cpu() { 1 } else { PRODUCTS_TOGETHER };
+    let mut side = SIDE;
+    let mut matrix = square(device, dtype, side)?;
+    // The first one finds the device cold.
+    multiply(&matrix, 1)?;
+    if multiply(&matrix, 1)? < SHORTEST_PRODUCT {
+        side = LARGE_SIDE;
+        matrix = square(device, dtype, side)?;
+        multiply(&matrix, 1)?;
+    }
+    let (mut products, mut elapsed) = (0, Duration::ZERO);
+    while elapsed < MATMUL_TIME {
+        elapsed += multiply(&matrix, together)?;
+        products += together;
+    }
+    Ok(f64::from(products) * 2.0 * (side as f64).powi(3) / elapsed.as_secs_f64())
+}
+
+fn square(device: &Device, dtype: DType, side: usize) -> candle_core::Result<Tensor> {
+    Tensor::ones((side, side), DType::F32, device)?.to_dtype(dtype)
+}
+
+/// The time of some products of a matrix with itself.
+fn multiply(matrix: &Tensor, times: u32) -> candle_core::Result<Duration> {
+    let started = Instant::now();
+    for _ in 0..times {
+        matrix.matmul(matrix)?;
+    }
+    matrix.device().synchronize()?;
+    Ok(started.elapsed())
+}
