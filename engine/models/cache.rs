@@ -39,7 +39,8 @@ impl LayerCache {
         let shared = h / k;
         // The queries of one key head are rows of one product.
         let scores = queries.reshape((b, k, shared * t, d))?.matmul(&keys.t()?)?;
-        let weights = ops::causal_softmax(&scores.reshape((b, k, shared, t, s))?, 1.0 / (d as f32).sqrt())?;
+        let weights =
+            ops::causal_softmax(&scores.reshape((b, k, shared, t, s))?, 1.0 / (d as f32).sqrt(), None)?;
         let attended = weights.reshape((b, k, shared * t, s))?.matmul(&values)?; // [B, K, H/K·T, D]
         attended.reshape((b, h, t, d))?.transpose(1, 2)?.reshape((b, t, h * d))
     }

@@ -138,7 +138,7 @@ impl Block {
 impl Module for Block {
     fn forward(&self, xs: &Tensor) -> Result<Tensor> {
         let qkv = self.c_attn.forward(&self.ln_1.forward(xs)?)?; // [B, T, 3C]
-        self.after_attention(xs, &ops::causal_attention(&qkv, self.heads)?)
+        self.after_attention(xs, &ops::causal_attention(&qkv, self.heads, None)?)
     }
 }
 

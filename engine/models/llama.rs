@@ -139,7 +139,7 @@ impl Attention {
         let q = self.side_by_side(&self.q_proj.forward(xs)?, h, self.q_norm.as_ref())?; // [B, T, H·D]
         let k = self.side_by_side(&self.k_proj.forward(xs)?, k_heads, self.k_norm.as_ref())?; // [B, T, K·D]
         let v = self.v_proj.forward(xs)?; // [B, T, K·D]
-        self.o_proj.forward(&ops::grouped_causal_attention(&q, &k, &v, h, k_heads)?)
+        self.o_proj.forward(&ops::grouped_causal_attention(&q, &k, &v, h, k_heads, None)?)
     }
 
     /// As [`Self::forward`] for the tokens that follow those in `cache`, without gradients.
