@@ -1,6 +1,6 @@
 //! Sizes of a Llama-like model, from Hugging Face's `config.json` or the metadata of a GGUF file.
 
-use super::rope::Rope;
+use super::rope::{Rope, RopeScaling};
 use crate::error::{Error, Result};
 use serde_json::Value;
 
@@ -148,6 +148,15 @@ impl LlamaConfig {
 
     fn checked(self, source: &str) -> Result<Self> {
         let Self { heads, key_value_heads, head_width, .. } = self;
+        if let RopeScaling::Factors { factors, .. } = &self.rope.scaling
+            && factors.len() != head_width / 2
+        {
+            return Err(Error::Configuration(format!(
+                "{source}: there are {} factors of angles for the {} pairs of a head",
+                factors.len(),
+                head_width / 2
+            )));
+        }
         if heads % key_value_heads != 0 || head_width % 2 != 0 {
             return Err(Error::Configuration(format!(
                 "{source}: {heads} query heads must be a multiple of {key_value_heads} key heads, and their width {head_width} even"

@@ -87,15 +87,9 @@ impl Pretrained {
     }
 
     fn of_gguf(path: &Path, sequence: usize) -> Result<Self> {
-        let damaged = |reason: String| Error::Weights { path: path.to_owned(), reason };
         let content = gguf::read(path)?;
         let configuration = gguf::configuration(path, &content)?;
         let config = LlamaConfig::from_json(&configuration, &path.display().to_string(), sequence)?;
-        if content.tensor_infos.contains_key("rope_freqs.weight") {
-            return Err(damaged(
-                "rope_freqs.weight: frequencies kept in a GGUF file are not implemented".into(),
-            ));
-        }
         // The converter of Llama's checkpoints turns rows for another form of rotation; those of other families are as they were.
         let interleaved = configuration["model_type"] == "llama";
         let naming = |name: &str| gguf::parameter_name(name, interleaved.then_some(config.head_width));
