@@ -37,7 +37,11 @@ TINY = {
     "llama_yarn": transformers.LlamaConfig(
         **LLAMA, head_dim=12, tie_word_embeddings=False, rope_theta=10000.0,
         rope_scaling=dict(rope_type="yarn", factor=4.0, beta_fast=4.0, original_max_position_embeddings=16)),
+    # Windows shorter than the text: of every layer, and of the second alone.
+    "mistral": transformers.MistralConfig(**LLAMA, head_dim=8, tie_word_embeddings=False, rope_theta=10000.0, sliding_window=9),
     "qwen2": transformers.Qwen2Config(**LLAMA, tie_word_embeddings=True),
+    "qwen2_window": transformers.Qwen2Config(**LLAMA, tie_word_embeddings=True, use_sliding_window=True, sliding_window=5,
+                                             max_window_layers=1),
     "qwen3": transformers.Qwen3Config(**LLAMA, head_dim=12, tie_word_embeddings=True),
     "gpt2": transformers.GPT2Config(vocab_size=96, n_embd=32, n_layer=2, n_head=4, n_positions=64, attn_pdrop=0.0,
                                     embd_pdrop=0.0, resid_pdrop=0.0, bos_token_id=None, eos_token_id=None),

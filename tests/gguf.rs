@@ -3,9 +3,11 @@
 use candle_core::quantized::gguf_file::{self, Value};
 use candle_core::quantized::{GgmlDType, QTensor};
 use candle_core::{Device, Tensor};
+use ferrozero::models::linear::Adapting;
 use ferrozero::models::pretrained::Pretrained;
+use ferrozero::{AdamW, Config, Engine};
 use std::fs::File;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 const MERGES: [&str; 3] = ["t h", "th e", "Ġ the"];
@@ -154,4 +156,59 @@ fn a_file_alone_is_fine_tuned_on_chats_and_its_folder_goes_on() {
     let figures: serde_json::Value = serde_json::from_str(figures).unwrap();
     assert_eq!(figures["prompts"], 2);
     assert!(figures["tokens_per_s"].as_f64().unwrap() > 0.0);
+}
+
+/// A copy of a file with `factors` for the frequencies of a head's pairs.
+fn with_factors(path: &Path, factors: &[f32]) -> PathBuf {
+    let mut file = File::open(path).unwrap();
+    let content = gguf_file::Content::read(&mut file).unwrap();
+    let mut tensors: Vec<_> = content
+        .tensor_infos
+        .keys()
+        .map(|name| (name.as_str(), content.tensor(&mut file, name, &Device::Cpu).unwrap()))
+        .collect();
+    let factors = Tensor::new(factors, &Device::Cpu).unwrap();
+    tensors.push(("rope_freqs.weight", QTensor::quantize(&factors, GgmlDType::F32).unwrap()));
+    let metadata: Vec<_> = content.metadata.iter().map(|(key, value)| (key.as_str(), value)).collect();
+    let tensors: Vec<_> = tensors.iter().map(|(name, tensor)| (*name, tensor)).collect();
+    let target = path.with_file_name("factors.gguf");
+    gguf_file::write(&mut File::create(&target).unwrap(), &metadata, &tensors).unwrap();
+    target
+}
+
+/// Logits of the token after a text.
+fn logits(path: &Path) -> Vec<f32> {
+    let pretrained = Pretrained::open(path, 16).unwrap();
+    let config = Config { initial_values: Some(pretrained.weights.clone()), ..Config::default() };
+    let engine = Engine::new(config).unwrap();
+    let model = pretrained.build(&engine, &Adapting::default()).unwrap();
+    let tokens = Tensor::new(&[[5u32, 80, 81, 7, 9, 33, 12, 60]], &Device::Cpu).unwrap();
+    let plan = engine.plan(AdamW::default(), || model.loss(&tokens, &tokens, None)).unwrap();
+    let mut trainer = engine.trainer(plan).unwrap();
+    let logits = trainer.evaluate(|| model.next_logits(&tokens)).unwrap();
+    logits.flatten_all().unwrap().to_vec1().unwrap()
+}
+
+#[test]
+fn frequencies_are_divided_by_the_factors_that_a_file_carries() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("model.gguf");
+    let linear = ("llama.rope.scaling.type", Value::String("linear".into()));
+    write_model(&path, &[linear.clone(), ("llama.rope.scaling.factor", Value::F32(4.0))]);
+    let stretched = logits(&path);
+    let error = Pretrained::open(&with_factors(&path, &[4.0; 4]), 16).unwrap_err().to_string();
+    assert!(error.contains("factors.gguf") && error.contains("rope.scaling.type"), "{error}");
+
+    write_model(&path, &[]);
+    let plain = logits(&path);
+    assert_ne!(plain, stretched);
+    assert_eq!(logits(&with_factors(&path, &[1.0; 4])), plain);
+    assert_eq!(logits(&with_factors(&path, &[4.0; 4])), stretched);
+    let in_part = logits(&with_factors(&path, &[1.0, 1.0, 2.0, 4.0]));
+    assert!(in_part != plain && in_part != stretched);
+
+    let refused =
+        |factors: &[f32]| Pretrained::open(&with_factors(&path, factors), 16).unwrap_err().to_string();
+    assert!(refused(&[1.0; 3]).contains("3 factors of angles for the 4 pairs"));
+    assert!(refused(&[1.0, 0.0, 1.0, 1.0]).contains("must be a list of numbers above 0"));
 }

@@ -12,7 +12,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
-const FAMILIES: [&str; 5] = ["llama", "llama_yarn", "qwen2", "qwen3", "gpt2"];
+const FAMILIES: [&str; 7] = ["llama", "llama_yarn", "mistral", "qwen2", "qwen2_window", "qwen3", "gpt2"];
 
 fn folder(family: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/pretrained").join(family)
@@ -170,7 +170,7 @@ fn greedy_continuations_are_those_of_transformers_with_weights_that_stream() {
 
 #[test]
 fn texts_that_are_continued_together_have_the_bits_that_they_have_alone() {
-    for (family, head_tiles) in [("llama", 1), ("llama", 5), ("gpt2", 1)] {
+    for (family, head_tiles) in [("llama", 1), ("llama", 5), ("mistral", 1), ("gpt2", 1)] {
         let mut pretrained = Pretrained::open(&folder(family), 32).unwrap();
         pretrained.head_tiles = head_tiles;
         let config = Config { initial_values: Some(pretrained.weights.clone()), ..Config::default() };
@@ -200,6 +200,42 @@ fn texts_that_are_continued_together_have_the_bits_that_they_have_alone() {
         let together = continued(&prompts);
         for (prompt, expected) in prompts.iter().zip(together) {
             assert!(continued(&[prompt])[0] == expected, "{family}, {head_tiles} tiles");
+        }
+    }
+}
+
+/// Windows are shorter than the prompt and than what follows it.
+#[test]
+fn keys_and_values_within_a_window_continue_as_the_whole_text_does() {
+    for (family, window) in [("mistral", 9), ("qwen2_window", 5)] {
+        let pretrained = Pretrained::open(&folder(family), 40).unwrap();
+        assert_eq!(pretrained.configuration["sliding_window"], window);
+        let config = Config { initial_values: Some(pretrained.weights.clone()), ..Config::default() };
+        let engine = Engine::new(config).unwrap();
+        let model = pretrained.build(&engine, &Adapting::default()).unwrap();
+        let mut tokens = tokens(&reference(&folder(family))["tokens"])[..12].to_vec();
+        let (inputs, targets) = batch(&tokens);
+        let plan = engine.plan(AdamW::default(), || model.loss(&inputs, &targets, None)).unwrap();
+        let mut trainer = engine.trainer(plan).unwrap();
+        let cache = Cache::default();
+        // The prompt, then some tokens together, then one after the other.
+        for known in [0, 12, 15, 18, 19, 20, 21, 22, 23, 24] {
+            assert_eq!(cache.tokens(), known);
+            let text = [Continued { tokens: &tokens, cache: &cache }];
+            let cached = trainer.evaluate(|| model.next_logits_of(&text)).unwrap().to_vec2::<f32>().unwrap();
+            let mut next = vec![];
+            for _ in 0..if known < 15 { 3 } else { 1 } {
+                let inputs = Tensor::new(tokens.as_slice(), &Device::Cpu).unwrap().unsqueeze(0).unwrap();
+                let whole = trainer.evaluate(|| model.next_logits(&inputs)).unwrap();
+                let whole = whole.to_vec2::<f32>().unwrap();
+                if next.is_empty() {
+                    let error = relative_error(&cached[0], &whole[0]);
+                    assert!(error < 1e-5, "{family} after {known} tokens: {error}");
+                }
+                next.push(choose(&whole[0], 0.0, 1.0, 0.0));
+                tokens.push(next[next.len() - 1]);
+            }
+            assert_eq!(choose(&cached[0], 0.0, 1.0, 0.0), next[0], "{family} after {known} tokens");
         }
     }
 }
@@ -254,7 +290,7 @@ fn what_is_wrong_with_weights_is_named() {
     assert!(missing.to_string().contains("it has no model.layers.2."), "{missing}");
     let extra = configure("\"num_hidden_layers\": 2", "\"num_hidden_layers\": 1");
     assert!(extra.to_string().contains("it has model.layers.1."), "{extra}");
-    let unknown = configure("\"llama3\"", "\"longrope\"");
+    let unknown = configure("\"llama3\"", "\"dynamic\"");
     assert!(matches!(unknown, Error::Unsupported(_)), "{unknown}");
 }
 

@@ -3,44 +3,104 @@
 use candle_core::{Result, Tensor};
 use ferrozero_kernels::ops;
 
-/// Keys and values of one layer, both [B, K, S, D]: K heads of width D, S tokens so far.
+/// Keys and values of one layer, of all tokens so far or of those that the next one still sees.
 #[derive(Default)]
 pub struct LayerCache {
+    tokens: usize,
+    /// Both [B, K, S, D]: K heads of width D, S tokens.
     keys_values: Option<(Tensor, Tensor)>,
 }
 
 impl LayerCache {
-    /// Tokens in it, S.
+    /// Tokens that it has seen.
     pub fn tokens(&self) -> usize {
-        self.keys_values.as_ref().map_or(0, |(keys, _)| keys.dims()[2])
+        self.tokens
     }
 
-    /// Appends keys and values [B, K, T, D] of the tokens that follow, and gives those of all.
-    fn append(&mut self, keys: &Tensor, values: &Tensor) -> Result<(Tensor, Tensor)> {
-        let all = match &self.keys_values {
+    /// The keys and values that are kept, with those [B, K, T, D] of the tokens that follow behind them.
+    fn followed_by(&self, keys: &Tensor, values: &Tensor) -> Result<(Tensor, Tensor)> {
+        match &self.keys_values {
             Some((old_keys, old_values)) => {
-                (Tensor::cat(&[old_keys, keys], 2)?, Tensor::cat(&[old_values, values], 2)?)
+                Ok((Tensor::cat(&[old_keys, keys], 2)?, Tensor::cat(&[old_values, values], 2)?))
             }
-            None => (keys.clone(), values.clone()),
-        };
-        self.keys_values = Some(all.clone());
-        Ok(all)
+            None => Ok((keys.clone(), values.clone())),
+        }
+    }
+
+    /// Keeps what the next token sees: of a window all but one, which is the next token's own.
+    fn keep(&mut self, keys: Tensor, values: Tensor, window: Option<usize>) -> Result<()> {
+        let s = keys.dim(2)?;
+        let kept = window.map_or(s, |window| s.min(window.saturating_sub(1)));
+        let last = |xs: Tensor| if kept < s { xs.narrow(2, s - kept, kept)?.contiguous() } else { Ok(xs) };
+        self.keys_values = if kept > 0 { Some((last(keys)?, last(values)?)) } else { None };
+        Ok(())
     }
 
     /// Attention of `queries` [B, H, T, D] of the tokens that follow, with their `keys` and `values` [B, K, T, D], over all
-    /// tokens: [B, T, H·D]. H is a multiple of K.
+    /// tokens or the last ones of a `window`, which is the same at every call: [B, T, H·D]. H is a multiple of K.
     ///
     /// # Errors
     /// What candle says.
-    pub fn attend(&mut self, queries: &Tensor, keys: &Tensor, values: &Tensor) -> Result<Tensor> {
+    pub fn attend(
+        &mut self,
+        queries: &Tensor,
+        keys: &Tensor,
+        values: &Tensor,
+        window: Option<usize>,
+    ) -> Result<Tensor> {
         let (b, h, t, d) = queries.dims4()?;
-        let (keys, values) = self.append(keys, values)?; // [B, K, S, D]
+        let (keys, values) = self.followed_by(keys, values)?; // [B, K, S, D]
         let (_, k, s, _) = keys.dims4()?;
         let shared = h / k;
         // The queries of one key head are rows of one product.
         let scores = queries.reshape((b, k, shared * t, d))?.matmul(&keys.t()?)?;
-        let weights = ops::causal_softmax(&scores.reshape((b, k, shared, t, s))?, 1.0 / (d as f32).sqrt())?;
+        let scores = scores.reshape((b, k, shared, t, s))?;
+        let weights = ops::causal_softmax(&scores, 1.0 / (d as f32).sqrt(), window)?;
         let attended = weights.reshape((b, k, shared * t, s))?.matmul(&values)?; // [B, K, H/K·T, D]
+        self.keep(keys, values, window)?;
+        self.tokens += t;
         attended.reshape((b, h, t, d))?.transpose(1, 2)?.reshape((b, t, h * d))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use candle_core::Device;
+
+    #[test]
+    fn tokens_in_parts_are_attended_to_as_all_at_once_and_only_what_is_seen_is_kept() {
+        let (tokens, heads, key_value_heads, width) = (11, 4, 2, 3);
+        let wave = |heads: usize, step: f64| {
+            let count = (tokens * heads * width) as u32;
+            let angles = Tensor::arange(0, count, &Device::Cpu)?.to_dtype(candle_core::DType::F32)?;
+            (angles * step)?.sin()?.reshape((1, tokens, heads * width))
+        };
+        let [q, k, v] = [(heads, 0.7), (key_value_heads, 1.3), (key_value_heads, 2.1)]
+            .map(|(heads, step)| wave(heads, step).unwrap());
+        let part = |xs: &Tensor, first: usize, count: usize| {
+            let heads = xs.dim(2)? / width;
+            let xs = xs.narrow(1, first, count)?.reshape((1, count, heads, width))?;
+            xs.transpose(1, 2)?.contiguous()
+        };
+        for window in [None, Some(1), Some(2), Some(4), Some(11), Some(20)] {
+            let all = ops::grouped_causal_attention(&q, &k, &v, heads, key_value_heads, window).unwrap();
+            for parts in [&[11][..], &[1; 11], &[3, 1, 1, 6], &[7, 4]] {
+                let mut cache = LayerCache::default();
+                for &count in parts {
+                    let first = cache.tokens();
+                    let [q, k, v] = [&q, &k, &v].map(|xs| part(xs, first, count).unwrap());
+                    let found = cache.attend(&q, &k, &v, window).unwrap();
+                    let expected = all.narrow(1, first, count).unwrap();
+                    let furthest = (found - expected).unwrap().abs().unwrap().flatten_all().unwrap();
+                    let furthest = furthest.max(0).unwrap().to_scalar::<f32>().unwrap();
+                    assert!(furthest < 1e-5, "{window:?} in {parts:?}, token {first}: {furthest}");
+                    let kept = cache.keys_values.as_ref().map_or(0, |(keys, _)| keys.dims()[2]);
+                    let seen = window.map_or(usize::MAX, |window| window - 1);
+                    assert_eq!(kept, seen.min(first + count), "{window:?} in {parts:?}");
+                }
+                assert_eq!(cache.tokens(), tokens);
+            }
+        }
     }
 }

@@ -2,6 +2,7 @@
 
 use crate::error::{Error, Result};
 use crate::weights::Arrangement;
+use candle_core::Device;
 use candle_core::quantized::gguf_file::{self, Content};
 use serde_json::{Value, json};
 use std::fs::File;
@@ -40,6 +41,7 @@ pub(super) fn configuration(path: &Path, content: &Content) -> Result<Value> {
     let token = |key: &str| {
         content.metadata.get(&format!("tokenizer.ggml.{key}_token_id")).and_then(|value| value.to_u64().ok())
     };
+    let longest = size("context_length");
     // The names of the kinds are Hugging Face's.
     let scaling =
         metadata("rope.scaling.type").and_then(|kind| kind.to_string().ok()).filter(|kind| *kind != "none");
@@ -50,6 +52,22 @@ pub(super) fn configuration(path: &Path, content: &Content) -> Result<Value> {
             "original_max_position_embeddings": size("rope.scaling.original_context_length"),
         })
     });
+    let scaling = match (frequency_factors(path, content)?, scaling) {
+        (Some(_), Some(_)) => {
+            let reason = format!("{FREQUENCY_FACTORS} beside rope.scaling.type is not implemented");
+            return Err(Error::Unsupported(format!("{}: {reason}", path.display())));
+        }
+        // The same factors for every length, which transformers loads too.
+        (Some(factors), None) => Some(json!({
+            "rope_type": "longrope",
+            "short_factor": factors,
+            "long_factor": factors,
+            "factor": 1.0,
+            "attention_factor": 1.0,
+            "original_max_position_embeddings": longest,
+        })),
+        (None, scaling) => scaling,
+    };
     let embedding = content.tensor_infos.get("token_embd.weight");
     let embedding = embedding.ok_or_else(|| damaged("it has no token_embd.weight".into()))?;
     Ok(json!({
@@ -69,12 +87,35 @@ pub(super) fn configuration(path: &Path, content: &Content) -> Result<Value> {
         "rms_norm_eps": number("attention.layer_norm_rms_epsilon"),
         "rope_theta": number("rope.freq_base").unwrap_or(10_000.0),
         "rope_scaling": scaling,
-        "max_position_embeddings": size("context_length"),
+        "max_position_embeddings": longest,
         "hidden_act": "silu",
         "bos_token_id": token("bos"),
         "eos_token_id": token("eos"),
         "tie_word_embeddings": !content.tensor_infos.contains_key("output.weight"),
     }))
+}
+
+/// What the frequency of each pair of a head is divided by: how the converter of Llama 3.1 and later keeps their stretched angles.
+const FREQUENCY_FACTORS: &str = "rope_freqs.weight";
+
+/// More than any head has pairs.
+const LONGEST_FACTORS: usize = 1 << 16;
+
+/// The factors, if the file has them.
+fn frequency_factors(path: &Path, content: &Content) -> Result<Option<Vec<f32>>> {
+    let Some(info) = content.tensor_infos.get(FREQUENCY_FACTORS) else { return Ok(None) };
+    let damaged = |reason: String| Error::Weights {
+        path: path.to_owned(),
+        reason: format!("{FREQUENCY_FACTORS}: {reason}"),
+    };
+    // Before memory is taken for them.
+    if info.shape.elem_count() > LONGEST_FACTORS {
+        return Err(damaged(format!("{:?} are not the factors of a head's pairs", info.shape)));
+    }
+    let mut file = File::open(path).map_err(|source| Error::File { path: path.to_owned(), source })?;
+    let factors = content.tensor(&mut file, FREQUENCY_FACTORS, &Device::Cpu);
+    let factors = factors.and_then(|factors| factors.dequantize(&Device::Cpu)?.flatten_all()?.to_vec1());
+    factors.map(Some).map_err(|error| damaged(format!("it cannot be read: {error}")))
 }
 
 /// Metadata of a GGUF file as Hugging Face's `tokenizer_config.json` says the same.
@@ -101,7 +142,7 @@ pub(super) fn tokenizer_configuration(content: &Content) -> Value {
     configuration
 }
 
-/// The name of a GGUF file's tensor in Hugging Face's checkpoints.
+/// The name of a GGUF file's tensor in Hugging Face's checkpoints, or none for what is no parameter.
 pub(super) fn parameter_name(
     stored: &str,
     interleaved_head_rows: Option<usize>,
@@ -111,6 +152,8 @@ pub(super) fn parameter_name(
         "token_embd.weight" => return same("model.embed_tokens.weight"),
         "output_norm.weight" => return same("model.norm.weight"),
         "output.weight" => return same("lm_head.weight"),
+        // No parameter: part of the configuration.
+        FREQUENCY_FACTORS => return None,
         _ => {}
     }
     let Some((layer, rest)) = stored.strip_prefix("blk.").and_then(|rest| rest.split_once('.')) else {

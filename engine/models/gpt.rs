@@ -124,7 +124,7 @@ impl Block {
         let qkv = self.c_attn.forward(&self.ln_1.forward(xs)?)?; // [B, T, 3C]
         let qkv = qkv.reshape((b, t, 3, self.heads, c / self.heads))?.permute((2, 0, 3, 1, 4))?; // [3, B, H, T, D]
         let [q, k, v] = [0, 1, 2].map(|part| qkv.get(part)?.contiguous());
-        self.after_attention(xs, &cache.attend(&q?, &k?, &v?)?)
+        self.after_attention(xs, &cache.attend(&q?, &k?, &v?, None)?)
     }
 
     /// `attended` [B, T, C].
@@ -138,7 +138,7 @@ impl Block {
 impl Module for Block {
     fn forward(&self, xs: &Tensor) -> Result<Tensor> {
         let qkv = self.c_attn.forward(&self.ln_1.forward(xs)?)?; // [B, T, 3C]
-        self.after_attention(xs, &ops::causal_attention(&qkv, self.heads)?)
+        self.after_attention(xs, &ops::causal_attention(&qkv, self.heads, None)?)
     }
 }
 

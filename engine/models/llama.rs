@@ -85,10 +85,12 @@ struct Attention {
     heads: usize,
     key_value_heads: usize,
     head_width: usize,
+    /// Tokens that one sees at most, itself included.
+    window: Option<usize>,
 }
 
 impl Attention {
-    fn new(config: &LlamaConfig, angles: Angles, adapting: &Adapting, vb: VarBuilder) -> Result<Self> {
+    fn new(config: &LlamaConfig, layer: usize, adapting: &Adapting, vb: VarBuilder) -> Result<Self> {
         let (c, d) = (config.hidden, config.head_width);
         let (q, kv) = (config.heads * d, config.key_value_heads * d);
         let linear = |inputs, outputs, bias, name: &str| {
@@ -105,10 +107,11 @@ impl Attention {
             o_proj: linear(q, c, config.output_bias, "o_proj")?,
             q_norm: norm("q_norm")?,
             k_norm: norm("k_norm")?,
-            angles,
+            angles: Angles::new(config, &vb)?,
             heads: config.heads,
             key_value_heads: config.key_value_heads,
             head_width: d,
+            window: config.windows.get(layer).copied().flatten(),
         })
     }
 
@@ -139,7 +142,7 @@ impl Attention {
         let q = self.side_by_side(&self.q_proj.forward(xs)?, h, self.q_norm.as_ref())?; // [B, T, H·D]
         let k = self.side_by_side(&self.k_proj.forward(xs)?, k_heads, self.k_norm.as_ref())?; // [B, T, K·D]
         let v = self.v_proj.forward(xs)?; // [B, T, K·D]
-        self.o_proj.forward(&ops::grouped_causal_attention(&q, &k, &v, h, k_heads)?)
+        self.o_proj.forward(&ops::grouped_causal_attention(&q, &k, &v, h, k_heads, self.window)?)
     }
 
     /// As [`Self::forward`] for the tokens that follow those in `cache`, without gradients.
@@ -149,7 +152,7 @@ impl Attention {
         let q = self.heads(&self.q_proj.forward(xs)?, self.heads, self.q_norm.as_ref(), position)?;
         let k = self.heads(&self.k_proj.forward(xs)?, k_heads, self.k_norm.as_ref(), position)?;
         let v = self.v_proj.forward(xs)?.reshape((b, t, k_heads, d))?.transpose(1, 2)?.contiguous()?;
-        self.o_proj.forward(&cache.attend(&q, &k, &v)?)
+        self.o_proj.forward(&cache.attend(&q, &k, &v, self.window)?)
     }
 }
 
@@ -188,16 +191,15 @@ pub struct Block {
 }
 
 impl Block {
-    /// The layer with the names of Hugging Face's checkpoints.
+    /// The layer of a number with the names of Hugging Face's checkpoints.
     ///
     /// # Errors
     /// What the `VarBuilder` says.
-    pub fn new(config: &LlamaConfig, adapting: &Adapting, vb: VarBuilder) -> Result<Self> {
+    pub fn new(config: &LlamaConfig, layer: usize, adapting: &Adapting, vb: VarBuilder) -> Result<Self> {
         let norm = |name: &str| Norm::new(config.hidden, config.epsilon, vb.pp(name));
-        let angles = Angles::new(config, &vb)?;
         Ok(Self {
             input_layernorm: norm("input_layernorm")?,
-            self_attn: Attention::new(config, angles, adapting, vb.pp("self_attn"))?,
+            self_attn: Attention::new(config, layer, adapting, vb.pp("self_attn"))?,
             post_attention_layernorm: norm("post_attention_layernorm")?,
             mlp: Perceptron::new(config, adapting, vb.pp("mlp"))?,
         })
@@ -244,7 +246,7 @@ enum Head {
 }
 
 impl<B> Llama<B> {
-    /// The model; `make_block` is given the builder of each layer, and `make_head` that of an untied head, which is whole where
+    /// The model; `make_block` is given the builder and the number of each layer, and `make_head` that of an untied head, which is whole where
     /// it answers none.
     ///
     /// # Errors
@@ -252,13 +254,13 @@ impl<B> Llama<B> {
     pub fn new<'a, E: From<candle_core::Error>>(
         config: &LlamaConfig,
         vb: VarBuilder<'a>,
-        make_block: impl Fn(VarBuilder<'a>) -> std::result::Result<B, E>,
+        make_block: impl Fn(VarBuilder<'a>, usize) -> std::result::Result<B, E>,
         make_head: impl FnOnce(VarBuilder<'a>) -> std::result::Result<Option<TiledLinear>, E>,
     ) -> std::result::Result<Self, E> {
         let model = vb.pp("model");
         let shape = (config.vocabulary, config.hidden);
         let layers = (0..config.layers)
-            .map(|i| make_block(model.pp(format!("layers.{i}"))))
+            .map(|i| make_block(model.pp(format!("layers.{i}")), i))
             .collect::<std::result::Result<_, E>>()?;
         let head = match config.tied {
             true => Head::Tied,

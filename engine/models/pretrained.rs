@@ -87,15 +87,9 @@ impl Pretrained {
     }
 
     fn of_gguf(path: &Path, sequence: usize) -> Result<Self> {
-        let damaged = |reason: String| Error::Weights { path: path.to_owned(), reason };
         let content = gguf::read(path)?;
         let configuration = gguf::configuration(path, &content)?;
         let config = LlamaConfig::from_json(&configuration, &path.display().to_string(), sequence)?;
-        if content.tensor_infos.contains_key("rope_freqs.weight") {
-            return Err(damaged(
-                "rope_freqs.weight: frequencies kept in a GGUF file are not implemented".into(),
-            ));
-        }
         // The converter of Llama's checkpoints turns rows for another form of rotation; those of other families are as they were.
         let interleaved = configuration["model_type"] == "llama";
         let naming = |name: &str| gguf::parameter_name(name, interleaved.then_some(config.head_width));
@@ -148,7 +142,7 @@ impl Pretrained {
         self.build_with(
             engine.var_builder(),
             adapting,
-            |vb, config| engine.segment(vb, |vb| llama::Block::new(config, adapting, vb)),
+            |vb, layer, config| engine.segment(vb, |vb| llama::Block::new(config, layer, adapting, vb)),
             |vb, config| engine.segment(vb, |vb| gpt::Block::new(config, vb)),
             |vb, config| {
                 let sizes = (config.hidden, config.vocabulary);
@@ -167,7 +161,7 @@ impl Pretrained {
         self.build_with(
             vb,
             &none,
-            |vb, config| Ok(llama::Block::new(config, &none, vb)?),
+            |vb, layer, config| Ok(llama::Block::new(config, layer, &none, vb)?),
             |vb, config| Ok(gpt::Block::new(config, vb)?),
             |_, _| Ok(None),
         )
@@ -177,13 +171,13 @@ impl Pretrained {
         &self,
         vb: VarBuilder<'static>,
         adapting: &Adapting,
-        llama_block: impl Fn(VarBuilder<'static>, &LlamaConfig) -> Result<L>,
+        llama_block: impl Fn(VarBuilder<'static>, usize, &LlamaConfig) -> Result<L>,
         gpt_block: impl Fn(VarBuilder<'static>, &GptConfig) -> Result<G>,
         tiled_head: impl FnOnce(VarBuilder<'static>, &LlamaConfig) -> Result<Option<TiledLinear>>,
     ) -> Result<LanguageModel<L, G>> {
         match &self.family {
             Family::Llama(config) => {
-                let (block, head) = (|vb| llama_block(vb, config), |vb| tiled_head(vb, config));
+                let (block, head) = (|vb, layer| llama_block(vb, layer, config), |vb| tiled_head(vb, config));
                 Ok(LanguageModel::Llama(Llama::new(config, vb, block, head)?))
             }
             Family::Gpt2(_) if adapting.rank > 0 => Err(Error::Unsupported(
@@ -203,11 +197,12 @@ impl Pretrained {
         }
     }
 
-    /// Bytes of keys and values for so many tokens, in f32.
+    /// Bytes of keys and values for so many tokens, in f32; a layer with a window keeps those within it.
     pub fn cache_bytes(&self, tokens: usize) -> u64 {
         match &self.family {
             Family::Llama(config) => {
-                (config.layers * 2 * config.key_value_heads * config.head_width * tokens * 4) as u64
+                let kept = config.windows.iter().map(|window| window.unwrap_or(tokens).min(tokens));
+                (kept.sum::<usize>() * 2 * config.key_value_heads * config.head_width * 4) as u64
             }
             Family::Gpt2(config) => (config.layers * 2 * config.hidden * tokens * 4) as u64,
         }

@@ -3,10 +3,11 @@
 
 use super::llama_config::Reader;
 use crate::error::{Error, Result};
+use serde_json::Value;
 use std::f64::consts::TAU;
 
 /// Angles of positions.
-#[derive(Debug, Clone, Copy, PartialEq)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct Rope {
     /// Base of the angles.
     pub theta: f64,
@@ -15,7 +16,7 @@ pub struct Rope {
 }
 
 /// How the angles of positions are stretched.
-#[derive(Debug, Clone, Copy, PartialEq)]
+#[derive(Debug, Clone, PartialEq)]
 pub enum RopeScaling {
     /// Not at all.
     None,
@@ -50,6 +51,13 @@ pub enum RopeScaling {
         /// Factor on cosines and sines: the square root of the paper's temperature, over which attention is made.
         attention: f64,
     },
+    /// Each pair by a factor of its own (LongRoPE, Ding et al., arXiv 2402.13753), here the same ones for every length.
+    Factors {
+        /// The factor of each pair.
+        factors: Vec<f64>,
+        /// Factor on cosines and sines.
+        attention: f64,
+    },
 }
 
 impl Rope {
@@ -72,8 +80,12 @@ impl Rope {
             .map(|pair| {
                 let exponent = (2 * pair) as f32 / head_width as f32;
                 let frequency = 1.0 / base.powf(f64::from(exponent));
-                match self.scaling {
+                match &self.scaling {
                     RopeScaling::None => frequency as f32,
+                    RopeScaling::Factors { factors, .. } => {
+                        // As many as pairs, which the configuration was checked for.
+                        (frequency / factors.get(pair).unwrap_or(&1.0)) as f32
+                    }
                     RopeScaling::Linear { factor } => (frequency / factor) as f32,
                     RopeScaling::Llama3 { factor, low, high, original } => {
                         let wave = TAU / frequency;
@@ -91,9 +103,9 @@ impl Rope {
                         let pair_of = |turns: f64| {
                             head_width as f64 * (original / (turns * TAU)).ln() / (2.0 * base.ln())
                         };
-                        let (first, last) = (pair_of(fast), pair_of(slow));
+                        let (first, last) = (pair_of(*fast), pair_of(*slow));
                         let (first, last) =
-                            if truncate { (first.floor(), last.ceil()) } else { (first, last) };
+                            if *truncate { (first.floor(), last.ceil()) } else { (first, last) };
                         let (first, last) = (first.max(0.0), last.min(head_width as f64 - 1.0));
                         let width = if first == last { 0.001 } else { last - first };
                         let slow = ((pair as f64 - first) / width).clamp(0.0, 1.0);
@@ -106,8 +118,8 @@ impl Rope {
 
     /// Factor on cosines and sines.
     pub fn magnitude(&self) -> f64 {
-        match self.scaling {
-            RopeScaling::Yarn { attention, .. } => attention,
+        match &self.scaling {
+            RopeScaling::Yarn { attention, .. } | RopeScaling::Factors { attention, .. } => *attention,
             _ => 1.0,
         }
     }
@@ -115,7 +127,7 @@ impl Rope {
 
 /// `model` is the configuration around `rope`.
 fn scaling(rope: &Reader, model: &Reader) -> Result<RopeScaling> {
-    let kind = rope.present("rope_type").or_else(|| rope.present("type")).and_then(|kind| kind.as_str());
+    let kind = rope.present("rope_type").or_else(|| rope.present("type")).and_then(Value::as_str);
     match kind.unwrap_or("default") {
         "default" => Ok(RopeScaling::None),
         "linear" => Ok(RopeScaling::Linear { factor: rope.number("factor", None)? }),
@@ -144,9 +156,62 @@ fn scaling(rope: &Reader, model: &Reader) -> Result<RopeScaling> {
                 attention: rope.number("attention_factor", Some(default))?,
             })
         }
+        "longrope" => {
+            if rope.present("short_factor") != rope.present("long_factor") {
+                return Err(Error::Unsupported(format!(
+                    "{}: rope type \"longrope\" is implemented where short_factor and long_factor are the same",
+                    rope.source
+                )));
+            }
+            let factors = rope.present("long_factor").and_then(Value::as_array).and_then(|factors| {
+                let above_0 = |factor: &f64| factor.is_finite() && *factor > 0.0;
+                factors.iter().map(|factor| factor.as_f64().filter(above_0)).collect()
+            });
+            Ok(RopeScaling::Factors {
+                factors: factors.ok_or_else(|| rope.wrong("long_factor", "a list of numbers above 0"))?,
+                attention: rope.number("attention_factor", None)?,
+            })
+        }
         other => Err(Error::Unsupported(format!(
-            "{}: rope type {other:?} is not implemented; default, linear, llama3 and yarn are",
+            "{}: rope type {other:?} is not implemented; default, linear, llama3, yarn and longrope are",
             rope.source
         ))),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    fn rope(scaling: Value) -> Result<Rope> {
+        let value = json!({ "rope_theta": 500_000.0, "rope_scaling": scaling });
+        Rope::read(&Reader { value: &value, source: "config.json" })
+    }
+
+    #[test]
+    fn factors_of_pairs_stretch_as_the_formula_that_they_were_made_by() {
+        let llama3 = rope(json!({
+            "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 64,
+        }));
+        let (plain, expected) = (rope(Value::Null).unwrap().frequencies(32), llama3.unwrap().frequencies(32));
+        let factors: Vec<f32> = plain.iter().zip(&expected).map(|(plain, slow)| plain / slow).collect();
+        assert!(
+            factors[0] == 1.0 && factors[15] == 8.0 && factors.iter().any(|&f| 1.0 < f && f < 8.0),
+            "{factors:?}"
+        );
+        let of = |short: &[f32], long: &[f32]| {
+            rope(json!({
+                "rope_type": "longrope", "short_factor": short, "long_factor": long, "attention_factor": 1.25,
+            }))
+        };
+        let found = of(&factors, &factors).unwrap();
+        assert_eq!(found.magnitude(), 1.25);
+        for (found, expected) in found.frequencies(32).iter().zip(&expected) {
+            assert!((found / expected - 1.0).abs() < 1e-6, "{found} for {expected}");
+        }
+        assert!(matches!(of(&factors, &[1.0]), Err(Error::Unsupported(_))));
+        assert!(of(&[0.0], &[0.0]).unwrap_err().to_string().contains("long_factor is [0.0]"));
     }
 }

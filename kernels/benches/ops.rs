@@ -37,14 +37,14 @@ fn main() -> Result<()> {
     compare(
         "causal_softmax",
         &[&scores],
-        |x| ops::causal_softmax(&x[0], 0.125),
+        |x| ops::causal_softmax(&x[0], 0.125, None),
         |x| causal_softmax(&x[0], 0.125),
     )?;
     compare("linear", &[&tokens, &[4 * WIDTH, WIDTH], &[4 * WIDTH]], our_linear, linear)?;
     compare(
         "causal_attention",
         &[&packed],
-        |x| ops::causal_attention(&x[0], HEADS),
+        |x| ops::causal_attention(&x[0], HEADS, None),
         |x| causal_attention(&x[0]),
     )?;
     let logits = [BATCH * POSITIONS, VOCABULARY_SIZE];
@@ -154,7 +154,7 @@ fn linear_cross_entropy(x: &[Tensor]) -> Result<Tensor> {
 
 fn our_block(x: &[Tensor]) -> Result<Tensor> {
     let normalised = ops::layer_norm(&x[0], &x[1], &x[2], EPS)?;
-    let mixed = ops::causal_attention(&our_linear(&[normalised, x[3].clone(), x[4].clone()])?, HEADS)?;
+    let mixed = ops::causal_attention(&our_linear(&[normalised, x[3].clone(), x[4].clone()])?, HEADS, None)?;
     let hidden = (&x[0] + our_linear(&[mixed, x[5].clone(), x[6].clone()])?)?;
     let normalised = ops::layer_norm(&hidden, &x[7], &x[8], EPS)?;
     let widened = ops::gelu(&our_linear(&[normalised, x[9].clone(), x[10].clone()])?)?;

@@ -200,7 +200,7 @@ fn cases(arguments: &OpsArguments) -> Result<Vec<Case>> {
         Case::new(
             "causal_attention",
             &[&[b, t, 3 * c]],
-            move |x| ops::causal_attention(&x[0], h),
+            move |x| ops::causal_attention(&x[0], h, None),
             move |x| attention(&x[0], h, &attention_mask),
         )?,
         Case::new(

@@ -309,7 +309,7 @@ impl Model {
             std::fs::read_to_string(path).map_err(|error| configuration(format!("{source}: {error}")))?;
         let config = LlamaConfig::from_json(&serde_json::from_str(&text)?, &source, arguments.seq)?;
         let adapting = Adapting::default();
-        let block = |vb| engine.segment(vb, |vb| llama::Block::new(&config, &adapting, vb));
+        let block = |vb, layer| engine.segment(vb, |vb| llama::Block::new(&config, layer, &adapting, vb));
         Ok(Self::Llama(Llama::new(&config, engine.var_builder(), block, |_| Ok(None))?))
     }
 

@@ -21,14 +21,18 @@ use super::softmax::{Rows, softmax_rows, softmax_rows_backward};
 /// them, an idea of FlashAttention (Dao et al., arXiv 2205.14135). With `p` the probabilities, `s` the scores and
 /// `o` the result: `dv = pᵀ·do`, `dp = do·vᵀ`, `ds = p·(dp − Σ dp·p)/√D`, `dq = ds·k`, `dk = dsᵀ·q`.
 ///
+/// With a `window` a position sees itself and the `window − 1` before it, as in Mistral 7B (Jiang et al., arXiv 2310.06825). On
+/// the CPU the work then grows with `T·window`: what no row of a block sees is not computed.
+///
 /// # Errors
 /// [`OpError::DType`](super::OpError::DType) for a dtype that the device does not compute in;
 /// [`OpError::Shapes`](super::OpError::Shapes) unless `qkv` has three dimensions and the last one is a multiple of
-/// `3·heads`.
-pub fn causal_attention(qkv: &Tensor, heads: usize) -> Result<Tensor> {
+/// `3·heads`; [`OpError::EmptyWindow`](super::OpError::EmptyWindow) for a window of 0.
+pub fn causal_attention(qkv: &Tensor, heads: usize, window: Option<usize>) -> Result<Tensor> {
+    OpError::check_window(NAME, window)?;
     match *qkv.dims() {
         [_, _, width] if heads > 0 && width > 0 && width.is_multiple_of(3 * heads) => {
-            qkv.contiguous()?.apply_op1(CausalAttention { heads })
+            qkv.contiguous()?.apply_op1(CausalAttention { heads, window })
         }
         _ => Err(shapes_error(NAME, "expected [B, T, 3·C] with C a multiple of the heads", &[qkv.shape()])),
     }
@@ -47,8 +51,11 @@ pub fn grouped_causal_attention(
     value: &Tensor,
     heads: usize,
     key_value_heads: usize,
+    window: Option<usize>,
 ) -> Result<Tensor> {
-    let sizes = GroupedSizes::new(query.shape(), heads, key_value_heads);
+    let operation = GroupedAttention { heads, key_value_heads, window };
+    OpError::check_window(GroupedAttention::NAME, window)?;
+    let sizes = GroupedSizes::new(query.shape(), &operation);
     let sizes = sizes.filter(|sizes| [key, value].iter().all(|tensor| *tensor.dims() == sizes.key_dims()));
     let Some(sizes) = sizes else {
         let shapes = [query.shape(), key.shape(), value.shape()];
@@ -58,9 +65,8 @@ pub fn grouped_causal_attention(
     if query.device().is_cuda() {
         OpError::check_dtypes(GroupedAttention::NAME, query, &[key, value])?;
         let packed = [query.clone(), sizes.repeat(key)?, sizes.repeat(value)?];
-        return causal_attention(&Tensor::cat(&packed, 2)?, heads);
+        return causal_attention(&Tensor::cat(&packed, 2)?, heads, window);
     }
-    let operation = GroupedAttention { heads, key_value_heads };
     query.contiguous()?.apply_op3(&key.contiguous()?, &value.contiguous()?, operation)
 }
 
@@ -71,6 +77,16 @@ const BLOCK_ROWS: usize = 64;
 
 struct CausalAttention {
     heads: usize,
+    window: Option<usize>,
+}
+
+impl CausalAttention {
+    fn sizes(&self, qkv: &Shape) -> Result<Sizes> {
+        let (batch, positions, width) = qkv.dims3()?;
+        let channels = width / 3;
+        let Self { heads, window } = *self;
+        Ok(Sizes { batch, positions, channels, heads, head_width: channels / heads, window })
+    }
 }
 
 impl CustomOp1 for CausalAttention {
@@ -80,7 +96,7 @@ impl CustomOp1 for CausalAttention {
 
     fn cpu_fwd(&self, storage: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
         let qkv = elements::<f32>(NAME, storage, layout)?;
-        let sizes = Sizes::new(layout.shape(), self.heads)?;
+        let sizes = self.sizes(layout.shape())?;
         let mut out = vec![0f32; sizes.batch * sizes.positions * sizes.channels];
         let outputs = sizes.column_blocks(&mut out, sizes.channels);
         outputs.into_par_iter().enumerate().for_each_init(Vec::new, |scratch, (index, out)| {
@@ -91,18 +107,18 @@ impl CustomOp1 for CausalAttention {
 
     #[cfg(feature = "cuda")]
     fn cuda_fwd(&self, storage: &CudaStorage, layout: &Layout) -> Result<(CudaStorage, Shape)> {
-        cuda::attention::forward(Sizes::new(layout.shape(), self.heads)?, storage, layout)
+        cuda::attention::forward(self.sizes(layout.shape())?, storage, layout)
     }
 
     fn bwd(&self, qkv: &Tensor, _res: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
         #[cfg(feature = "cuda")]
         if qkv.device().is_cuda() {
-            return cuda::attention::backward(Sizes::new(qkv.shape(), self.heads)?, qkv, grad).map(Some);
+            return cuda::attention::backward(self.sizes(qkv.shape())?, qkv, grad).map(Some);
         }
         let grad = grad.contiguous()?;
         let (input, d_out) = (Input::new(NAME, qkv), Input::new(NAME, &grad));
         let (input, d_out) = (input.elements::<f32>()?, d_out.elements::<f32>()?);
-        let sizes = Sizes::new(qkv.shape(), self.heads)?;
+        let sizes = self.sizes(qkv.shape())?;
         let mut d_qkv = vec![0f32; input.len()];
         let blocks = sizes.column_blocks(&mut d_qkv, 3 * sizes.channels);
         let gradients = head_gradients(blocks, self.heads);
@@ -120,13 +136,14 @@ impl CustomOp1 for CausalAttention {
 struct GroupedAttention {
     heads: usize,
     key_value_heads: usize,
+    window: Option<usize>,
 }
 
 impl GroupedAttention {
     const NAME: &'static str = "grouped_causal_attention";
 
     fn sizes(&self, query: &Shape) -> Result<GroupedSizes> {
-        GroupedSizes::new(query, self.heads, self.key_value_heads)
+        GroupedSizes::new(query, self)
             .ok_or_else(|| shapes_error(Self::NAME, "expected [B, T, H·D]", &[query]))
     }
 }
@@ -205,7 +222,8 @@ struct GroupedSizes {
 }
 
 impl GroupedSizes {
-    fn new(query: &Shape, heads: usize, key_value_heads: usize) -> Option<Self> {
+    fn new(query: &Shape, operation: &GroupedAttention) -> Option<Self> {
+        let GroupedAttention { heads, key_value_heads, window } = *operation;
         let &[batch, positions, channels] = query.dims() else { return None };
         if key_value_heads == 0 || !heads.is_multiple_of(key_value_heads) || heads == 0 {
             return None;
@@ -214,7 +232,8 @@ impl GroupedSizes {
             return None;
         }
         let head_width = channels / heads;
-        let sizes = |heads| Sizes { batch, positions, channels: heads * head_width, heads, head_width };
+        let sizes =
+            |heads| Sizes { batch, positions, channels: heads * head_width, heads, head_width, window };
         Some(Self { query: sizes(heads), key: sizes(key_value_heads) })
     }
 
@@ -231,7 +250,7 @@ impl GroupedSizes {
     fn head<'a>(&self, query: &'a [f32], key: &'a [f32], value: &'a [f32], index: usize) -> Head<'a> {
         let key_index = index / self.queries();
         Head {
-            positions: self.query.positions,
+            sizes: self.query,
             query: self.query.head_columns(query, index, self.query.channels, 0),
             key: self.key.head_columns(key, key_index, self.key.channels, 0),
             value: self.key.head_columns(value, key_index, self.key.channels, 0),
@@ -258,13 +277,14 @@ pub(super) struct Sizes {
     pub(super) channels: usize,
     pub(super) heads: usize,
     pub(super) head_width: usize,
+    /// Positions that one sees at most, which end with itself.
+    pub(super) window: Option<usize>,
 }
 
 impl Sizes {
-    fn new(qkv: &Shape, heads: usize) -> Result<Self> {
-        let (batch, positions, width) = qkv.dims3()?;
-        let channels = width / 3;
-        Ok(Sizes { batch, positions, channels, heads, head_width: channels / heads })
+    /// The first position that the one at `position` sees.
+    pub(super) fn first_seen(&self, position: usize) -> usize {
+        self.window.map_or(0, |window| (position + 1).saturating_sub(window))
     }
 
     /// A matrix for each block of `head_width` columns, sequence by sequence; a position holds `row_width` elements.
@@ -291,7 +311,7 @@ impl Sizes {
 
     fn head<'a>(&self, qkv: &'a [f32], index: usize) -> Head<'a> {
         let part = |part: usize| self.head_columns(qkv, index, 3 * self.channels, part * self.channels);
-        Head { positions: self.positions, query: part(0), key: part(1), value: part(2) }
+        Head { sizes: *self, query: part(0), key: part(1), value: part(2) }
     }
 }
 
@@ -319,7 +339,7 @@ fn head_gradients(blocks: Vec<MatrixMut<'_>>, heads: usize) -> Vec<HeadGradient<
 
 /// One head of one sequence; each matrix is `[positions, head width]`.
 struct Head<'a> {
-    positions: usize,
+    sizes: Sizes,
     query: Matrix<'a>,
     key: Matrix<'a>,
     value: Matrix<'a>,
@@ -333,59 +353,60 @@ impl Head<'_> {
     fn forward(&self, mut out: MatrixMut<'_>, scratch: &mut Vec<f32>) {
         for block in self.blocks() {
             self.probabilities(&block, scratch);
-            let probabilities = Matrix::new(scratch, block.rows, block.seen);
-            let value = self.value.rows(0, block.seen);
+            let probabilities = Matrix::new(scratch, block.rows, block.keys);
+            let value = self.value.rows(block.first_key, block.keys);
             multiply(out.rows(block.first, block.rows), false, probabilities, value, Threads::One);
         }
     }
 
     fn backward(&self, mut gradient: HeadGradient<'_>, d_out: Matrix<'_>, scratch: &mut [Vec<f32>; 2]) {
         let [probabilities, d_scores] = scratch;
-        for Block { first, rows, seen } in self.blocks() {
-            let block = Block { first, rows, seen };
+        for block in self.blocks() {
+            let Block { first, rows, first_key, keys } = block;
             self.probabilities(&block, probabilities);
             let d_out = d_out.rows(first, rows);
-            let p = Matrix::new(probabilities, rows, seen);
-            multiply(gradient.value.rows(0, seen), true, p.transposed(), d_out, Threads::One);
+            let p = Matrix::new(probabilities, rows, keys);
+            multiply(gradient.value.rows(first_key, keys), true, p.transposed(), d_out, Threads::One);
 
-            d_scores.resize(rows * seen, 0.0);
-            let destination = MatrixMut::new(d_scores, rows, seen);
-            multiply(destination, false, d_out, self.value.rows(0, seen).transposed(), Threads::One);
-            softmax_rows_backward(d_scores, probabilities, 0, block.visibility(), self.scale());
-            let d_scores = Matrix::new(d_scores, rows, seen);
-            let query = self.query.rows(first, rows);
-            multiply(gradient.query.rows(first, rows), false, d_scores, self.key.rows(0, seen), Threads::One);
-            multiply(gradient.key.rows(0, seen), true, d_scores.transposed(), query, Threads::One);
+            d_scores.resize(rows * keys, 0.0);
+            let destination = MatrixMut::new(d_scores, rows, keys);
+            let value = self.value.rows(first_key, keys).transposed();
+            multiply(destination, false, d_out, value, Threads::One);
+            softmax_rows_backward(d_scores, probabilities, 0, self.visibility(&block), self.scale());
+            let d_scores = Matrix::new(d_scores, rows, keys);
+            let (query, key) = (self.query.rows(first, rows), self.key.rows(first_key, keys));
+            multiply(gradient.query.rows(first, rows), false, d_scores, key, Threads::One);
+            multiply(gradient.key.rows(first_key, keys), true, d_scores.transposed(), query, Threads::One);
         }
     }
 
-    /// The probabilities of one block of query rows over the keys that any of them sees: `[rows, seen]`.
+    /// The probabilities of one block of query rows over the keys that any of them sees: `[rows, keys]`.
     fn probabilities(&self, block: &Block, out: &mut Vec<f32>) {
-        out.resize(block.rows * block.seen, 0.0);
+        out.resize(block.rows * block.keys, 0.0);
         let query = self.query.rows(block.first, block.rows);
-        let key = self.key.rows(0, block.seen).transposed();
-        multiply(MatrixMut::new(out, block.rows, block.seen), false, query, key, Threads::One);
-        softmax_rows(out, 0, block.visibility(), self.scale());
+        let key = self.key.rows(block.first_key, block.keys).transposed();
+        multiply(MatrixMut::new(out, block.rows, block.keys), false, query, key, Threads::One);
+        softmax_rows(out, 0, self.visibility(block), self.scale());
+    }
+
+    fn visibility(&self, block: &Block) -> Rows {
+        Rows::new(block.keys, block.rows, self.sizes.window)
     }
 
     fn blocks(&self) -> impl Iterator<Item = Block> + use<> {
-        let positions = self.positions;
-        (0..positions).step_by(BLOCK_ROWS).map(move |first| {
-            let rows = BLOCK_ROWS.min(positions - first);
-            Block { first, rows, seen: first + rows }
+        let sizes = self.sizes;
+        (0..sizes.positions).step_by(BLOCK_ROWS).map(move |first| {
+            let rows = BLOCK_ROWS.min(sizes.positions - first);
+            let first_key = sizes.first_seen(first);
+            Block { first, rows, first_key, keys: first + rows - first_key }
         })
     }
 }
 
-/// Some query rows, and the number of keys that the last of them sees.
+/// Some query rows, and the keys from the first that the first row sees to the last that the last row sees.
 struct Block {
     first: usize,
     rows: usize,
-    seen: usize,
-}
-
-impl Block {
-    fn visibility(&self) -> Rows {
-        Rows { columns: self.seen, query_rows: self.rows }
-    }
+    first_key: usize,
+    keys: usize,
 }

@@ -73,6 +73,12 @@ pub enum OpError {
         /// The number of rows.
         vocabulary_size: usize,
     },
+    /// A window in which a position does not even see itself.
+    #[error("{op}: a window of 0 positions sees nothing: give it at least 1, or none for no window")]
+    EmptyWindow {
+        /// The operation that refused.
+        op: &'static str,
+    },
     /// An input that the operation treats as a constant is tracked for gradients.
     #[error("{op}: {input} receives no gradient from this operation: detach it, or compose the operation")]
     TrackedConstant {
@@ -91,6 +97,11 @@ impl OpError {
             Some(dtype) => Err(Self::DType { op, dtype, expected }),
             None => Ok(()),
         }
+    }
+
+    /// Refuses a window in which nothing is seen.
+    pub(super) fn check_window(op: &'static str, window: Option<usize>) -> Result<(), Self> {
+        if window == Some(0) { Err(Self::EmptyWindow { op }) } else { Ok(()) }
     }
 
     /// Refuses the first token that names no row.

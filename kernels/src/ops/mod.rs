@@ -14,7 +14,7 @@
 //! | [`softmax_last_dim`], [`causal_softmax`] | `[.., T, S]` | scale, mask and softmax |
 //! | [`rope`], [`rope_i`] | `[B, H, T, D]` | both halves of the rotation |
 //! | [`rope_by_position`] | `[B, T, H·D]` | the same on heads that lie side by side |
-//! | [`causal_attention`] | `[B, T, 3·C] → [B, T, C]` | attention on packed q, k, v; no T×T matrix is kept |
+//! | [`causal_attention`] | `[B, T, 3·C] → [B, T, C]` | attention on packed q, k, v, over all positions before or a window of them; no T×T matrix is kept |
 //! | [`grouped_causal_attention`] | `[B, T, H·D], twice [B, T, K·D] → [B, T, H·D]` | the same where query heads share keys and values |
 //! | [`cross_entropy`], [`linear_cross_entropy`] | `[N, C] → []` | log-softmax and mean; no full logits in the latter |
 //! | [`linear_log_sums`] | `[N, C] → [2, N]` | what a part of the vocabulary adds to a cross-entropy |

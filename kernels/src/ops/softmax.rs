@@ -4,10 +4,11 @@
 use candle_core::CudaStorage;
 use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
+use std::ops::Range;
 
 #[cfg(feature = "cuda")]
 use super::cuda;
-use super::error::shapes_error;
+use super::error::{OpError, shapes_error};
 use super::input::{Input, cpu_tensor, elements};
 use super::vector::{chunk_elements, exp, maximum, sum_by, sum_by2, vectorized};
 
@@ -23,23 +24,26 @@ pub fn softmax_last_dim(xs: &Tensor) -> Result<Tensor> {
         return Err(shapes_error("softmax_last_dim", "expected [.., S]", &[xs.shape()]));
     };
     // One query row a matrix sees every column: causal over nothing.
-    let shape = Rows { columns, query_rows: 1 };
+    let shape = Rows::new(columns, 1, None);
     xs.contiguous()?.apply_op1(Softmax { name: "softmax_last_dim", shape, scale: 1.0 })
 }
 
-/// `softmax(scale·scores)` where row `i` sees the columns `j ≤ i + (S − T)` and the others become 0.
+/// `softmax(scale·scores)` where row `i` sees the columns `j ≤ i + (S − T)` and the others become 0; with a window only the
+/// last `window` of them, `j > i + (S − T) − window`.
 ///
 /// `scores` `[.., T, S]` with `S ≥ T`: the last `T` of `S` positions are the queries, as with a key-value cache. Masked
 /// scores are not read. Backward: `d scores = scale·y·(dy − Σ dy·y)`.
 ///
 /// # Errors
 /// [`OpError::DType`](super::OpError::DType) for a dtype that the device does not compute in;
-/// [`OpError::Shapes`](super::OpError::Shapes) unless `S ≥ T`.
-pub fn causal_softmax(scores: &Tensor, scale: f32) -> Result<Tensor> {
+/// [`OpError::Shapes`](super::OpError::Shapes) unless `S ≥ T`; [`OpError::EmptyWindow`](super::OpError::EmptyWindow) for a
+/// window of 0.
+pub fn causal_softmax(scores: &Tensor, scale: f32, window: Option<usize>) -> Result<Tensor> {
     const NAME: &str = "causal_softmax";
+    OpError::check_window(NAME, window)?;
     match *scores.dims() {
         [.., query_rows, columns] if columns >= query_rows => {
-            let shape = Rows { columns, query_rows };
+            let shape = Rows::new(columns, query_rows, window);
             scores.contiguous()?.apply_op1(Softmax { name: NAME, shape, scale })
         }
         _ => Err(shapes_error(NAME, "expected [.., T, S] with S ≥ T", &[scores.shape()])),
@@ -51,15 +55,23 @@ pub fn causal_softmax(scores: &Tensor, scale: f32) -> Result<Tensor> {
 pub(super) struct Rows {
     /// Elements a row.
     pub(super) columns: usize,
-    /// Rows a matrix, at most `columns`; the last sees every column, each before it one less.
+    /// Rows a matrix, at most `columns`; the last sees up to the last column, each before it one less far.
     pub(super) query_rows: usize,
+    /// Columns that a row sees at most, which end with its own; at most `columns`.
+    pub(super) window: usize,
 }
 
 impl Rows {
+    /// Rows that see at most the last `window` columns up to their own, or all.
+    pub(super) fn new(columns: usize, query_rows: usize, window: Option<usize>) -> Self {
+        Rows { columns, query_rows, window: window.unwrap_or(columns).min(columns) }
+    }
+
     /// The columns that a row sees, counting rows over all matrices.
     #[inline(always)]
-    fn visible(self, row: usize) -> usize {
-        row % self.query_rows + self.columns - self.query_rows + 1
+    fn visible(self, row: usize) -> Range<usize> {
+        let end = row % self.query_rows + self.columns - self.query_rows + 1;
+        end.saturating_sub(self.window)..end
     }
 }
 
@@ -115,7 +127,9 @@ vectorized! {
     /// Turns rows of scores into probabilities in place; `first_row` is the number of the first.
     pub(super) fn softmax_rows(scores: &mut [f32], first_row: usize, shape: Rows, scale: f32) {
         for (row, scores) in scores.chunks_exact_mut(shape.columns).enumerate() {
-            let (scores, masked) = scores.split_at_mut(shape.visible(first_row + row));
+            let visible = shape.visible(first_row + row);
+            let (scores, later) = scores.split_at_mut(visible.end);
+            let (earlier, scores) = scores.split_at_mut(visible.start);
             // The largest of the scaled scores: a negative scale turns the order around.
             for score in scores.iter_mut() {
                 *score *= scale;
@@ -128,7 +142,8 @@ vectorized! {
             for score in scores.iter_mut() {
                 *score *= inverse;
             }
-            masked.fill(0.0);
+            earlier.fill(0.0);
+            later.fill(0.0);
         }
     }
 
@@ -143,13 +158,15 @@ vectorized! {
         let rows = gradients.chunks_exact_mut(shape.columns).zip(probabilities.chunks_exact(shape.columns));
         for (row, (gradients, probabilities)) in rows.enumerate() {
             let visible = shape.visible(first_row + row);
-            let (gradients, masked) = gradients.split_at_mut(visible);
-            let probabilities = &probabilities[..visible];
+            let probabilities = &probabilities[visible.clone()];
+            let (gradients, later) = gradients.split_at_mut(visible.end);
+            let (earlier, gradients) = gradients.split_at_mut(visible.start);
             let dot = sum_by2(gradients, probabilities, |gradient, probability| gradient * probability);
             for (gradient, &probability) in gradients.iter_mut().zip(probabilities) {
                 *gradient = scale * probability * (*gradient - dot);
             }
-            masked.fill(0.0);
+            earlier.fill(0.0);
+            later.fill(0.0);
         }
     }
 }

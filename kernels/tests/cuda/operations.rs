@@ -137,13 +137,19 @@ fn not_a_number_is_never_hidden() {
 fn masked_scores_are_not_read() {
     let Some(device) = device() else { return };
     let scores = random(&[2, 5, 7], 1);
-    let hidden: Vec<u8> = (0..70).map(|at| u8::from(at % 7 > (at / 7) % 5 + 2)).collect();
-    let hidden = Tensor::from_vec(hidden, (2, 5, 7), &Device::Cpu).unwrap();
     let not_a_number = scores.ones_like().unwrap().affine(f64::NAN, 0.0).unwrap();
-    let poisoned = hidden.where_cond(&not_a_number, &scores).unwrap().to_device(&device).unwrap();
-    let scores = scores.to_device(&device).unwrap();
-    let [clean, poisoned] = [scores, poisoned].map(|scores| ops::causal_softmax(&scores, 0.5).unwrap());
-    assert_eq!(values(&poisoned), values(&clean));
+    for window in [None, Some(1), Some(4)] {
+        let hidden = |at: usize| {
+            let (column, own) = (at % 7, (at / 7) % 5 + 2);
+            u8::from(column > own || window.is_some_and(|window| column + window <= own))
+        };
+        let hidden =
+            Tensor::from_vec((0..70).map(hidden).collect::<Vec<_>>(), (2, 5, 7), &Device::Cpu).unwrap();
+        let poisoned = hidden.where_cond(&not_a_number, &scores).unwrap();
+        let [clean, poisoned] = [&scores, &poisoned]
+            .map(|scores| ops::causal_softmax(&scores.to_device(&device).unwrap(), 0.5, window).unwrap());
+        assert_eq!(values(&poisoned), values(&clean), "{window:?}");
+    }
 }
 
 /// The typed error inside a candle error.
@@ -203,9 +209,9 @@ fn empty_inputs_give_empty_results_and_gradients() {
         (empty(&[2, 0]), Box::new(ops::swiglu)),
         (empty(&[0, 4]), Box::new(|xs| ops::layer_norm(xs, &row, &row, 1e-5))),
         (empty(&[2, 0]), Box::new(ops::softmax_last_dim)),
-        (empty(&[0, 2, 3]), Box::new(|xs| ops::causal_softmax(xs, 1.0))),
+        (empty(&[0, 2, 3]), Box::new(|xs| ops::causal_softmax(xs, 1.0, None))),
         (empty(&[0, 4]), Box::new(|xs| ops::linear(xs, &weight, None))),
-        (empty(&[2, 0, 6]), Box::new(|xs| ops::causal_attention(xs, 2))),
+        (empty(&[2, 0, 6]), Box::new(|xs| ops::causal_attention(xs, 2, Some(3)))),
     ];
     for (index, (input, operation)) in cases.iter().enumerate() {
         let result = operation(input.as_tensor()).unwrap();

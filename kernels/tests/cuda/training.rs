@@ -46,7 +46,7 @@ impl Model {
         let mut xs = ops::embedding(&self.embedding, &tokens.reshape((TOKENS[0], TOKENS[1]))?)?;
         for [gain, shift, qkv, qkv_bias, out, gate_and_up, down, root] in &self.blocks {
             let normed = ops::layer_norm(&xs, &(gain.as_tensor() + 1.0)?, shift, 1e-5)?;
-            let attended = ops::causal_attention(&ops::linear(&normed, qkv, Some(qkv_bias))?, HEADS)?;
+            let attended = ops::causal_attention(&ops::linear(&normed, qkv, Some(qkv_bias))?, HEADS, None)?;
             xs = (xs + ops::linear(&attended, out, None)?)?;
             let normed = ops::rms_norm(&xs, &(root.as_tensor() + 1.0)?, 1e-5)?;
             let gated = ops::swiglu(&ops::linear(&normed, gate_and_up, None)?)?;

@@ -69,7 +69,10 @@ pub fn small() -> Vec<Case> {
     }
     cases.push(layer_norm(&[67, 3]));
     for (query_rows, columns) in [(1, 1), (1, 9), (3, 3), (17, 17), (5, 33)] {
-        cases.push(causal_softmax(2, query_rows, columns));
+        cases.push(causal_softmax(2, query_rows, columns, None));
+    }
+    for window in WINDOWS_OF_17 {
+        cases.push(causal_softmax(2, 5, 17, Some(window)));
     }
     for (positions, pairs, batched) in [(1, 1, false), (5, 3, false), (17, 4, true)] {
         cases.extend(rope_cases(2, 3, positions, pairs, batched));
@@ -78,11 +81,15 @@ pub fn small() -> Vec<Case> {
         cases.extend(linear_cases(rows, in_width, out_width));
     }
     for (batch, positions, heads, head_width) in [(1, 1, 1, 1), (2, 3, 3, 2), (1, 17, 2, 5), (1, 67, 1, 1)] {
-        cases.push(causal_attention(batch, positions, heads, head_width));
+        cases.push(causal_attention(batch, positions, heads, head_width, None));
+    }
+    for window in WINDOWS_OF_17 {
+        cases.push(causal_attention(1, 17, 2, 3, Some(window)));
     }
     for (batch, positions, heads, keys, head_width) in [(1, 1, 1, 1, 1), (2, 3, 6, 2, 2), (1, 67, 3, 1, 5)] {
-        cases.push(grouped_causal_attention(batch, positions, heads, keys, head_width));
+        cases.push(grouped_causal_attention(batch, positions, (heads, keys), head_width, None));
     }
+    cases.push(grouped_causal_attention(2, 17, (4, 2), 3, Some(5)));
     for (rows, width, vocabulary_size) in [(1, 1, 1), (3, 17, 5), (40, 3, 7), (17, 2, 33)] {
         cases.push(embedding(rows, width, vocabulary_size));
     }
@@ -93,17 +100,24 @@ pub fn small() -> Vec<Case> {
     cases
 }
 
+/// The least, at the ends of 17 positions, above them, and in between.
+const WINDOWS_OF_17: [usize; 6] = [1, 2, 7, 16, 17, 40];
+
 /// Shapes that give several tasks to every threaded loop and product, and several tiles of logits.
 pub fn large() -> Vec<Case> {
     let mut cases = element_cases(&[3, 129, 258]);
     cases.push(layer_norm(&[301, 193]));
     cases.push(rms_norm(&[301, 193]));
     cases.push(softmax(&[301, 193]));
-    cases.push(causal_softmax(5, 129, 131));
+    cases.push(causal_softmax(5, 129, 131, None));
+    cases.push(causal_softmax(5, 129, 131, Some(67)));
     cases.extend(rope_cases(2, 3, 129, 33, true));
     cases.extend(linear_cases(301, 193, 257));
-    cases.push(causal_attention(2, 150, 3, 17));
-    cases.push(grouped_causal_attention(2, 150, 6, 3, 17));
+    // Windows of less than a block of rows, of one, of more, and of all positions.
+    for window in [None, Some(1), Some(33), Some(64), Some(65), Some(100), Some(150)] {
+        cases.push(causal_attention(2, 150, 3, 17, window));
+        cases.push(grouped_causal_attention(2, 150, (6, 3), 17, window));
+    }
     cases.push(embedding(1101, 301, 193));
     cases.push(cross_entropy(301, 193));
     cases.push(linear_cross_entropy(1101, 17, 2100));
@@ -150,19 +164,28 @@ fn softmax(shape: &[usize]) -> Case {
 }
 
 /// 0 where a row sees a column, −∞ elsewhere: `[query_rows, columns]`.
-fn causal_mask(query_rows: usize, columns: usize, dtype: DType) -> Result<Tensor> {
-    let hidden = |i: usize, j: usize| if j <= i + columns - query_rows { 0.0 } else { f32::NEG_INFINITY };
+fn causal_mask(query_rows: usize, columns: usize, window: Option<usize>, dtype: DType) -> Result<Tensor> {
+    let hidden = |i: usize, j: usize| {
+        let own = i + columns - query_rows;
+        let within = window.is_none_or(|window| j + window > own);
+        if j <= own && within { 0.0 } else { f32::NEG_INFINITY }
+    };
     let mask: Vec<f32> = (0..query_rows * columns).map(|at| hidden(at / columns, at % columns)).collect();
     Tensor::from_vec(mask, (query_rows, columns), &Device::Cpu)?.to_dtype(dtype)
 }
 
-fn causal_softmax(matrices: usize, query_rows: usize, columns: usize) -> Case {
+fn causal_softmax(matrices: usize, query_rows: usize, columns: usize, window: Option<usize>) -> Case {
     let composed = move |x: &[Tensor]| {
-        let mask = causal_mask(query_rows, columns, x[0].dtype())?;
+        let mask = causal_mask(query_rows, columns, window, x[0].dtype())?;
         candle_nn::ops::softmax(&(&x[0] * 0.7)?.broadcast_add(&mask)?, D::Minus1)
     };
-    let ours = |x: &[Tensor]| ops::causal_softmax(&x[0], 0.7);
-    Case::new("causal_softmax", &[&[matrices, query_rows, columns]], ours, composed)
+    let ours = move |x: &[Tensor]| ops::causal_softmax(&x[0], 0.7, window);
+    Case::new(
+        &format!("causal_softmax, window {window:?}"),
+        &[&[matrices, query_rows, columns]],
+        ours,
+        composed,
+    )
 }
 
 fn rope_cases(batch: usize, heads: usize, positions: usize, pairs: usize, batched: bool) -> Vec<Case> {
@@ -235,7 +258,13 @@ fn linear_cases(rows: usize, in_width: usize, out_width: usize) -> Vec<Case> {
     ]
 }
 
-fn causal_attention(batch: usize, positions: usize, heads: usize, head_width: usize) -> Case {
+fn causal_attention(
+    batch: usize,
+    positions: usize,
+    heads: usize,
+    head_width: usize,
+    window: Option<usize>,
+) -> Case {
     let channels = heads * head_width;
     let composed = move |x: &[Tensor]| {
         let part = |index: usize| {
@@ -243,13 +272,13 @@ fn causal_attention(batch: usize, positions: usize, heads: usize, head_width: us
             part.reshape((batch, positions, heads, head_width))?.transpose(1, 2)?.contiguous()
         };
         let scores = (part(0)?.matmul(&part(1)?.t()?)? / (head_width as f64).sqrt())?;
-        let scores = scores.broadcast_add(&causal_mask(positions, positions, scores.dtype())?)?;
+        let scores = scores.broadcast_add(&causal_mask(positions, positions, window, scores.dtype())?)?;
         let mixed = candle_nn::ops::softmax(&scores, D::Minus1)?.matmul(&part(2)?)?;
         mixed.transpose(1, 2)?.reshape((batch, positions, channels))
     };
-    let ours = move |x: &[Tensor]| ops::causal_attention(&x[0], heads);
+    let ours = move |x: &[Tensor]| ops::causal_attention(&x[0], heads, window);
     Case::new(
-        &format!("causal_attention, {heads} heads"),
+        &format!("causal_attention, {heads} heads, window {window:?}"),
         &[&[batch, positions, 3 * channels]],
         ours,
         composed,
@@ -259,11 +288,11 @@ fn causal_attention(batch: usize, positions: usize, heads: usize, head_width: us
 fn grouped_causal_attention(
     batch: usize,
     positions: usize,
-    heads: usize,
-    key_value_heads: usize,
+    (heads, key_value_heads): (usize, usize),
     head_width: usize,
+    window: Option<usize>,
 ) -> Case {
-    let packed = causal_attention(batch, positions, heads, head_width).composed;
+    let packed = causal_attention(batch, positions, heads, head_width, window).composed;
     let composed = move |x: &[Tensor]| {
         let repeat = |xs: &Tensor| {
             let split = xs.reshape((batch, positions, key_value_heads, 1, head_width))?;
@@ -272,10 +301,12 @@ fn grouped_causal_attention(
         };
         packed(&[Tensor::cat(&[x[0].clone(), repeat(&x[1])?, repeat(&x[2])?], 2)?])
     };
-    let ours = move |x: &[Tensor]| ops::grouped_causal_attention(&x[0], &x[1], &x[2], heads, key_value_heads);
+    let ours = move |x: &[Tensor]| {
+        ops::grouped_causal_attention(&x[0], &x[1], &x[2], heads, key_value_heads, window)
+    };
     let keys = [batch, positions, key_value_heads * head_width];
     Case::new(
-        &format!("grouped_causal_attention, {heads} heads"),
+        &format!("grouped_causal_attention, {heads} heads, window {window:?}"),
         &[&[batch, positions, heads * head_width], &keys, &keys],
         ours,
         composed,

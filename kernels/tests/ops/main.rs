@@ -187,12 +187,72 @@ fn frozen_inputs_leave_the_other_gradients_alone() {
 #[test]
 fn masked_scores_are_not_read() {
     let scores = random(&[2, 5, 7], 1);
-    let expected = ops::causal_softmax(&scores, 0.5).unwrap();
-    let hidden: Vec<u8> = (0..70).map(|at| u8::from(at % 7 > (at / 7) % 5 + 2)).collect();
-    let hidden = Tensor::from_vec(hidden, (2, 5, 7), &Device::Cpu).unwrap();
     let not_a_number = scores.ones_like().unwrap().affine(f64::NAN, 0.0).unwrap();
-    let poisoned = hidden.where_cond(&not_a_number, &scores).unwrap();
-    assert_eq!(bits(&ops::causal_softmax(&poisoned, 0.5).unwrap()), bits(&expected));
+    for window in [None, Some(1), Some(2), Some(4)] {
+        let expected = ops::causal_softmax(&scores, 0.5, window).unwrap();
+        let hidden = |at: usize| {
+            let (column, own) = (at % 7, (at / 7) % 5 + 2);
+            u8::from(column > own || window.is_some_and(|window| column + window <= own))
+        };
+        let hidden =
+            Tensor::from_vec((0..70).map(hidden).collect::<Vec<_>>(), (2, 5, 7), &Device::Cpu).unwrap();
+        let poisoned = hidden.where_cond(&not_a_number, &scores).unwrap();
+        assert_eq!(
+            bits(&ops::causal_softmax(&poisoned, 0.5, window).unwrap()),
+            bits(&expected),
+            "{window:?}"
+        );
+    }
+}
+
+/// What a masked product does with a NaN would show in its result: 0·NaN is NaN.
+#[test]
+fn what_lies_outside_of_every_window_of_a_block_is_not_computed() {
+    const POSITIONS: usize = 150;
+    let inputs =
+        [random(&[1, POSITIONS, 8], 1), random(&[1, POSITIONS, 4], 2), random(&[1, POSITIONS, 4], 3)];
+    let at = |position: usize, inputs: &[Tensor]| -> Vec<Tensor> {
+        let poison = |xs: &Tensor| {
+            let mut rows = xs.squeeze(0).unwrap().to_vec2::<f32>().unwrap();
+            rows[position].fill(f32::NAN);
+            Tensor::new(rows, &Device::Cpu).unwrap().unsqueeze(0).unwrap()
+        };
+        inputs.iter().map(poison).collect()
+    };
+    let attention = |x: &[Tensor]| ops::grouped_causal_attention(&x[0], &x[1], &x[2], 4, 2, Some(10));
+    let clean = run(attention, &inputs);
+    // Blocks have 64 rows: the first alone sees position 0, the third alone 140, and the third sees nothing before 119.
+    for (position, untouched) in [(0, 64..POSITIONS), (140, 0..119)] {
+        let poisoned = run(attention, &at(position, &inputs));
+        assert!(values(&poisoned.result.narrow(1, position, 1).unwrap()).iter().all(|x| x.is_nan()));
+        let part = |tensor: &Tensor| bits(&tensor.narrow(1, untouched.start, untouched.len()).unwrap());
+        assert_eq!(part(&poisoned.result), part(&clean.result));
+        for (poisoned, clean) in poisoned.gradients.iter().zip(&clean.gradients) {
+            assert_eq!(part(poisoned), part(clean));
+        }
+    }
+}
+
+#[test]
+fn a_window_as_long_as_the_sequence_changes_no_bit() {
+    let inputs = [random(&[2, 150, 12], 1)];
+    let attention = |window| move |x: &[Tensor]| ops::causal_attention(&x[0], 2, window);
+    let all = run(attention(None), &inputs);
+    for window in [150, 151, usize::MAX] {
+        assert_same_bits("all", &run(attention(Some(window)), &inputs), &all);
+    }
+}
+
+#[test]
+fn a_window_of_nothing_is_refused() {
+    let (wide, narrow) = (random(&[1, 2, 8], 1), random(&[1, 2, 4], 1));
+    for result in [
+        ops::causal_softmax(&narrow, 1.0, Some(0)),
+        ops::causal_attention(&random(&[1, 2, 12], 1), 2, Some(0)),
+        ops::grouped_causal_attention(&wide, &narrow, &narrow, 4, 2, Some(0)),
+    ] {
+        assert!(message(result).contains("a window of 0 positions"));
+    }
 }
 
 #[test]
@@ -282,12 +342,12 @@ fn shapes_that_do_not_fit_are_refused() {
         ops::swiglu(&row),
         ops::embedding(&row, &targets),
         ops::softmax_last_dim(&scalar),
-        ops::causal_softmax(&random(&[3, 2], 1), 1.0),
+        ops::causal_softmax(&random(&[3, 2], 1), 1.0, None),
         ops::linear(&row, &matrix, None),
         ops::linear(&matrix, &matrix, Some(&row)),
         ops::rope(&matrix, &matrix, &matrix),
-        ops::causal_attention(&random(&[1, 2, 12], 1), 3),
-        ops::causal_attention(&random(&[1, 2, 12], 1), 0),
+        ops::causal_attention(&random(&[1, 2, 12], 1), 3, None),
+        ops::causal_attention(&random(&[1, 2, 12], 1), 0, None),
         ops::cross_entropy(&matrix, &targets),
         ops::linear_cross_entropy(&matrix, &matrix, &targets),
     ];
@@ -312,9 +372,9 @@ fn empty_inputs_give_empty_results() {
         ops::swiglu(&empty(&[2, 0])),
         ops::layer_norm(&empty(&[0, 4]), &bias, &bias, 1e-5),
         ops::softmax_last_dim(&empty(&[2, 0])),
-        ops::causal_softmax(&empty(&[0, 2, 3]), 1.0),
+        ops::causal_softmax(&empty(&[0, 2, 3]), 1.0, None),
         ops::linear(&empty(&[0, 4]), &weight, None),
-        ops::causal_attention(&empty(&[2, 0, 6]), 2),
+        ops::causal_attention(&empty(&[2, 0, 6]), 2, Some(3)),
     ];
     for (index, result) in results.into_iter().enumerate() {
         assert_eq!(result.unwrap().elem_count(), 0, "attempt {index}");

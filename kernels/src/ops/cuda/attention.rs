@@ -52,7 +52,8 @@ struct Attention<'a, T> {
     together: usize,
 }
 
-/// Some heads of one sequence, and some of their query rows with the keys that the last of them sees.
+/// Some heads of one sequence, and some of their query rows with the keys from the first that the first of them sees to the last
+/// that the last of them sees.
 #[derive(Clone, Copy)]
 struct Block {
     sequence: usize,
@@ -60,22 +61,19 @@ struct Block {
     heads: usize,
     first: usize,
     rows: usize,
-    seen: usize,
+    first_key: usize,
+    keys: usize,
 }
 
 impl Block {
-    fn visibility(&self) -> Rows {
-        Rows { columns: self.seen, query_rows: self.rows }
-    }
-
     /// Rows of probabilities.
     fn row_count(&self) -> usize {
         self.heads * self.rows
     }
 
-    /// `[rows, seen]` for each head.
+    /// `[rows, keys]` for each head.
     fn scores(&self) -> matrix::Shape {
-        matrix::Shape::new(self.rows, self.seen)
+        matrix::Shape::new(self.rows, self.keys)
     }
 }
 
@@ -91,7 +89,9 @@ impl<T: Float> Attention<'_, T> {
                 for first in (0..positions).step_by(rows_together) {
                     let rows = rows_together.min(positions - first);
                     let heads = heads_together.min(heads - first_head);
-                    blocks.push(Block { sequence, first_head, heads, first, rows, seen: first + rows });
+                    let first_key = self.sizes.first_seen(first);
+                    let keys = first + rows - first_key;
+                    blocks.push(Block { sequence, first_head, heads, first, rows, first_key, keys });
                 }
             }
         }
@@ -100,8 +100,12 @@ impl<T: Float> Attention<'_, T> {
 
     /// Memory for the probabilities of the largest block.
     fn allocate_scores(&self, blocks: &[Block]) -> Result<CudaSlice<T>> {
-        let largest = blocks.iter().map(|block| block.row_count() * block.seen).max();
+        let largest = blocks.iter().map(|block| block.row_count() * block.keys).max();
         allocate(self.device, largest.unwrap_or(0))
+    }
+
+    fn visibility(&self, block: &Block) -> Rows {
+        Rows::new(block.keys, block.rows, self.sizes.window)
     }
 
     fn scale(&self) -> f32 {
@@ -127,11 +131,16 @@ impl<T: Float> Attention<'_, T> {
     }
 
     fn key(&self, block: &Block) -> matrix::Shape {
-        self.head_columns(block, (0, block.seen), 3 * self.sizes.channels, self.sizes.channels)
+        self.head_columns(block, (block.first_key, block.keys), 3 * self.sizes.channels, self.sizes.channels)
     }
 
     fn value(&self, block: &Block) -> matrix::Shape {
-        self.head_columns(block, (0, block.seen), 3 * self.sizes.channels, 2 * self.sizes.channels)
+        self.head_columns(
+            block,
+            (block.first_key, block.keys),
+            3 * self.sizes.channels,
+            2 * self.sizes.channels,
+        )
     }
 
     fn out(&self, block: &Block) -> matrix::Shape {
@@ -153,7 +162,7 @@ impl<T: Float> Attention<'_, T> {
     fn probabilities(&self, block: &Block, out: &mut CudaSlice<T>) -> Result<()> {
         let (query, key) = (self.query(block), self.key(block).transposed());
         self.multiply(block, false, (&mut *out, block.scores()), (self.qkv, query), (self.qkv, key))?;
-        forward_in_place(NAME, self.device, out, block.row_count(), block.visibility(), self.scale())
+        forward_in_place(NAME, self.device, out, block.row_count(), self.visibility(block), self.scale())
     }
 
     /// `[B, T, C]`.
@@ -185,7 +194,7 @@ impl<T: Float> Attention<'_, T> {
 
             let value = (self.qkv, self.value(block).transposed());
             self.multiply(block, false, (&mut d_scores, block.scores()), d_out, value)?;
-            let (rows, visibility) = (block.row_count(), block.visibility());
+            let (rows, visibility) = (block.row_count(), self.visibility(block));
             backward_in_place(
                 NAME,
                 self.device,
@@ -225,7 +234,6 @@ mod tests {
     #[test]
     fn the_number_of_probabilities_that_exist_together_changes_only_the_order_of_sums() {
         let Some(device) = super::super::first_device() else { return };
-        let sizes = Sizes { batch: 2, positions: 11, channels: 12, heads: 3, head_width: 4 };
         let wave = |count: u32, step: f64, shape: (usize, usize, usize)| {
             let angles = Tensor::arange(0, count, &Device::Cpu).unwrap().to_dtype(DType::F32).unwrap();
             let wave = (angles * step).unwrap().sin().unwrap().reshape(shape).unwrap();
@@ -235,17 +243,20 @@ mod tests {
         let (input, upstream) = (Input::new(NAME, &qkv), Input::new(NAME, &d_out));
         let (input, upstream) = (input.view::<f32>().unwrap(), upstream.view::<f32>().unwrap());
         let Device::Cuda(device) = &device else { panic!("not the device that was asked for") };
-        let attention = |together| Attention { device, sizes, qkv: &input, together };
-        let whole = attention(TOGETHER_ELEMENTS);
-        assert_eq!(whole.blocks().len(), 2);
-        let out = values(device, &whole.forward().unwrap());
-        let gradient = values(device, &whole.backward(&upstream).unwrap());
-        // Two heads, one head, four rows, and one row at a time.
-        for (together, blocks) in [(2 * 121, 4), (121, 6), (4 * 11, 18), (1, 66)] {
-            let pieces = attention(together);
-            assert_eq!(pieces.blocks().len(), blocks);
-            assert_close(&values(device, &pieces.forward().unwrap()), &out);
-            assert_close(&values(device, &pieces.backward(&upstream).unwrap()), &gradient);
+        for window in [None, Some(1), Some(3), Some(11)] {
+            let sizes = Sizes { batch: 2, positions: 11, channels: 12, heads: 3, head_width: 4, window };
+            let attention = |together| Attention { device, sizes, qkv: &input, together };
+            let whole = attention(TOGETHER_ELEMENTS);
+            assert_eq!(whole.blocks().len(), 2);
+            let out = values(device, &whole.forward().unwrap());
+            let gradient = values(device, &whole.backward(&upstream).unwrap());
+            // Two heads, one head, four rows, and one row at a time.
+            for (together, blocks) in [(2 * 121, 4), (121, 6), (4 * 11, 18), (1, 66)] {
+                let pieces = attention(together);
+                assert_eq!(pieces.blocks().len(), blocks);
+                assert_close(&values(device, &pieces.forward().unwrap()), &out);
+                assert_close(&values(device, &pieces.backward(&upstream).unwrap()), &gradient);
+            }
         }
     }
 }

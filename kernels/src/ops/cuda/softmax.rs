@@ -11,6 +11,11 @@ use crate::ops::softmax::Rows;
 
 module!("softmax");
 
+/// Columns, rows a matrix and window, as the kernels take them.
+fn sizes(op: &'static str, shape: Rows) -> Result<[u32; 3]> {
+    Ok([size(op, shape.columns)?, size(op, shape.query_rows)?, size(op, shape.window)?])
+}
+
 /// Probabilities of rows of scores.
 pub(in crate::ops) fn forward(
     op: &'static str,
@@ -25,10 +30,10 @@ pub(in crate::ops) fn forward(
         let mut out = allocate::<T>(device, scores.len())?;
         let row_count = scores.len() / shape.columns.max(1);
         let kernel = kernel::<T>(device, "softmax_forward")?;
-        let sizes = [size::<u32>(op, shape.columns)?, size(op, shape.query_rows)?];
+        let sizes = sizes(op, shape)?;
         let count = row_count as u64;
         let mut launch = kernel.builder();
-        launch.arg(&mut out).arg(&scores).arg(&count).arg(&sizes[0]).arg(&sizes[1]).arg(&scale);
+        launch.arg(&mut out).arg(&scores).arg(&count).arg(&sizes[0]).arg(&sizes[1]).arg(&sizes[2]).arg(&scale);
         // SAFETY: the arguments are those of the kernel; input and output have `count` rows of `columns` elements.
         unsafe { enqueue(&mut launch, rows(row_count, shape.columns)) }?;
         Ok(result(device, out, layout.shape()))
@@ -51,10 +56,10 @@ pub(in crate::ops) fn backward(
         let mut dx = allocate::<T>(device, y.len())?;
         let row_count = y.len() / shape.columns.max(1);
         let kernel = kernel::<T>(device, "softmax_backward")?;
-        let sizes = [size::<u32>(op, shape.columns)?, size(op, shape.query_rows)?];
+        let sizes = sizes(op, shape)?;
         let count = row_count as u64;
         let mut launch = kernel.builder();
-        launch.arg(&mut dx).arg(&dy).arg(&y).arg(&count).arg(&sizes[0]).arg(&sizes[1]).arg(&scale);
+        launch.arg(&mut dx).arg(&dy).arg(&y).arg(&count).arg(&sizes[0]).arg(&sizes[1]).arg(&sizes[2]).arg(&scale);
         // SAFETY: the arguments are those of the kernel; all have `count` rows of `columns` elements.
         unsafe { enqueue(&mut launch, rows(row_count, shape.columns)) }?;
         Ok(tensor(device, dx, probabilities.shape()))
@@ -72,12 +77,12 @@ pub(super) fn forward_in_place<T: Float>(
 ) -> Result<()> {
     assert!(row_count * shape.columns <= scores.len(), "more rows than scores");
     let kernel = kernel::<T>(device, "softmax_forward")?;
-    let sizes = [size::<u32>(op, shape.columns)?, size(op, shape.query_rows)?];
+    let sizes = sizes(op, shape)?;
     let count = row_count as u64;
     let stream = device.cuda_stream();
     let (scores, _written) = scores.device_ptr_mut(&stream);
     let mut launch = kernel.builder();
-    launch.arg(&scores).arg(&scores).arg(&count).arg(&sizes[0]).arg(&sizes[1]).arg(&scale);
+    launch.arg(&scores).arg(&scores).arg(&count).arg(&sizes[0]).arg(&sizes[1]).arg(&sizes[2]).arg(&scale);
     // SAFETY: the arguments are those of the kernel, which may write where it reads, and the rows were checked above.
     unsafe { enqueue(&mut launch, rows(row_count, shape.columns)) }
 }
@@ -95,14 +100,14 @@ pub(super) fn backward_in_place<T: Float>(
     let shortest = gradients.len().min(probabilities.len());
     assert!(row_count * shape.columns <= shortest, "more rows than gradients");
     let kernel = kernel::<T>(device, "softmax_backward")?;
-    let sizes = [size::<u32>(op, shape.columns)?, size(op, shape.query_rows)?];
+    let sizes = sizes(op, shape)?;
     let count = row_count as u64;
     let stream = device.cuda_stream();
     let (probabilities, _read) = probabilities.device_ptr(&stream);
     let (gradients, _written) = gradients.device_ptr_mut(&stream);
     let mut launch = kernel.builder();
     launch.arg(&gradients).arg(&gradients).arg(&probabilities).arg(&count);
-    launch.arg(&sizes[0]).arg(&sizes[1]).arg(&scale);
+    launch.arg(&sizes[0]).arg(&sizes[1]).arg(&sizes[2]).arg(&scale);
     // SAFETY: the arguments are those of the kernel, which may write where it reads, and the rows were checked above.
     unsafe { enqueue(&mut launch, rows(row_count, shape.columns)) }
 }
