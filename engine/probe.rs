@@ -84,7 +84,8 @@ pub fn thorough(
     next("matrix products, bf16");
     let matmul_bf16 = matmul(DType::BF16);
     next("disk");
-    let write_s = Disk::new(directory, FIRST_LOOK_BYTES, THOROUGH.places, threads)?.sweep(Sweep::Write)?;
+    let write_s =
+        Disk::new(directory, FIRST_LOOK_BYTES, THOROUGH.places, threads)?.sweep(Sweep::Write)?.sweep_s;
     let bytes = SWEEP_S * FIRST_LOOK_BYTES as f64 / write_s;
     let bytes = (bytes as u64).clamp(FIRST_LOOK_BYTES, DISK_BYTES_MAX);
     let [read, write, mixed] = disk_bytes_per_s(directory, bytes, threads, THOROUGH)?;
@@ -223,7 +224,7 @@ fn disk_bytes_per_s(directory: &Path, bytes: u64, threads: usize, effort: Effort
     let mut times: [Vec<f64>; 3] = Default::default();
     for _ in 0..effort.rounds {
         for (sweep, times) in Sweep::ALL.into_iter().zip(&mut times) {
-            times.push(disk.sweep(sweep)?);
+            times.push(disk.sweep(sweep)?.sweep_s);
         }
         if started.elapsed() >= effort.disk_time {
             break;

@@ -220,8 +220,8 @@ pub fn create_state(
     options: StoreOptions,
 ) -> Result<Store> {
     match Store::create(directory, specs(extents, ExtentKind::State), options) {
-        Err(ferrozero_offload::Error::AlreadyCommitted { .. }) => {
-            Err(Error::CheckpointExists { path: directory.to_owned() })
+        Err(ferrozero_offload::Error::AlreadyCommitted { directory }) => {
+            Err(Error::CheckpointExists { path: directory })
         }
         created => Ok(created?),
     }

@@ -41,21 +41,25 @@ impl Trace {
 
     /// Seconds between two moments in which at least one of `queues` had an operation under way.
     pub fn busy_within_s(&self, queues: &[Queue], from_s: f64, until_s: f64) -> f64 {
-        let mut spans: Vec<(f64, f64)> = self
+        let spans = self
             .events
             .iter()
             .filter(|event| queues.contains(&event.operation.queue()))
-            .map(|event| (event.start_s.max(from_s), event.end_s.min(until_s)))
-            .collect();
-        spans.sort_by(|a, b| a.0.total_cmp(&b.0));
-        let mut busy_s = 0.0;
-        let mut covered_until = f64::NEG_INFINITY;
-        for (start, end) in spans {
-            busy_s += (end - start.max(covered_until)).max(0.0);
-            covered_until = covered_until.max(end);
-        }
-        busy_s
+            .map(|event| (event.start_s.max(from_s), event.end_s.min(until_s)));
+        covered_s(spans.collect())
     }
+}
+
+/// Seconds in which at least one of the spans, each a start and an end, was under way.
+pub(crate) fn covered_s(mut spans: Vec<(f64, f64)>) -> f64 {
+    spans.sort_by(|a, b| a.0.total_cmp(&b.0));
+    let mut covered_s = 0.0;
+    let mut covered_until = f64::NEG_INFINITY;
+    for (start, end) in spans {
+        covered_s += (end - start.max(covered_until)).max(0.0);
+        covered_until = covered_until.max(end);
+    }
+    covered_s
 }
 
 #[cfg(test)]

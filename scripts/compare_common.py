@@ -17,6 +17,9 @@ ROOT = Path(__file__).resolve().parent.parent
 BINARY = ROOT / "target" / "release" / "ferrozero"
 PEERS = "see the set-up commands at the head of this script (pip install torch, then deepspeed, into a venv)"
 
+# The models of scale_demo and compare_scale.py: parameters, layers, width, heads.
+SCALES = [("84 M", 12, 768, 12), ("302 M", 24, 1024, 16), ("1.2 G", 24, 2048, 16)]
+
 # Libraries that spin after their parallel loops get this long to fall asleep before the next one's turn.
 PAUSE_S = 0.2
 
@@ -80,7 +83,7 @@ def peak_resident_bytes():
 class Server:
     """A measured process: for each line of its input it does its work once and answers one line of JSON."""
 
-    def __init__(self, name, command, environment=None):
+    def __init__(self, name, command, environment=None, cgroup=None):
         self.name = name
         self.process = subprocess.Popen(
             [str(part) for part in command],
@@ -89,6 +92,7 @@ class Server:
             stderr=self.messages(),
             text=True,
             env={**os.environ, **(environment or {})},
+            preexec_fn=cgroup.join if cgroup else None,
         )
 
     def messages(self):
@@ -127,15 +131,15 @@ class Server:
 
 
 class Peer(Server):
-    """This script again, as one of the peers. Answers {"value": ..} or {"unavailable": why}."""
+    """A comparison, by default this one again, as one of its peers. Answers {"value": ..} or {"unavailable": why}."""
 
-    def __init__(self, name, peer, arguments, environment=None):
+    def __init__(self, name, peer, arguments, environment=None, command=None, cgroup=None):
         # The extensions that DeepSpeed builds at first use need ninja, which pip puts beside Python.
         path = os.pathsep.join([os.path.dirname(sys.executable), os.environ.get("PATH", "")])
         self.verbose = arguments.verbose
         self.log = tempfile.TemporaryFile("w+", errors="replace")
-        command = [sys.executable, *sys.argv, "--serve-peer", peer]
-        super().__init__(name, command, {"PATH": path, **(environment or {})})
+        command = [*(command or [sys.executable, *sys.argv]), "--serve-peer", peer]
+        super().__init__(name, command, {"PATH": path, **(environment or {})}, cgroup)
         try:
             self.versions = self.answer()
         except Unavailable:

@@ -14,6 +14,7 @@ class Cgroup:
         parent = CGROUPS if unified else CGROUPS / "memory"
         self.path = parent / f"ferrozero-{name}-{os.getpid()}"
         self.peak = "memory.peak" if unified else "memory.max_usage_in_bytes"
+        self.events = "memory.events" if unified else "memory.oom_control"
         self.path.mkdir()
         limit = "memory.max" if unified else "memory.limit_in_bytes"
         (self.path / limit).write_text(str(limit_bytes))
@@ -23,6 +24,11 @@ class Cgroup:
 
     def peak_bytes(self):
         return int((self.path / self.peak).read_text())
+
+    def kills(self):
+        """Processes that were killed because of the limit."""
+        lines = (self.path / self.events).read_text().splitlines()
+        return sum(int(line.split()[1]) for line in lines if line.startswith("oom_kill "))
 
     def remove(self):
         self.path.rmdir()

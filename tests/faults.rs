@@ -4,7 +4,8 @@
 mod support;
 
 use ferrozero::{BackendChoice, Config, Error, Fault, FaultKind, FaultPlan, FaultPoint, Placement, Tier};
-use std::path::Path;
+use std::collections::HashSet;
+use std::path::{Path, PathBuf};
 use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::time::Duration;
 use support::{tokens, train, trainer};
@@ -15,10 +16,25 @@ const STEPS: u64 = 3;
 /// Longer than any run takes. Only a run that hangs waits for it.
 const WATCHDOG: Duration = Duration::from_secs(300);
 
+/// How states lie on the disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+enum Form {
+    /// In one directory, with a second place for each piece.
+    Whole,
+    /// The same over two directories.
+    Striped,
+    /// In one directory and with one place, which gives the last commit up as soon as the next step writes.
+    InPlace,
+}
+
+const FORMS: [Form; 3] = [Form::Whole, Form::Striped, Form::InPlace];
+
 /// Everything that can be on disk is: parameters, moments, gradients (clipping keeps them), boundaries.
-fn config(folder: &Path) -> Config {
+fn config(folder: &Path, form: Form) -> Config {
     Config {
         directory: Some(folder.join("run")),
+        stripes: if form == Form::Striped { vec![folder.join("stripe")] } else { vec![] },
+        in_place: form == Form::InPlace,
         placement: Placement::All(Tier::Disk),
         boundaries: Some(Tier::Disk),
         clip: Some(1.0),
@@ -87,14 +103,28 @@ fn expected() -> String {
     train(Config { clip: Some(1.0), ..Config::default() }, BLOCKS, STEPS).unwrap().1
 }
 
-/// Opens the last commit without faults and trains to the end; starts anew where nothing was committed.
-fn go_on(folder: &Path, case: &str) -> ferrozero::Result<String> {
-    let resumed = live_watched(Config { resume: true, ..config(folder) }, case).1;
+/// What was found after a run that met a fault.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+enum Found {
+    /// Nothing was committed.
+    Nothing,
+    /// The last commit, whole.
+    Commit,
+    /// In place only: the last commit was being overwritten, and is refused.
+    Overwritten,
+}
+
+/// Opens the last commit without faults and trains to the end; starts anew where nothing was committed, and in a new
+/// folder where what was committed is gone, as the error says.
+fn go_on(folder: &Path, form: Form, case: &str) -> (Found, ferrozero::Result<String>) {
+    use ferrozero_offload::Error::{NoCommit, Overwritten};
+    let resumed = live_watched(Config { resume: true, ..config(folder, form) }, case).1;
     match resumed {
-        Err(Error::Offload(ferrozero_offload::Error::NoCommit { .. })) => {
-            live_watched(config(folder), case).1
+        Err(Error::Offload(NoCommit { .. })) => (Found::Nothing, live_watched(config(folder, form), case).1),
+        Err(Error::Offload(Overwritten { generation: 1, .. })) if form == Form::InPlace => {
+            (Found::Overwritten, live_watched(config(&folder.join("anew"), form), case).1)
         }
-        other => other,
+        other => (Found::Commit, other),
     }
 }
 
@@ -116,34 +146,71 @@ fn expect_transfer_named(error: &Error, progress: &Progress, folder: &Path, case
     }
 }
 
+/// The file or directory that an error of the disk is about.
+fn file_of<'a>(error: &'a Error, case: &str) -> &'a Path {
+    use ferrozero_offload::Error::{Checksum, File, Piece, Transfer};
+    let (Error::Offload(source) | Error::Disk { source, .. }) = error else { panic!("{case}: {error:?}") };
+    let source = if let Piece { source, .. } = source { source } else { source };
+    match source {
+        File { path, .. } | Transfer { path, .. } | Checksum { path, .. } => path,
+        other => panic!("{case}: {other:?}"),
+    }
+}
+
+/// A walk over all operations meets all directories, and all that may be found afterwards.
+fn expect_all_met(form: Form, point: FaultPoint, directories: &HashSet<PathBuf>, found: &HashSet<Found>) {
+    let moves_states = matches!(point, FaultPoint::Read | FaultPoint::Write | FaultPoint::Sync);
+    if form == Form::Striped && moves_states {
+        let all = ["run", "stripe"].map(Path::new);
+        assert!(all.iter().all(|&each| directories.contains(each)), "{point:?}: {directories:?}");
+    }
+    if point == FaultPoint::Write {
+        let after_the_commit = if form == Form::InPlace { Found::Overwritten } else { Found::Commit };
+        assert!(found.contains(&Found::Nothing) && found.contains(&after_the_commit), "{form:?}: {found:?}");
+    }
+}
+
 /// Injects `kind` at each operation of `point` until there is none left to fail. Answers how many there are, and how many
 /// of them come before the first commit.
-fn walk_lasting(point: FaultPoint, kind: FaultKind, backend: BackendChoice, expected: &str) -> (u64, u64) {
+fn walk_lasting(
+    form: Form,
+    point: FaultPoint,
+    kind: FaultKind,
+    backend: BackendChoice,
+    expected: &str,
+) -> (u64, u64) {
     let mut before_commit = 0;
+    let (mut directories, mut found) = (HashSet::new(), HashSet::new());
     for nth in 0.. {
         let folder = quick_folder();
-        let case = format!("{point:?} {nth} {kind:?} {backend:?}");
-        let faulty = with_fault(Config { backend, ..config(folder.path()) }, point, nth, kind);
+        let case = format!("{form:?} {point:?} {nth} {kind:?} {backend:?}");
+        let faulty = with_fault(Config { backend, ..config(folder.path(), form) }, point, nth, kind);
         let (progress, result) = live_watched(faulty, &case);
         let error = match result {
             Ok(digest) => {
                 assert_eq!(digest, expected, "{case}");
+                expect_all_met(form, point, &directories, &found);
                 return (nth, before_commit);
             }
             Err(error) => error,
         };
         before_commit += u64::from(progress.commits == 0);
-        match (point, &error) {
-            (FaultPoint::Read | FaultPoint::Write, _) => {
-                expect_transfer_named(&error, &progress, folder.path(), &case);
-            }
-            (_, Error::Offload(source) | Error::Disk { source, .. }) => {
-                assert!(matches!(source, ferrozero_offload::Error::File { .. }), "{case}: {error}");
-                assert!(error.to_string().contains(&folder.path().display().to_string()), "{case}: {error}");
-            }
-            _ => panic!("{case}: {error:?}"),
+        if matches!(point, FaultPoint::Read | FaultPoint::Write) {
+            expect_transfer_named(&error, &progress, folder.path(), &case);
         }
-        assert_eq!(go_on(folder.path(), &case).unwrap(), expected, "{case}: {error}");
+        let file = file_of(&error, &case);
+        let within = file.parent().and_then(|directory| directory.strip_prefix(folder.path()).ok());
+        directories.insert(within.unwrap_or_else(|| panic!("{case}: {error}")).to_owned());
+        let (met, digest) = go_on(folder.path(), form, &case);
+        assert_eq!(digest.unwrap(), expected, "{case}: {error}");
+        let as_promised = match met {
+            Found::Nothing => progress.commits == 0,
+            // The new manifest is in place when its directory could not be synced.
+            Found::Commit => progress.commits == 1 || point == FaultPoint::SyncDirectory,
+            Found::Overwritten => progress.commits == 1,
+        };
+        assert!(as_promised, "{case}: {met:?} after {progress:?} and {error}");
+        found.insert(met);
     }
     unreachable!("there is an end to the operations of a run")
 }
@@ -151,12 +218,18 @@ fn walk_lasting(point: FaultPoint, kind: FaultKind, backend: BackendChoice, expe
 #[test]
 fn every_lasting_failure_at_every_operation_of_a_run_is_named_and_the_last_commit_resumes() {
     let expected = expected();
-    for kind in [FaultKind::InputOutput, FaultKind::NoSpace] {
+    for (form, kind) in [
+        (Form::Whole, FaultKind::InputOutput),
+        (Form::Whole, FaultKind::NoSpace),
+        (Form::Striped, FaultKind::InputOutput),
+        (Form::InPlace, FaultKind::NoSpace),
+    ] {
         for (point, at_least) in [
             (FaultPoint::Allocate, 1),
             (FaultPoint::Write, 20),
             (FaultPoint::Read, 20),
-            (FaultPoint::Sync, 2),
+            // In place there is one file of states.
+            (FaultPoint::Sync, if form == Form::InPlace { 1 } else { 2 }),
             (FaultPoint::SaveDocument, 1),
             (FaultPoint::Rename, 1),
             (FaultPoint::SyncDirectory, 1),
@@ -167,8 +240,8 @@ fn every_lasting_failure_at_every_operation_of_a_run_is_named_and_the_last_commi
                 FaultKind::InputOutput => BackendChoice::Auto,
                 _ => BackendChoice::Pool,
             };
-            let (count, _) = walk_lasting(point, kind, backend, &expected);
-            assert!(count >= at_least, "{point:?}: {count}");
+            let (count, _) = walk_lasting(form, point, kind, backend, &expected);
+            assert!(count >= at_least, "{form:?} {point:?}: {count}");
         }
     }
 }
@@ -176,15 +249,17 @@ fn every_lasting_failure_at_every_operation_of_a_run_is_named_and_the_last_commi
 #[test]
 fn no_run_goes_on_from_silent_damage() {
     let expected = expected();
-    for point in [FaultPoint::Read, FaultPoint::Write] {
+    for (form, point) in
+        FORMS.iter().flat_map(|&form| [FaultPoint::Read, FaultPoint::Write].map(|point| (form, point)))
+    {
         let (count, before_commit) =
-            walk_lasting(point, FaultKind::NoPermission, BackendChoice::Pool, &expected);
+            walk_lasting(form, point, FaultKind::NoPermission, BackendChoice::Pool, &expected);
         let mut found = 0;
         for kind in [FaultKind::BitFlip { bit: 4321 }, FaultKind::Stale] {
             for nth in 0..count {
                 let folder = quick_folder();
-                let case = format!("{point:?} {nth} {kind:?}");
-                let faulty = with_fault(config(folder.path()), point, nth, kind);
+                let case = format!("{form:?} {point:?} {nth} {kind:?}");
+                let faulty = with_fault(config(folder.path(), form), point, nth, kind);
                 let (progress, result) = live_watched(faulty, &case);
                 match &result {
                     // Bytes that nobody read again, or a read that hit the padding of a piece.
@@ -194,7 +269,7 @@ fn no_run_goes_on_from_silent_damage() {
                         expect_transfer_named(error, &progress, folder.path(), &case);
                     }
                 }
-                match go_on(folder.path(), &case) {
+                match go_on(folder.path(), form, &case).1 {
                     Ok(digest) => assert_eq!(digest, expected, "{case}"),
                     // What a disk loses or damages and commits without a word is gone. It is told, not trained on.
                     Err(Error::Disk { source: ferrozero_offload::Error::Checksum { .. }, .. })
@@ -210,24 +285,27 @@ fn no_run_goes_on_from_silent_damage() {
 #[test]
 fn failures_while_a_commit_is_opened_leave_it_as_it_is() {
     let expected = expected();
-    let folder = folder();
-    let (mut first, model) = trainer(config(folder.path()), BLOCKS).unwrap();
-    first.step(|micro_batch| model.loss(&tokens(0, micro_batch))).unwrap();
-    first.commit(serde_json::Value::Null).unwrap();
-    drop((first, model));
-    for kind in [FaultKind::InputOutput, FaultKind::NoPermission, FaultKind::BitFlip { bit: 100 }] {
-        for (point, nth) in [(FaultPoint::LoadDocument, 0), (FaultPoint::Open, 0), (FaultPoint::Read, 0)] {
-            if point == FaultPoint::Open && matches!(kind, FaultKind::BitFlip { .. }) {
-                continue;
+    for form in FORMS {
+        let folder = folder();
+        let (mut first, model) = trainer(config(folder.path(), form), BLOCKS).unwrap();
+        first.step(|micro_batch| model.loss(&tokens(0, micro_batch))).unwrap();
+        first.commit(serde_json::Value::Null).unwrap();
+        drop((first, model));
+        for kind in [FaultKind::InputOutput, FaultKind::NoPermission, FaultKind::BitFlip { bit: 100 }] {
+            for point in [FaultPoint::LoadDocument, FaultPoint::Open, FaultPoint::Read] {
+                if point == FaultPoint::Open && matches!(kind, FaultKind::BitFlip { .. }) {
+                    continue;
+                }
+                let case = format!("{form:?} {point:?} {kind:?}");
+                let faulty = with_fault(config(folder.path(), form), point, 0, kind);
+                let error = live_watched(Config { resume: true, ..faulty }, &case).1.unwrap_err();
+                assert!(matches!(error, Error::Offload(_) | Error::Disk { .. }), "{case}: {error:?}");
+                assert!(error.to_string().contains(&folder.path().display().to_string()), "{case}: {error}");
             }
-            let case = format!("{point:?} {nth} {kind:?}");
-            let faulty = with_fault(config(folder.path()), point, nth, kind);
-            let error = live_watched(Config { resume: true, ..faulty }, &case).1.unwrap_err();
-            assert!(matches!(error, Error::Offload(_) | Error::Disk { .. }), "{case}: {error:?}");
-            assert!(error.to_string().contains(&folder.path().display().to_string()), "{case}: {error}");
         }
+        let (found, digest) = go_on(folder.path(), form, "afterwards");
+        assert_eq!((found, digest.unwrap()), (Found::Commit, expected.clone()), "{form:?}");
     }
-    assert_eq!(go_on(folder.path(), "afterwards").unwrap(), expected);
 }
 
 #[test]
@@ -242,13 +320,20 @@ fn passing_failures_at_every_system_call_change_nothing() {
             let nths = (0..2000).map(|nth| 2 * nth);
             FaultPlan(nths.flat_map(|nth| points.map(|point| Fault { point, nth, kind })).collect())
         };
-        for backend in [BackendChoice::Pool, BackendChoice::Auto] {
+        let backends = [BackendChoice::Pool, BackendChoice::Auto];
+        for (form, backend) in FORMS.iter().flat_map(|&form| backends.map(|backend| (form, backend))) {
             let folder = folder();
-            let faulty = Config { backend, faults: Some(faults(kind)), ..config(folder.path()) };
-            let case = format!("{kind:?} {backend:?}");
+            let faulty = Config { backend, faults: Some(faults(kind)), ..config(folder.path(), form) };
+            let case = format!("{form:?} {kind:?} {backend:?}");
             assert_eq!(live_watched(faulty.clone(), &case).1.unwrap(), expected, "{case}");
             let resumed = live_watched(Config { resume: true, ..faulty }, &case).1;
-            assert_eq!(resumed.unwrap(), expected, "{case}, resumed");
+            match resumed {
+                // The steps after the commit were written over it.
+                Err(Error::Offload(ferrozero_offload::Error::Overwritten { .. })) => {
+                    assert_eq!(form, Form::InPlace, "{case}");
+                }
+                other => assert!(form != Form::InPlace && other.unwrap() == expected, "{case}, resumed"),
+            }
         }
     }
 }

@@ -3,6 +3,7 @@
 use super::optimizer::{adamw_step, pool};
 use crate::arrangement::STAGGER_BYTES;
 use crate::error::{Error, Result};
+use crate::trace::covered_s;
 use crate::work::internal;
 use ferrozero_kernels::Pool;
 use ferrozero_kernels::adamw::{AdamWState, adamw};
@@ -59,6 +60,65 @@ impl Sweep {
     }
 }
 
+/// How long a sweep took, and how long each queue had something under way meanwhile. A transfer is under way from when it
+/// is given to the store until its checksum is known, an update while it computes.
+#[derive(Debug, Clone, Copy, Serialize)]
+pub struct Swept {
+    /// Seconds from the first transfer to the end of the last.
+    pub sweep_s: f64,
+    /// Seconds in which at least one read was under way.
+    pub read_s: f64,
+    /// Seconds in which at least one write was under way.
+    pub write_s: f64,
+    /// Seconds in which the optimizer computed.
+    pub optimizer_s: f64,
+}
+
+impl Swept {
+    /// The sweep's seconds over those of its busiest queue: 1 where one queue was never without something to do, up to 3
+    /// where each waited for the others. Reads and writes share the disk, so times that either takes alone do not add
+    /// up to a bound; what the disk could do with both at once is a measurement of its own, `fio`'s.
+    pub fn over_busiest(&self) -> f64 {
+        self.sweep_s / self.read_s.max(self.write_s).max(self.optimizer_s)
+    }
+}
+
+/// When each thing of a sweep started and ended.
+struct Spans {
+    started: Instant,
+    reads: Vec<(f64, f64)>,
+    writes: Vec<(f64, f64)>,
+    updates: Vec<(f64, f64)>,
+}
+
+impl Spans {
+    fn start() -> Self {
+        Self { started: Instant::now(), reads: vec![], writes: vec![], updates: vec![] }
+    }
+
+    fn now_s(&self) -> f64 {
+        self.started.elapsed().as_secs_f64()
+    }
+
+    fn add_transfer(&mut self, verb: Verb, (start, end): (Instant, Instant)) {
+        let seconds = |moment: Instant| moment.duration_since(self.started).as_secs_f64();
+        let span = (seconds(start), seconds(end));
+        match verb {
+            Verb::Read => self.reads.push(span),
+            Verb::Write => self.writes.push(span),
+        }
+    }
+
+    fn end(self) -> Swept {
+        Swept {
+            sweep_s: self.now_s(),
+            read_s: covered_s(self.reads),
+            write_s: covered_s(self.writes),
+            optimizer_s: covered_s(self.updates),
+        }
+    }
+}
+
 /// A store and the memory to sweep it. Its folder is removed when this is dropped.
 pub struct Disk {
     store: Store,
@@ -87,6 +147,8 @@ struct Done {
     place: usize,
     stream: usize,
     verb: Verb,
+    /// When it was given to the store, and when the store was done with it.
+    span: (Instant, Instant),
     completion: Completion,
 }
 
@@ -150,18 +212,18 @@ impl Disk {
         self.store.extents().iter().map(|extent| extent.spec.bytes).sum()
     }
 
-    /// Does it once; answers the seconds that it took.
+    /// Does it once; answers how long it took.
     ///
     /// # Errors
     /// Errors of the disk tier.
-    pub fn sweep(&mut self, sweep: Sweep) -> Result<f64> {
-        let started = Instant::now();
+    pub fn sweep(&mut self, sweep: Sweep) -> Result<Swept> {
+        let mut spans = Spans::start();
         match sweep {
-            Sweep::Read => self.move_all(Verb::Read)?,
-            Sweep::Write => self.move_all(Verb::Write)?,
-            Sweep::Update => self.update_all()?,
+            Sweep::Read => self.move_all(Verb::Read, &mut spans)?,
+            Sweep::Write => self.move_all(Verb::Write, &mut spans)?,
+            Sweep::Update => self.update_all(&mut spans)?,
         }
-        Ok(started.elapsed().as_secs_f64())
+        Ok(spans.end())
     }
 
     fn start(
@@ -173,15 +235,18 @@ impl Disk {
         lease: Lease,
         done: &Sender<Done>,
     ) {
-        let done = done.clone();
-        let on_done = move |completion| drop(done.send(Done { place, stream, verb, completion }));
+        let (done, started) = (done.clone(), Instant::now());
+        let on_done = move |completion| {
+            let span = (started, Instant::now());
+            drop(done.send(Done { place, stream, verb, span, completion }));
+        };
         match verb {
             Verb::Read => self.store.read(self.streams[stream], piece, lease, on_done),
             Verb::Write => self.store.write(self.streams[stream], piece, lease, on_done),
         }
     }
 
-    fn move_all(&mut self, verb: Verb) -> Result<()> {
+    fn move_all(&mut self, verb: Verb, spans: &mut Spans) -> Result<()> {
         let (sender, done) = channel();
         let mut left = (0..self.pieces).flat_map(|piece| (0..STREAMS).map(move |stream| (stream, piece)));
         let mut in_flight = 0;
@@ -197,15 +262,16 @@ impl Disk {
             if in_flight == 0 {
                 return Ok(());
             }
-            let Done { completion, .. } =
+            let Done { span, completion, .. } =
                 done.recv().map_err(|_| internal("a transfer ended without an answer"))?;
+            spans.add_transfer(verb, span);
             in_flight -= 1;
             self.leases.push(completion.lease);
             completion.result?;
         }
     }
 
-    fn update_all(&mut self) -> Result<()> {
+    fn update_all(&mut self, spans: &mut Spans) -> Result<()> {
         self.step += 1;
         let (sender, done): (_, Receiver<Done>) = channel();
         let mut places: Vec<Place> = (0..self.places).map(|_| Place::default()).collect();
@@ -216,8 +282,9 @@ impl Disk {
             busy_places += usize::from(self.turn(place, index, &mut next_piece, Verb::Read, &sender));
         }
         while busy_places > 0 {
-            let Done { place: index, stream, verb, completion } =
+            let Done { place: index, stream, verb, span, completion } =
                 done.recv().map_err(|_| internal("a transfer ended without an answer"))?;
+            spans.add_transfer(verb, span);
             completion.result?;
             let place = &mut places[index];
             place.leases[stream] = Some(completion.lease);
@@ -227,7 +294,9 @@ impl Disk {
             }
             let is_busy = match verb {
                 Verb::Read => {
+                    let start_s = spans.now_s();
                     self.update(place)?;
+                    spans.updates.push((start_s, spans.now_s()));
                     self.turn(place, index, &mut next_piece, Verb::Write, &sender)
                 }
                 Verb::Write => self.turn(place, index, &mut next_piece, Verb::Read, &sender),

@@ -17,6 +17,7 @@ use crate::{
     locked, padded_bytes,
 };
 
+mod claim;
 mod copy;
 mod layout;
 mod manifest;
@@ -102,10 +103,10 @@ pub struct Commit {
 /// new bytes of a piece are on disk. A commit makes the data durable and then replaces the manifest in one step;
 /// no bytes of state are copied. What was written and not committed is forgotten when the store is opened again.
 ///
-/// A store with [`StoreOptions::stripes`] has such files, a lock and a `stripe.json` in each of its directories, and the
-/// manifest in the first. One that is written [`StoreOptions::in_place`] has no second place: before the first write
-/// after a commit it notes durably that the commit is being overwritten, and until the next commit it cannot be
-/// opened again.
+/// A store with [`StoreOptions::stripes`] has such files, a lock and a `stripe.json`, which says whose it is, in each of
+/// its directories, and the manifest in the first. One that is written [`StoreOptions::in_place`] has no second place:
+/// before the first write after a commit it notes durably that the commit is being overwritten, and until the next
+/// commit it cannot be opened again.
 pub struct Store {
     // Dropped in this order: the backend ends all transfers, and the checkers then run the callbacks.
     io: Arc<dyn Io>,
@@ -144,7 +145,7 @@ impl Store {
         }
         let layout = layout_of(specs, &options)?;
         let (io, notices) = connect(&directory, &options)?;
-        let store = Self::create_from(io, layout, &directory, notices)?;
+        let store = Self::create_from(io, layout, notices)?;
         made.keep();
         Ok(store)
     }
@@ -174,8 +175,7 @@ impl Store {
     /// As [`Store::create`], on a backend or a stack of wrappers of your own. Of the options, `piece_bytes`, `in_place`
     /// and `stripes` count; the directories must exist.
     pub fn create_on(io: Arc<dyn Io>, specs: Vec<ExtentSpec>, options: &StoreOptions) -> Result<Self, Error> {
-        let directory = io.path_of("");
-        Self::create_from(io, layout_of(specs, options)?, &directory, Vec::new())
+        Self::create_from(io, layout_of(specs, options)?, Vec::new())
     }
 
     /// As [`Store::open`], on a backend or a stack of wrappers of your own.
@@ -184,20 +184,8 @@ impl Store {
         Self::open_from(io, &directory, Vec::new())
     }
 
-    fn create_from(
-        io: Arc<dyn Io>,
-        layout: Layout,
-        directory: &Path,
-        notices: Vec<Notice>,
-    ) -> Result<Self, Error> {
-        if io.load_document(manifest::NAME)?.is_some() {
-            return Err(Error::AlreadyCommitted { directory: directory.to_owned() });
-        }
-        for stripe in &layout.form().stripes {
-            if io.load_document(&stripe_document(stripe))?.is_some() {
-                return Err(Error::AlreadyCommitted { directory: stripe.clone() });
-            }
-        }
+    fn create_from(io: Arc<dyn Io>, layout: Layout, notices: Vec<Notice>) -> Result<Self, Error> {
+        claim::refuse_taken(&*io, layout.form())?;
         io.allocate_files(&layout.files())?;
         let table = Table::new(&layout);
         Self::start(io, layout, table, notices)
@@ -377,10 +365,7 @@ impl Store {
         }
         let path = self.io.path_of(manifest::NAME);
         if commit.generation == 1 {
-            for (index, stripe) in layout.form().stripes.iter().enumerate() {
-                let document = serde_json::json!({ "manifest": path, "stripe": index + 1 });
-                self.io.save_document(&stripe_document(stripe), document.to_string().as_bytes())?;
-            }
+            claim::note(&*self.io, layout.form())?;
         }
         let document = Manifest::encode(layout, &locked(table), commit, false, &path)?;
         self.io.save_document(manifest::NAME, &document)
@@ -509,11 +494,6 @@ fn duplicate<'a>(directory: &'a Path, stripes: &'a [PathBuf]) -> Option<&'a Path
 fn layout_of(specs: Vec<ExtentSpec>, options: &StoreOptions) -> Result<Layout, Error> {
     let StoreOptions { piece_bytes, in_place, ref stripes, .. } = *options;
     Layout::new(specs, Form { piece_bytes, in_place, stripes: stripes.clone() })
-}
-
-/// The document that says that a stripe is part of a store with a commit.
-fn stripe_document(stripe: &Path) -> String {
-    stripe.join("stripe.json").to_string_lossy().into_owned()
 }
 
 /// The backend that the options ask for, in its wrappers.

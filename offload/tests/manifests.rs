@@ -38,3 +38,11 @@ fn stored_and_changed_manifests_are_opened_or_refused_within_bounded_memory() {
     let taken_bytes = memory::peak_bytes() - before_bytes;
     assert!(taken_bytes < MEMORY_BYTES, "{taken_bytes} bytes were taken at once");
 }
+
+#[test]
+fn the_documented_manifest_is_one() {
+    let page = include_str!("../../docs/format.md");
+    let example = page.split("```json").nth(1).and_then(|rest| rest.split("```").next()).unwrap();
+    let document: String = example.lines().map(str::trim).collect();
+    assert!(manifest::open(format!("{document}\n").as_bytes()), "{document}");
+}

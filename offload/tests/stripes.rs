@@ -6,7 +6,7 @@ use std::{fs, path::PathBuf, sync::Arc};
 
 use common::*;
 use ferrozero_offload::{
-    io::{FaultPlan, Io, Mem, Throttle, Throttled},
+    io::{Fault, FaultKind, FaultPlan, FaultPoint, Io, Mem, Throttle, Throttled},
     *,
 };
 use serde_json::json;
@@ -147,15 +147,56 @@ fn directories_in_use_or_of_another_store_are_refused_by_name() {
         write_all(&store, &arena(2 << 20), 1);
         store.commit(json!(null)).unwrap();
         drop(store);
-        match taken() {
-            Err(Error::AlreadyCommitted { directory }) => assert_eq!(directory, directories.stripe(0)),
+        let refused = |result: Result<(), Error>, expected: PathBuf| match result {
+            Err(Error::AlreadyCommitted { directory }) => assert_eq!(directory, expected),
             other => panic!("{other:?}"),
-        }
+        };
+        refused(taken(), directories.stripe(0));
+        // Whatever a directory is to the store, it is nothing to another one.
+        let create = |own: PathBuf, stripes: Vec<PathBuf>| {
+            Store::create(&own, specs(), StoreOptions { stripes, backend, ..of_pieces(8192) }).map(drop)
+        };
+        refused(create(directories.stripe(1), vec![]), directories.stripe(1));
+        refused(create(directories.own(), vec![]), directories.own());
+        refused(create(other.clone(), vec![directories.own()]), directories.own());
+        refused(create(directories.stripe(1), vec![other.clone()]), directories.stripe(1));
         let mut options = directories.options(backend);
         options.stripes.push(directories.stripe(0).join("..").join("disk-0"));
         let twice = Store::create(&other, specs(), options).map(drop);
         assert!(matches!(twice, Err(Error::BadLayout { .. })), "{twice:?}");
         drop(directories.open(backend).unwrap());
+    }
+}
+
+#[test]
+fn a_first_commit_that_was_cut_off_may_be_made_again() {
+    for backend in BACKENDS {
+        let directories = Directories::new(2);
+        let arena = arena(2 << 20);
+        drop(directories.create(backend).unwrap());
+        // The notes of three directories, and then no manifest.
+        let fault = Fault { point: FaultPoint::SaveDocument, nth: 3, kind: FaultKind::InputOutput };
+        let options = StoreOptions { faults: Some(FaultPlan(vec![fault])), ..directories.options(backend) };
+        let store = Store::create(&directories.own(), specs(), options).unwrap();
+        write_all(&store, &arena, 1);
+        store.commit(json!(null)).unwrap_err();
+        drop(store);
+        assert!(directories.stripe(1).join("stripe.json").exists());
+        assert!(matches!(directories.open(backend), Err(Error::NoCommit { .. })));
+
+        let store = directories.create(backend).unwrap();
+        write_all(&store, &arena, 2);
+        store.commit(json!(null)).unwrap();
+        drop(store);
+        // Moved away, it needs its stripes as before, and nobody takes them who comes to its old place.
+        fs::rename(directories.own(), directories.root.path().join("moved")).unwrap();
+        match directories.create(backend).map(drop) {
+            Err(Error::AlreadyCommitted { directory }) => assert_eq!(directory, directories.stripe(0)),
+            other => panic!("{other:?}"),
+        }
+        let moved = directories.root.path().join("moved");
+        let store = Store::open(&moved, StoreOptions { backend, ..StoreOptions::default() }).unwrap();
+        expect_round(&store, &arena, (store.extent("h.0/master").unwrap(), 1), 2);
     }
 }
 

@@ -5,7 +5,7 @@ mod fio;
 use super::super::{CommandResult, configuration};
 use super::{Spread, spread};
 use crate::byte_size::ByteSize;
-use crate::probe::disk::{self, Disk, Sweep};
+use crate::probe::disk::{self, Disk, Sweep, Swept};
 use fio::{Fio, Shape};
 use serde::Serialize;
 use serde_json::json;
@@ -42,6 +42,32 @@ struct Row {
     bytes: u64,
     store_bytes_per_s: Spread,
     fio: Option<Reference>,
+    /// Of an update.
+    queues: Option<Queues>,
+}
+
+/// How long each queue of an update had something under way, as [`Swept`] says.
+#[derive(Debug, Serialize)]
+struct Queues {
+    sweep_s: Spread,
+    read_s: Spread,
+    write_s: Spread,
+    optimizer_s: Spread,
+    /// The sweep's seconds over those of its busiest queue, round by round.
+    over_busiest: Spread,
+}
+
+impl Queues {
+    fn of(swept: &[Swept]) -> Self {
+        let spread_of = |value: fn(&Swept) -> f64| spread(swept.iter().map(value).collect());
+        Self {
+            sweep_s: spread_of(|swept| swept.sweep_s),
+            read_s: spread_of(|swept| swept.read_s),
+            write_s: spread_of(|swept| swept.write_s),
+            optimizer_s: spread_of(|swept| swept.optimizer_s),
+            over_busiest: spread_of(Swept::over_busiest),
+        }
+    }
 }
 
 /// What `fio` made of the same bytes.
@@ -99,14 +125,18 @@ fn measure_sweep(
 ) -> CommandResult<Row> {
     let moved_bytes = sweep.moved_bytes(disk.bytes()) as f64;
     let shape = fio.map(|fio| fio.best_shape(sweep)).transpose()?;
-    let (mut ours, mut theirs, mut ratios) = (vec![], vec![], vec![]);
+    let (mut ours, mut theirs, mut ratios, mut rounds) = (vec![], vec![], vec![], vec![]);
     // The first round warms both up.
     for round in 0..=arguments.rounds {
         let mut speeds = [None, None];
+        let mut swept = None;
         // Whoever comes first in one round comes second in the next.
         for turn in [round % 2, 1 - round % 2] {
             speeds[turn] = match (turn, fio, shape) {
-                (0, ..) => Some(moved_bytes / disk.sweep(sweep)?),
+                (0, ..) => {
+                    let Swept { sweep_s, .. } = *swept.insert(disk.sweep(sweep)?);
+                    Some(moved_bytes / sweep_s)
+                }
                 (_, Some(fio), Some(shape)) => Some(fio.bytes_per_s(sweep, shape)?),
                 _ => None,
             };
@@ -114,6 +144,7 @@ fn measure_sweep(
         if round == 0 {
             continue;
         }
+        rounds.extend(swept);
         ours.extend(speeds[0]);
         theirs.extend(speeds[1]);
         if let [Some(ours), Some(theirs)] = speeds {
@@ -122,7 +153,8 @@ fn measure_sweep(
     }
     let reference =
         shape.map(|shape| Reference { shape, bytes_per_s: spread(theirs), ratio: spread(ratios) });
-    Ok(Row { sweep, bytes: disk.bytes(), store_bytes_per_s: spread(ours), fio: reference })
+    let queues = (sweep == Sweep::Update).then(|| Queues::of(&rounds));
+    Ok(Row { sweep, bytes: disk.bytes(), store_bytes_per_s: spread(ours), fio: reference, queues })
 }
 
 fn report(arguments: &IoArguments, rows: &[Row], missing: Option<&str>) -> CommandResult {
@@ -137,24 +169,27 @@ fn report(arguments: &IoArguments, rows: &[Row], missing: Option<&str>) -> Comma
         return Ok(());
     }
     println!("GB/s, median (least to most) of {} rounds in turns\n", arguments.rounds);
-    println!("| bytes | sweep | store | fio | fio's requests | store : fio |\n|---|---|---|---|---|---|");
+    println!("| bytes | sweep | store | fio | fio's requests | store : fio | time : busiest queue |");
+    println!("|---|---|---|---|---|---|---|");
     let speed = |speed: Spread| {
         format!("{:.2} ({:.2} to {:.2})", speed.median / 1e9, speed.least / 1e9, speed.most / 1e9)
     };
+    let ratio_of = |ratio: &Spread| format!("{:.3} ({:.3} to {:.3})", ratio.median, ratio.least, ratio.most);
     for row in rows {
         let (theirs, shape, ratio) = match &row.fio {
             Some(Reference { shape, bytes_per_s, ratio }) => (
                 speed(*bytes_per_s),
                 format!("{}, {} in flight", ByteSize(shape.block_bytes), shape.depth),
-                format!("{:.3} ({:.3} to {:.3})", ratio.median, ratio.least, ratio.most),
+                ratio_of(ratio),
             ),
             None => ("".into(), "".into(), "".into()),
         };
         println!(
-            "| {} | {} | {} | {theirs} | {shape} | {ratio} |",
+            "| {} | {} | {} | {theirs} | {shape} | {ratio} | {} |",
             ByteSize(row.bytes),
             row.sweep.name(),
-            speed(row.store_bytes_per_s)
+            speed(row.store_bytes_per_s),
+            row.queues.as_ref().map(|queues| ratio_of(&queues.over_busiest)).unwrap_or_default(),
         );
     }
     if let Some(reason) = missing {
@@ -169,7 +204,7 @@ fn serve(arguments: &IoArguments, bytes: u64) -> CommandResult {
         let line = line?;
         let sweep = Sweep::ALL.into_iter().find(|sweep| sweep.name() == line.trim());
         let sweep = sweep.ok_or_else(|| configuration(format!("{line:?} is not read, write or update")))?;
-        println!("{}", json!({ "seconds": disk.sweep(sweep)? }));
+        println!("{}", json!({ "seconds": disk.sweep(sweep)?.sweep_s }));
     }
     Ok(())
 }

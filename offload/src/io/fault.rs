@@ -6,7 +6,7 @@
 
 use std::{
     io,
-    path::PathBuf,
+    path::{Path, PathBuf},
     sync::{
         Arc,
         atomic::{AtomicU64, Ordering},
@@ -275,7 +275,8 @@ impl Io for Faulty {
             Some(FaultKind::Stale) => {}
             _ => self.inner.save_document(name, bytes)?,
         }
-        self.check(FaultPoint::SyncDirectory, "sync", self.inner.path_of("")).map(drop)
+        let directory = Path::new(name).parent().map_or("".into(), Path::to_string_lossy);
+        self.check(FaultPoint::SyncDirectory, "sync", self.inner.path_of(&directory)).map(drop)
     }
 
     fn load_document(&self, name: &str) -> Result<Option<Vec<u8>>, Error> {

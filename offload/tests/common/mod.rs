@@ -67,6 +67,16 @@ impl Disk {
         Store::open_on(self.io(&FaultPlan::default())).unwrap()
     }
 
+    /// Directories for the stripes of a store on this disk, made if need be.
+    pub fn stripes(&self, count: usize) -> Vec<PathBuf> {
+        let root = self.path().unwrap_or(Path::new("/"));
+        let stripes: Vec<_> = (1..=count).map(|number| root.join(format!("stripe-{number}"))).collect();
+        for stripe in stripes.iter().filter(|_| self.path().is_some()) {
+            std::fs::create_dir_all(stripe).unwrap();
+        }
+        stripes
+    }
+
     pub fn path(&self) -> Option<&Path> {
         match self {
             Disk::Uring(directory) | Disk::Pool(directory) => Some(directory.path()),
