@@ -11,7 +11,7 @@ use crate::chat::ChatTemplate;
 use crate::data::{DataError, Tokenizer};
 use crate::error::Error;
 use crate::examples::Examples;
-use crate::export::export_safetensors;
+use crate::export::{Take, export_safetensors};
 use crate::learning_rate::LearningRate;
 use crate::models::linear::Adapting;
 use crate::models::pretrained::Pretrained;
@@ -285,8 +285,8 @@ fn write_adapters(model: &Path, adapting: &Adapting, trainer: &Trainer, out: &Pa
     std::fs::create_dir_all(out).map_err(failed(out))?;
     let adapters = trainer.parameters().into_iter().filter(|(name, _)| Adapting::is_adapter(name));
     let adapters: Vec<_> = adapters.map(|(name, shape)| (format!("{PREFIX}{name}"), shape)).collect();
-    export_safetensors(&out.join("adapter_model.safetensors"), &adapters, &|name| {
-        trainer.parameter(name.strip_prefix(PREFIX).unwrap_or(name))
+    export_safetensors(&out.join("adapter_model.safetensors"), &adapters, &|name, take| {
+        trainer.show(name.strip_prefix(PREFIX).unwrap_or(name), take)
     })?;
     let configuration = json!({
         "peft_type": "LORA",
@@ -304,18 +304,23 @@ fn write_adapters(model: &Path, adapting: &Adapting, trainer: &Trainer, out: &Pa
     Ok(())
 }
 
-/// Values of a parameter, with those of its adapter if it has one.
-fn merged(trainer: &Trainer, adapting: &Adapting, name: &str, shape: &[usize]) -> crate::Result<Vec<f32>> {
-    let mut values = trainer.parameter(name)?;
-    let Some([a, b]) = Adapting::adapter_of(name) else { return Ok(values) };
+/// Values of a parameter with those of its adapter; none if it has no adapter.
+fn merged(
+    trainer: &Trainer,
+    adapting: &Adapting,
+    name: &str,
+    shape: &[usize],
+) -> crate::Result<Option<Vec<f32>>> {
+    let Some([a, b]) = Adapting::adapter_of(name) else { return Ok(None) };
     if adapting.rank == 0 || !trainer.parameters().iter().any(|(name, _)| *name == a) {
-        return Ok(values);
+        return Ok(None);
     }
+    let mut values = trainer.parameter(name)?;
     let a = Tensor::from_vec(trainer.parameter(&a)?, (adapting.rank, shape[1]), &Device::Cpu)?;
     let b = Tensor::from_vec(trainer.parameter(&b)?, (shape[0], adapting.rank), &Device::Cpu)?;
     let product = (b.matmul(&a)? * adapting.scale())?.flatten_all()?.to_vec1::<f32>()?;
     values.iter_mut().zip(product).for_each(|(value, change)| *value += change);
-    Ok(values)
+    Ok(Some(values))
 }
 
 /// Writes a folder that transformers loads.
@@ -353,20 +358,20 @@ fn write_model(
     });
     let stored: Vec<_> = stored.collect();
     let names: Vec<_> = stored.iter().map(|(name, shape, ..)| (name.clone(), shape.clone())).collect();
-    let values = |wanted: &str| {
+    let show = |wanted: &str, take: &mut Take| {
         let found = stored.iter().find(|(name, ..)| name == wanted);
         let (_, _, name, shape, transposed) =
             found.ok_or_else(|| crate::work::internal("a parameter without its name in the file"))?;
-        let values = merged(trainer, adapting, name, shape)?;
-        if !transposed {
-            return Ok(values);
+        if *transposed {
+            let (values, columns) = (trainer.parameter(name)?, shape[1]);
+            let mut turned = (0..columns).map(|column| values.iter().skip(column).step_by(columns));
+            return turned.try_for_each(|column| take(&column.copied().collect::<Vec<f32>>()));
         }
-        let (rows, columns) = (shape[0], shape[1]);
-        Ok((0..columns)
-            .flat_map(|column| (0..rows).map(move |row| (row, column)))
-            .map(|(row, column)| values[row * columns + column])
-            .collect())
+        match merged(trainer, adapting, name, shape)? {
+            Some(values) => take(&values),
+            None => trainer.show(name, take),
+        }
     };
-    export_safetensors(&out.join("model.safetensors"), &names, &values)?;
+    export_safetensors(&out.join("model.safetensors"), &names, &show)?;
     Ok(())
 }
