@@ -3,7 +3,7 @@
 use super::journal::{About, Journal};
 use super::output::{Output, quoted};
 use super::pretrained::ends;
-use super::settings::ComputeType;
+use super::settings::{ComputeType, Reporting};
 use super::train::stop_flag;
 use super::{CommandResult, configuration};
 use crate::byte_size::ByteSize;
@@ -83,12 +83,9 @@ pub struct FinetuneArguments {
     /// Seed of the data's order
     #[arg(long, default_value_t = 1)]
     seed: u64,
-    /// Write loss, learning rate, gradient norm, tokens a second and exposed stall as events for TensorBoard
-    #[arg(long, value_name = "DIR")]
-    tensorboard: Option<PathBuf>,
-    /// Say nothing but errors
-    #[arg(long, short)]
-    quiet: bool,
+    #[command(flatten)]
+    #[serde(skip)]
+    reporting: Reporting,
     /// Train adapters of this rank beside frozen weights (LoRA); 0 trains all weights
     #[arg(long, default_value_t = 0)]
     lora_rank: usize,
@@ -117,7 +114,7 @@ pub fn run(arguments: FinetuneArguments) -> CommandResult {
         let text = "--seq, --batch, --accumulate, --epochs and --eval-every must be above 0";
         return Err(configuration(text.into()).into());
     }
-    let output = Output::new(false, arguments.quiet);
+    let output = Output::new(&arguments.reporting);
     let pretrained = Pretrained::open(path, *seq)?;
     let tokenizer = pretrained.tokenizer(arguments.tokenizer.as_deref())?;
     let end = ends(&pretrained.configuration).first().copied();
@@ -199,7 +196,7 @@ pub fn run(arguments: FinetuneArguments) -> CommandResult {
         steps,
         tokens: (seq * batch * accumulate) as u64,
         settings: serde_json::to_value(&arguments)?,
-        tensorboard: arguments.tensorboard.as_deref(),
+        reporting: &arguments.reporting,
     };
     let mut journal = Journal::begin(&trainer, about, &output)?;
     let mut train_loss = None;
@@ -239,7 +236,7 @@ pub fn run(arguments: FinetuneArguments) -> CommandResult {
     let validation_loss = evaluate(&mut trainer)?;
     output.say(format_args!("validation loss at last {validation_loss:.4}"));
     trainer.commit(document())?;
-    let measured = journal.summary(&trainer);
+    let measured = journal.summary(&trainer)?;
     if adapting.rank > 0 && !arguments.lora_merge {
         write_adapters(path, &adapting, &trainer, &arguments.out)?;
     } else {
