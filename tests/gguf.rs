@@ -117,9 +117,9 @@ fn a_tokenizer_that_is_not_known_is_named_with_what_to_do() {
         let error = Pretrained::open(&path, 16).unwrap().tokenizer(None).err().unwrap().to_string();
         assert!(error.contains(key) && error.contains("--tokenizer"), "{error}");
     }
-    write_model(&path, &[("general.architecture", text("gpt2"))]);
+    write_model(&path, &[("general.architecture", text("mamba"))]);
     let error = Pretrained::open(&path, 16).unwrap_err().to_string();
-    assert!(error.contains("gpt2") && error.contains("llama"), "{error}");
+    assert!(error.contains("mamba") && error.contains("llama"), "{error}");
 }
 
 #[test]
