@@ -5,6 +5,7 @@ use candle_core::quantized::{GgmlDType, QTensor};
 use candle_core::{Device, Tensor};
 use ferrozero::models::linear::Adapting;
 use ferrozero::models::pretrained::Pretrained;
+use ferrozero::tokenizer::Tokenizer;
 use ferrozero::{AdamW, Config, Engine};
 use std::fs::File;
 use std::path::{Path, PathBuf};
@@ -102,13 +103,78 @@ fn the_tokenizer_that_a_file_carries_cuts_text_as_its_name_says() {
     assert!(error.contains("model.gguf"), "a merge whose token is missing: {error}");
 }
 
+/// Metadata of a vocabulary of SentencePiece's, which scripts/sentencepiece_reference.py has written.
+fn sentence_piece(reference: &serde_json::Value) -> Vec<(&'static str, Value)> {
+    let list = |key: &str, read: fn(&serde_json::Value) -> Value| {
+        Value::Array(reference[key].as_array().unwrap().iter().map(read).collect())
+    };
+    vec![
+        ("tokenizer.ggml.model", Value::String("llama".into())),
+        ("tokenizer.ggml.pre", Value::String("default".into())),
+        ("tokenizer.ggml.tokens", list("tokens", |token| Value::String(token.as_str().unwrap().into()))),
+        ("tokenizer.ggml.scores", list("scores", |score| Value::F32(score.as_f64().unwrap() as f32))),
+        ("tokenizer.ggml.token_type", list("kinds", |kind| Value::I32(kind.as_i64().unwrap() as i32))),
+        ("tokenizer.ggml.bos_token_id", Value::U32(1)),
+        ("tokenizer.ggml.eos_token_id", Value::U32(2)),
+    ]
+}
+
+#[test]
+fn pieces_are_those_that_sentencepiece_finds() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("model.gguf");
+    let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/sentencepiece.json");
+    let reference: serde_json::Value = serde_json::from_slice(&std::fs::read(file).unwrap()).unwrap();
+    let metadata = sentence_piece(&reference);
+    let read = |changes: &[(&'static str, Value)]| {
+        write_model(&path, &[&metadata, changes].concat());
+        Pretrained::open(&path, 16).unwrap().tokenizer(None)
+    };
+    let tokenizer = read(&[]).unwrap();
+    let saved = folder.path().join("tokenizer.json");
+    tokenizer.save(&saved).unwrap();
+    let texts = reference["texts"].as_array().unwrap();
+    assert!(texts.len() > 9);
+    for tokenizer in [&tokenizer, &Tokenizer::from_file(&saved).unwrap()] {
+        for text in texts {
+            let (text, expected) = (text["text"].as_str().unwrap(), text["tokens"].as_array().unwrap());
+            let found = tokenizer.encode(text.as_bytes()).unwrap();
+            assert!(found.iter().eq(expected), "{text:?}: {found:?}, and {expected:?}");
+            assert_eq!(tokenizer.decode(&found), text.replace('▁', " "), "{text:?}");
+        }
+        assert_eq!(tokenizer.prefix().unwrap(), [1], "the beginning of a text");
+    }
+    let token = |text: &str| {
+        let tokens = reference["tokens"].as_array().unwrap();
+        tokens.iter().position(|token| token == text).unwrap() as u32
+    };
+    assert_eq!(tokenizer.encode(b"<s>a</s>").unwrap(), [1, token("▁a"), 2]);
+    assert_eq!(tokenizer.decode(&[1, token("▁a"), token("▁the"), 2]), "a the");
+    let flag = |key, flag: bool| (key, Value::Bool(flag));
+    let plain = read(&[
+        flag("tokenizer.ggml.add_space_prefix", false),
+        flag("tokenizer.ggml.add_bos_token", false),
+        flag("tokenizer.ggml.add_eos_token", true),
+    ]);
+    let plain = plain.unwrap();
+    assert_eq!(plain.encode(b"a the").unwrap(), [token("a"), token("▁the")]);
+    assert_eq!(plain.decode(&[token("▁the")]), " the");
+    assert_eq!(plain.prefix().unwrap(), [0u32; 0]);
+    for key in ["tokenizer.ggml.scores", "tokenizer.ggml.token_type"] {
+        for damaged in [Value::Array(vec![]), Value::Array(vec![Value::Bool(true)]), Value::U32(1)] {
+            let error = read(&[(key, damaged)]).err().unwrap().to_string();
+            assert!(error.contains(key), "{key}: {error}");
+        }
+    }
+}
+
 #[test]
 fn a_tokenizer_that_is_not_known_is_named_with_what_to_do() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("model.gguf");
     let text = |text: &str| Value::String(text.into());
     for (key, value) in [
-        ("tokenizer.ggml.model", text("llama")),
+        ("tokenizer.ggml.model", text("t5")),
         ("tokenizer.ggml.pre", text("viking")),
         ("tokenizer.ggml.tokens", text("none")),
         ("tokenizer.ggml.merges", Value::U32(3)),

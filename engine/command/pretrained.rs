@@ -3,10 +3,10 @@
 use super::settings::ComputeType;
 use super::{CommandResult, configuration};
 use crate::byte_size::ByteSize;
-use crate::data::Tokenizer;
 use crate::generate::choose;
 use crate::models::linear::Adapting;
 use crate::models::pretrained::{Cache, Continued, Pretrained};
+use crate::tokenizer::Tokenizer;
 use crate::{AdamW, Config, Engine};
 use candle_core::{DType, Device, Tensor};
 use ferrozero_kernels::philox::Stream;
@@ -169,7 +169,7 @@ struct Text {
 
 impl Text {
     fn new(prompt: &str, tokenizer: &Tokenizer) -> CommandResult<Self> {
-        let tokens = tokenizer.encode(prompt.as_bytes())?;
+        let tokens = [tokenizer.prefix()?, tokenizer.encode(prompt.as_bytes())?].concat();
         Ok(Self { tokens, cache: Cache::default(), written: String::new(), ended: false })
     }
 
