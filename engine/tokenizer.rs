@@ -90,6 +90,14 @@ impl Tokenizer {
         Ok(marked.take_while(|(_, special)| **special == 1).map(|(token, _)| *token).collect())
     }
 
+    /// Whether a token was added to those that text is cut into, as marks are.
+    pub fn is_added(&self, token: u32) -> bool {
+        match self {
+            Self::Bytes => false,
+            Self::HuggingFace(tokenizer) => tokenizer.get_added_tokens_decoder().contains_key(&token),
+        }
+    }
+
     /// Text of tokens; what is no valid text is replaced.
     pub fn decode(&self, tokens: &[u32]) -> String {
         match self {

@@ -2,13 +2,11 @@
 
 use super::journal::{About, Journal};
 use super::output::{Output, quoted};
-use super::pretrained::ends;
+use super::pretrained::{chat_template, ends};
 use super::settings::{ComputeType, Reporting};
 use super::train::stop_flag;
 use super::{CommandResult, configuration};
 use crate::byte_size::ByteSize;
-use crate::chat::ChatTemplate;
-use crate::data::DataError;
 use crate::error::Error;
 use crate::examples::Examples;
 use crate::export::{Take, export_safetensors};
@@ -119,8 +117,7 @@ pub fn run(arguments: FinetuneArguments) -> CommandResult {
     let pretrained = Pretrained::open(path, *seq)?;
     let tokenizer = pretrained.tokenizer(arguments.tokenizer.as_deref())?;
     let end = ends(&pretrained.configuration).first().copied();
-    let chat = ChatTemplate::of(&pretrained.tokenizer_configuration()?)
-        .map_err(|reason| DataError::ChatTemplate { path: path.clone(), reason })?;
+    let chat = chat_template(&pretrained)?;
     let data = Examples::read(
         &arguments.data,
         &tokenizer,

@@ -28,7 +28,8 @@ Ctrl-C finishes the step, commits and writes the result so far; --resume goes on
 pub const GENERATE: &str = "\
 Examples:
   ferrozero generate SmolLM2-135M --prompt \"Once upon a time\"
-  ferrozero generate tuned --prompt \"Question: why?\" --tokens 200 --temperature 0 --memory 1GiB";
+  ferrozero generate tuned --prompt \"Question: why?\" --tokens 200 --temperature 0 --memory 1GiB
+  ferrozero generate SmolLM2-135M-Instruct --chat --system Briefly. --prompt \"Question: why?\"";
 
 pub const REPORT: &str = "\
 Examples:
