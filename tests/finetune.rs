@@ -10,7 +10,11 @@ use std::process::{Command, Output, Stdio};
 
 /// A tiny model with a tokenizer of 90 words, and a text of which every word follows from the one before.
 fn model_and_text(folder: &Path) {
-    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/pretrained/llama");
+    model_of("llama", folder);
+}
+
+fn model_of(family: &str, folder: &Path) {
+    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/pretrained").join(family);
     let model = folder.join("model");
     std::fs::create_dir(&model).unwrap();
     for name in ["config.json", "model.safetensors"] {
@@ -116,6 +120,21 @@ fn layers_that_are_not_there_get_no_adapter_and_that_is_said() {
     let error = String::from_utf8_lossy(&output.stderr);
     assert!(!output.status.success() && error.contains("c_attn"), "{error}");
     assert!(!folder.path().join("out").exists());
+}
+
+/// Also GPT-2's matrices, which lie there as the transposes of what is trained.
+#[test]
+fn a_model_that_learnt_nothing_is_written_as_it_was() {
+    for family in ["llama", "gpt2"] {
+        let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+        model_of(family, folder.path());
+        let mut command = Command::new(env!("CARGO_BIN_EXE_ferrozero"));
+        let arguments = FIXED.replace("--lr 0.01", "--lr 0 --epochs 0.05 --out out");
+        expect_success(&command.current_dir(folder.path()).args(arguments.split(' ')).output().unwrap());
+        let [before, after] =
+            ["model", "out"].map(|name| tensors(&folder.path().join(name).join("model.safetensors")));
+        assert!(before == after, "{family}");
+    }
 }
 
 /// The objects that a run wrote, the last of which is the summary.
