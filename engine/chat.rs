@@ -1,7 +1,8 @@
 //! Chats as the text that a model was trained on: its own template, in Jinja, is filled in with the messages.
 
+use crate::tokenizer::Tokenizer;
 use minijinja::{Environment, ErrorKind, UndefinedBehavior, Value as Jinja, context};
-use serde_json::Value;
+use serde_json::{Value, json};
 
 /// A model's template for chats.
 pub struct ChatTemplate {
@@ -61,6 +62,20 @@ impl ChatTemplate {
         template.render(values).map_err(|error| describe(&error))
     }
 
+    /// The token with which the template ends what the assistant says, if it ends it with one that is no text.
+    ///
+    /// # Errors
+    /// What the template says of a question and an answer.
+    pub fn end_of_turn(&self, tokenizer: &Tokenizer) -> Result<Option<u32>, String> {
+        // A character that means nothing to templates.
+        const SAID: &str = "\u{f8ff}";
+        let message = |role: &str| json!({ "role": role, "content": SAID });
+        let text = self.render(&[message("user"), message("assistant")], false)?;
+        let behind = text.rsplit_once(SAID).map_or("", |(_, behind)| behind.trim_start());
+        let tokens = tokenizer.encode(behind.as_bytes()).map_err(|error| error.to_string())?;
+        Ok(tokens.first().copied().filter(|token| tokenizer.is_added(*token)))
+    }
+
     /// The text of a chat in parts, of which those of the assistant are to be learnt.
     ///
     /// # Errors
@@ -106,7 +121,6 @@ fn describe(error: &minijinja::Error) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use serde_json::json;
 
     /// The template of SmolLM2's instruct models.
     const SMOLLM2: &str = "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n' }}{% endif %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}";

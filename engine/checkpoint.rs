@@ -2,7 +2,7 @@
 
 use crate::arrangement::GroupPlacement;
 use crate::error::{Error, Result};
-use crate::export::export_safetensors;
+use crate::export::{Take, export_safetensors};
 use crate::layout::{Group, Layout};
 use crate::schedule::Stream;
 use crate::stores::{self, ParameterRow, Progress};
@@ -175,35 +175,36 @@ impl Checkpoint {
     /// [`Error::Unsupported`] for an unknown name, and what reading finds.
     pub fn parameter(&self, name: &str) -> Result<Vec<f32>> {
         let mut all = vec![];
-        for (group, entry) in self.layout.find(name)? {
-            all.extend(self.part(group, entry)?);
-        }
+        self.show(name, &mut |values| {
+            all.extend_from_slice(values);
+            Ok(())
+        })?;
         Ok(all)
     }
 
-    /// Values of an entry of a group's table.
-    fn part(&self, group: usize, entry: usize) -> Result<Vec<f32>> {
-        let of_group = &self.layout.groups[group];
-        let mut values = vec![0.0; of_group.table[entry].elements];
-        let extent = stores::extent_name(of_group, Stream::Master);
-        self.read(&extent, self.layout.pieces_of(group, entry), |piece, lease, result| {
-            result?;
-            let range = self.layout.piece_range(of_group.elements, piece);
-            for run in of_group.runs(range).filter(|run| run.entry == entry) {
-                values[run.entry_start..run.entry_start + run.elements]
-                    .copy_from_slice(&lease.as_f32()[run.piece_start..run.piece_start + run.elements]);
-            }
-            Ok(())
-        })?;
-        Ok(values)
+    /// Shows the values of a parameter in order, a piece at a time.
+    fn show(&self, name: &str, take: &mut Take) -> Result<()> {
+        for (group, entry) in self.layout.find(name)? {
+            let of_group = &self.layout.groups[group];
+            let extent = stores::extent_name(of_group, Stream::Master);
+            self.read(&extent, self.layout.pieces_of(group, entry), |piece, lease, result| {
+                result?;
+                let range = self.layout.piece_range(of_group.elements, piece);
+                let mut runs = of_group.runs(range).filter(|run| run.entry == entry);
+                runs.try_for_each(|run| {
+                    take(&lease.as_f32()[run.piece_start..run.piece_start + run.elements])
+                })
+            })?;
+        }
+        Ok(())
     }
 
-    /// Writes all parameters to a safetensors file, one after another: the memory of one parameter suffices.
+    /// Writes all parameters to a safetensors file, a piece at a time: no parameter is ever in memory as a whole.
     ///
     /// # Errors
     /// [`Error::File`] and what reading finds.
     pub fn export_safetensors(&self, path: &Path) -> Result<()> {
-        export_safetensors(path, &self.layout.parameters(), &|name| self.parameter(name))
+        export_safetensors(path, &self.layout.parameters(), &|name, take| self.show(name, take))
     }
 }
 

@@ -1,6 +1,7 @@
 //! Text for training: where it comes from, how it becomes tokens, and which tokens a step sees. Neither text nor tokens are ever
 //! in memory as a whole: text goes by documents, and tokens lie in a file.
 
+use crate::tokenizer::Tokenizer;
 use candle_core::{Device, Tensor};
 use ferrozero_kernels::philox::Stream;
 use sha2::{Digest, Sha256};
@@ -8,7 +9,6 @@ use std::fs::File;
 use std::io::{BufWriter, Read, Write};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
-use tokenizers::Tokenizer as HuggingFaceTokenizer;
 
 /// Files above this are not prose and not source.
 const LARGEST_FILE_BYTES: u64 = 1 << 20;
@@ -233,95 +233,6 @@ fn append_text(path: &Path, text: &mut Vec<u8>) -> Result<(), DataError> {
         text.push(0);
     }
     Ok(())
-}
-
-/// How text becomes tokens.
-pub enum Tokenizer {
-    /// Every byte is a token.
-    Bytes,
-    /// A Hugging Face `tokenizer.json`.
-    HuggingFace(Box<HuggingFaceTokenizer>),
-}
-
-impl Tokenizer {
-    /// Reads a `tokenizer.json`.
-    ///
-    /// # Errors
-    /// [`DataError::Tokenizer`].
-    pub fn from_file(path: &Path) -> Result<Self, DataError> {
-        let refused = |error: tokenizers::Error| DataError::Tokenizer {
-            path: path.to_owned(),
-            reason: error.to_string(),
-        };
-        Ok(Self::HuggingFace(Box::new(HuggingFaceTokenizer::from_file(path).map_err(refused)?)))
-    }
-
-    /// Reads the text of a `tokenizer.json` that is made of `path`.
-    ///
-    /// # Errors
-    /// [`DataError::Tokenizer`].
-    pub(crate) fn from_json(json: &[u8], path: &Path) -> Result<Self, DataError> {
-        let refused = |error: tokenizers::Error| DataError::Tokenizer {
-            path: path.to_owned(),
-            reason: error.to_string(),
-        };
-        Ok(Self::HuggingFace(Box::new(HuggingFaceTokenizer::from_bytes(json).map_err(refused)?)))
-    }
-
-    /// Writes a `tokenizer.json`.
-    ///
-    /// # Errors
-    /// [`DataError::Tokenizer`], also for the bytes' tokenizer, of which there is no such file.
-    pub fn save(&self, path: &Path) -> Result<(), DataError> {
-        let refused = |reason| DataError::Tokenizer { path: path.to_owned(), reason };
-        match self {
-            Self::Bytes => Err(refused("single bytes are tokens here, which needs no file".into())),
-            Self::HuggingFace(tokenizer) => {
-                tokenizer.save(path, false).map_err(|error| refused(error.to_string()))
-            }
-        }
-    }
-
-    /// Number of different tokens.
-    pub fn vocabulary(&self) -> usize {
-        match self {
-            Self::Bytes => 256,
-            Self::HuggingFace(tokenizer) => tokenizer.get_vocab_size(true),
-        }
-    }
-
-    /// Tokens of a text.
-    ///
-    /// # Errors
-    /// [`DataError::Tokenizer`] if the tokenizer cannot encode it.
-    pub fn encode(&self, text: &[u8]) -> Result<Vec<u32>, DataError> {
-        match self {
-            Self::Bytes => Ok(text.iter().map(|&byte| u32::from(byte)).collect()),
-            Self::HuggingFace(tokenizer) => {
-                let mut tokens = vec![];
-                // One document at a time: a tokenizer's working memory is many times its text.
-                for document in text.split(|&byte| byte == 0) {
-                    let document = String::from_utf8_lossy(document);
-                    let encoded = tokenizer.encode_fast(document.as_ref(), false).map_err(|error| {
-                        DataError::Tokenizer { path: "tokenizer.json".into(), reason: error.to_string() }
-                    })?;
-                    tokens.extend_from_slice(encoded.get_ids());
-                }
-                Ok(tokens)
-            }
-        }
-    }
-
-    /// Text of tokens; what is no valid text is replaced.
-    pub fn decode(&self, tokens: &[u32]) -> String {
-        match self {
-            Self::Bytes => {
-                let bytes: Vec<u8> = tokens.iter().map(|&token| token as u8).collect();
-                String::from_utf8_lossy(&bytes).into_owned()
-            }
-            Self::HuggingFace(tokenizer) => tokenizer.decode(tokens, true).unwrap_or_default(),
-        }
-    }
 }
 
 /// Inputs and targets of a micro-batch, both [batch, sequence].

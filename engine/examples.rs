@@ -2,7 +2,8 @@
 //! as prompts, is seen and not counted.
 
 use crate::chat::{ChatTemplate, Part};
-use crate::data::{DataError, TokenFile, TokenWriter, Tokenizer};
+use crate::data::{DataError, TokenFile, TokenWriter};
+use crate::tokenizer::Tokenizer;
 use candle_core::{Device, Tensor};
 use ferrozero_kernels::philox::Stream;
 use serde_json::Value;
@@ -38,7 +39,8 @@ pub struct Examples {
 
 impl Examples {
     /// Reads a text file, or for `*.jsonl` one object a line: `{"prompt": …, "completion": …}`, `{"text": …}`, or
-    /// `{"messages": […]}`, which is written as `chat` says. `end` follows each example but those, whose template ends them.
+    /// `{"messages": […]}`, which is written as `chat` says. What the tokenizer puts before a text is before each example and `end`
+    /// behind it, but for messages, whose template writes both.
     /// `folder` is that of the run.
     ///
     /// # Errors
@@ -52,8 +54,10 @@ impl Examples {
     ) -> Result<Self, DataError> {
         let unreadable = |source| DataError::Unreadable { path: path.to_owned(), source };
         let mut writer = TokenWriter::new(folder)?;
-        let mut append = |parts: &[Part], end: Option<u32>| {
-            let mut tokens = vec![];
+        let prefix = tokenizer.prefix()?;
+        let mut append = |parts: &[Part], is_chat: bool| {
+            let (prefix, end) = if is_chat { (&[][..], None) } else { (&prefix[..], end) };
+            let mut tokens = prefix.to_vec();
             for (text, learnt) in parts {
                 let mark = if *learnt { COUNTED } else { 0 };
                 tokens.extend(tokenizer.encode(text.as_bytes())?.into_iter().map(|token| token | mark));
@@ -70,14 +74,12 @@ impl Examples {
                 }
                 let wrong = |reason| DataError::Example { path: path.to_owned(), line: number + 1, reason };
                 let value: Value = serde_json::from_str(&line).map_err(|error| wrong(error.to_string()))?;
-                match parts_of(&value, chat).map_err(wrong)? {
-                    (parts, true) => append(&parts, None)?,
-                    (parts, false) => append(&parts, end)?,
-                }
+                let (parts, is_chat) = parts_of(&value, chat).map_err(wrong)?;
+                append(&parts, is_chat)?;
             }
         } else {
             crate::data::Corpus::from_path(path)?.documents(|document| {
-                append(&[(String::from_utf8_lossy(document).into_owned(), true)], end)
+                append(&[(String::from_utf8_lossy(document).into_owned(), true)], false)
             })?;
         }
         Self::pack(writer.finish()?, (seed, batch, sequence))
@@ -214,6 +216,45 @@ mod tests {
         for (place, token) in (0..).zip(targets) {
             assert_eq!(counted.contains(&place), token != u32::from(b'a'), "{token}");
         }
+    }
+
+    #[test]
+    fn examples_begin_as_the_tokenizer_says_and_chats_as_their_template_does() {
+        let json = serde_json::json!({
+            "version": "1.0",
+            "pre_tokenizer": { "type": "Whitespace" },
+            "post_processor": {
+                "type": "TemplateProcessing",
+                "single": [{ "SpecialToken": { "id": "^", "type_id": 0 } }, { "Sequence": { "id": "A", "type_id": 0 } }],
+                "pair": [{ "Sequence": { "id": "A", "type_id": 0 } }, { "Sequence": { "id": "B", "type_id": 0 } }],
+                "special_tokens": { "^": { "id": "^", "ids": [7], "tokens": ["^"] } },
+            },
+            "model": { "type": "WordLevel", "vocab": { "?": 0, "a": 1, "b": 2, "^": 7 }, "unk_token": "?" },
+        });
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("x.jsonl");
+        let tokenizer = Tokenizer::from_json(json.to_string().as_bytes(), &path).unwrap();
+        let template =
+            serde_json::json!({ "chat_template": "{% for m in messages %}{{ m.content }} {% endfor %}" });
+        let template = ChatTemplate::of(&template).unwrap();
+        let first = |line: &str| {
+            std::fs::write(&path, format!("{line}\n").repeat(9)).unwrap();
+            let read =
+                Examples::read(&path, &tokenizer, (Some(0), template.as_ref()), folder.path(), (3, 1, 2));
+            let tokens = read.unwrap().tokens;
+            tokens
+                .read(0, 4)
+                .unwrap()
+                .into_iter()
+                .map(|token| (token & !COUNTED, token & COUNTED != 0))
+                .collect::<Vec<_>>()
+        };
+        let prompt = first(r#"{"prompt": "a", "completion": "b"}"#);
+        assert_eq!(prompt, [(7, false), (1, false), (2, true), (0, true)]);
+        assert_eq!(first(r#"{"text": "a b"}"#), [(7, false), (1, true), (2, true), (0, true)]);
+        let chat =
+            r#"{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}"#;
+        assert_eq!(first(chat), [(1, false), (2, true), (1, false), (2, true)]);
     }
 
     #[test]

@@ -1,83 +1,86 @@
-//! Parameters to and from safetensors files, one at a time.
+//! Parameters to and from safetensors files, a part at a time.
 
 use crate::checkpoint::Making;
 use crate::error::{Error, Result};
-use crate::pass::lock;
 use crate::stores::{ParameterRow, RESIDENT};
+use crate::work::internal;
 use ferrozero_offload::StoreOptions;
 use half::{bf16, f16};
-use safetensors::tensor::{Dtype, Metadata, TensorInfo, View};
-use std::borrow::Cow;
+use safetensors::tensor::{Dtype, Metadata, TensorInfo};
 use std::collections::HashMap;
 use std::fs::File;
-use std::io::{self, Read};
+use std::io::{self, BufWriter, Read, Write};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
-use std::sync::Mutex;
 
-/// Values of a parameter by its name.
-pub(crate) type Values<'a> = dyn Fn(&str) -> Result<Vec<f32>> + 'a;
+/// Takes some values of a parameter.
+pub(crate) type Take<'a> = dyn FnMut(&[f32]) -> Result<()> + 'a;
+/// Shows all values of the parameter of a name in order, some at a time.
+pub(crate) type Show<'a> = dyn Fn(&str, &mut Take) -> Result<()> + 'a;
 
-/// Writes `parameters`, names and shapes, to a safetensors file in f32. The file appears whole or not at all.
+/// Writes `parameters`, names and shapes, to a safetensors file in f32, in the memory that `show` needs. The file appears whole or
+/// not at all.
 ///
 /// # Errors
-/// [`Error::File`] and what `values` answers.
+/// [`Error::File`] and what `show` answers.
 pub(crate) fn export_safetensors(
     path: &Path,
     parameters: &[(String, Vec<usize>)],
-    values: &Values,
+    show: &Show,
 ) -> Result<()> {
-    let failure = Mutex::new(None);
-    let views = parameters
-        .iter()
-        .map(|(name, shape)| (name.clone(), ParameterView { values, name, shape, failure: &failure }));
     let partial = path.with_extension("safetensors.partial");
-    // transformers asks who wrote a file, and takes this answer for tensors as they are.
-    let metadata = HashMap::from([("format".to_owned(), "pt".to_owned())]);
-    let written = safetensors::serialize_to_file(views, Some(metadata), &partial);
-    let failed = |source| Error::File { path: path.to_owned(), source };
-    if let Some(error) = lock(&failure).take() {
+    let written = write_safetensors(path, &partial, parameters, show);
+    let written = written.and_then(|()| std::fs::rename(&partial, path).map_err(failed(path)));
+    if written.is_err() {
         let _ = std::fs::remove_file(&partial);
-        return Err(error);
     }
-    written.map_err(|error| failed(io::Error::other(error)))?;
-    std::fs::rename(&partial, path).map_err(failed)
+    written
 }
 
-/// A parameter that is fetched at the moment at which it is written to a file.
-struct ParameterView<'a> {
-    values: &'a Values<'a>,
-    name: &'a str,
-    shape: &'a [usize],
-    failure: &'a Mutex<Option<Error>>,
+fn failed(path: &Path) -> impl Fn(io::Error) -> Error {
+    move |source| Error::File { path: path.to_owned(), source }
 }
 
-impl View for ParameterView<'_> {
-    fn dtype(&self) -> Dtype {
-        Dtype::F32
-    }
-
-    fn shape(&self) -> &[usize] {
-        self.shape
-    }
-
-    fn data(&self) -> Cow<'_, [u8]> {
-        // The trait has no room for an error: it is remembered, and the file thrown away. After it nothing is fetched.
-        let failed = lock(self.failure).is_some();
-        let values = if failed { None } else { Some((self.values)(self.name)) };
-        let values = values.transpose().unwrap_or_else(|error| {
-            lock(self.failure).get_or_insert(error);
-            None
-        });
-        match values {
-            Some(values) => Cow::Owned(values.iter().flat_map(|value| value.to_le_bytes()).collect()),
-            None => Cow::Owned(vec![0; self.data_len()]),
+/// Writes to `partial` what is to be at `path`: the length of the table of contents, that table, and the tensors as it has them.
+fn write_safetensors(
+    path: &Path,
+    partial: &Path,
+    parameters: &[(String, Vec<usize>)],
+    show: &Show,
+) -> Result<()> {
+    let mut parameters: Vec<_> = parameters.iter().collect();
+    parameters.sort();
+    let elements = |shape: &[usize]| shape.iter().product::<usize>();
+    let ends = parameters.iter().scan(0, |end, (_, shape)| {
+        *end += 4 * elements(shape);
+        Some(*end)
+    });
+    let infos = parameters.iter().zip(ends).map(|((name, shape), end)| {
+        let data_offsets = (end - 4 * elements(shape), end);
+        (name.clone(), TensorInfo { dtype: Dtype::F32, shape: shape.clone(), data_offsets })
+    });
+    // transformers asks who wrote a file, and takes this answer for tensors as they are.
+    let about = HashMap::from([("format".to_owned(), "pt".to_owned())]);
+    let contents = Metadata::new(Some(about), infos.collect()).map_err(io::Error::other);
+    let contents = contents.and_then(|contents| Ok(serde_json::to_vec(&contents)?));
+    let mut contents = contents.map_err(failed(path))?;
+    // The tensors begin at a multiple of 8.
+    contents.resize(contents.len().next_multiple_of(8), b' ');
+    let mut file = BufWriter::new(File::create(partial).map_err(failed(path))?);
+    file.write_all(&(contents.len() as u64).to_le_bytes()).map_err(failed(path))?;
+    file.write_all(&contents).map_err(failed(path))?;
+    for (name, shape) in parameters {
+        let mut left = elements(shape);
+        show(name, &mut |values| {
+            left = left.checked_sub(values.len()).ok_or_else(|| internal("more values than a shape says"))?;
+            let mut written = values.iter().map(|value| file.write_all(&value.to_le_bytes()));
+            written.try_for_each(|written| written).map_err(failed(path))
+        })?;
+        if left > 0 {
+            return Err(internal("fewer values than a shape says"));
         }
     }
-
-    fn data_len(&self) -> usize {
-        4 * self.shape.iter().product::<usize>()
-    }
+    file.flush().map_err(failed(path))
 }
 
 /// A safetensors file, of which only the table of contents is in memory.

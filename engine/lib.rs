@@ -96,6 +96,7 @@ pub mod simulator;
 mod stores;
 pub mod tensorboard;
 mod tiled_linear;
+pub mod tokenizer;
 pub mod trace;
 mod trainer;
 mod vacancy;

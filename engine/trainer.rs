@@ -4,7 +4,7 @@ use crate::device::{BufferMemory, ComputeDevice, DeviceCounter};
 use crate::engine::Config;
 use crate::error::{Error, Result};
 use crate::executor::{ComputeRequest, Executor, Memory};
-use crate::export::export_safetensors;
+use crate::export::{Take, export_safetensors};
 use crate::loss_scale::LossScale;
 use crate::pass::{GradientSink, Granted, Mode, Passes, ScheduledPass, lock};
 use crate::plan::Plan;
@@ -458,12 +458,15 @@ impl Trainer {
     /// [`Error::Unsupported`] for an unknown name, and errors of the tiers.
     pub fn parameter(&self, name: &str) -> Result<Vec<f32>> {
         let mut all = Vec::with_capacity(self.plan.layout.elements_of(name)?);
-        self.visit(name, |values| all.extend_from_slice(values))?;
+        self.show(name, &mut |values| {
+            all.extend_from_slice(values);
+            Ok(())
+        })?;
         Ok(all)
     }
 
     /// Shows the values of a parameter in order, some pieces at a time.
-    fn visit(&self, name: &str, mut each: impl FnMut(&[f32])) -> Result<()> {
+    pub(crate) fn show(&self, name: &str, take: &mut Take) -> Result<()> {
         let layout = &self.plan.layout;
         self.settle()?;
         for (group, index) in layout.find(name)? {
@@ -477,7 +480,7 @@ impl Trainer {
                 self.executor.drain()?;
                 let mut parts: Vec<_> = received.try_iter().filter(|part| part.entry == index).collect();
                 parts.sort_by_key(|part| part.entry_start);
-                parts.iter().for_each(|part| each(&part.values));
+                parts.iter().try_for_each(|part| take(&part.values))?;
             }
         }
         Ok(())
@@ -497,20 +500,21 @@ impl Trainer {
         let mut hasher = Sha256::new();
         for (name, _) in self.parameters() {
             hasher.update(name.as_bytes());
-            self.visit(&name, |values| {
+            self.show(&name, &mut |values| {
                 let bytes: Vec<u8> = values.iter().flat_map(|value| value.to_le_bytes()).collect();
                 hasher.update(bytes);
+                Ok(())
             })?;
         }
         Ok(hasher.finalize().iter().map(|byte| format!("{byte:02x}")).collect())
     }
 
-    /// Writes all parameters to a safetensors file, one after another: the memory of one parameter suffices.
+    /// Writes all parameters to a safetensors file, some pieces at a time.
     ///
     /// # Errors
     /// [`Error::File`] and errors of the tiers.
     pub fn export_safetensors(&self, path: &Path) -> Result<()> {
-        export_safetensors(path, &self.parameters(), &|name| self.parameter(name))
+        export_safetensors(path, &self.parameters(), &|name, take| self.show(name, take))
     }
 
     /// Counts what a CUDA device is asked for.

@@ -2,7 +2,13 @@
 
 mod support;
 
-use ferrozero::{BackendChoice, Config, CountingAllocator, Error, Placement, Tier};
+use candle_nn::Init;
+use ferrozero::{
+    AdamW, BackendChoice, Checkpoint, Config, CountingAllocator, Engine, Error, Placement, Tier,
+};
+use ferrozero_offload::memory;
+use safetensors::SafeTensors;
+use std::path::Path;
 use std::process::Command;
 use support::{tokens, train, trainer};
 
@@ -21,6 +27,7 @@ fn peaks_stay_within_the_plan_and_less_is_refused() {
     }
     too_little_is_refused();
     more_memory_brings_more_home();
+    an_export_has_no_parameter_in_memory_as_a_whole();
 }
 
 fn config(memory_bytes: Option<u64>) -> Config {
@@ -79,6 +86,39 @@ fn more_memory_brings_more_home() {
     });
     assert!(on_disk[0] > on_disk[1] && on_disk[1] > on_disk[2], "{on_disk:?}");
     assert_eq!(on_disk[2], 0);
+}
+
+/// From a run and from its checkpoint, which write the same file.
+fn an_export_has_no_parameter_in_memory_as_a_whole() {
+    const SIDE: usize = 1024;
+    let config = config(None);
+    let engine = Engine::new(config.clone()).unwrap();
+    let init = Init::Randn { mean: 0.0, stdev: 1.0 };
+    let weight = engine.var_builder().get_with_hints((SIDE, SIDE), "weight", init).unwrap();
+    let plan = engine.plan(AdamW::default(), || weight.sqr()?.mean_all()).unwrap();
+    let mut trainer = engine.trainer(plan).unwrap();
+    trainer.commit(serde_json::Value::Null).unwrap();
+    let directory = config.directory.as_ref().unwrap();
+    let exported = |name: &str, export: &dyn Fn(&Path) -> ferrozero::Result<()>| {
+        let path = directory.join(name);
+        let before = memory::current_bytes();
+        memory::reset_peak();
+        export(&path).unwrap();
+        let taken = memory::peak_bytes() - before;
+        assert!(taken < (4 * SIDE * SIDE / 2) as u64, "{name}: {taken} bytes");
+        std::fs::read(path).unwrap()
+    };
+    let of_run = exported("run.safetensors", &|path| trainer.export_safetensors(path));
+    drop(trainer);
+    let checkpoint = Checkpoint::open(directory).unwrap();
+    let of_checkpoint = exported("checkpoint.safetensors", &|path| checkpoint.export_safetensors(path));
+    assert!(of_run == of_checkpoint);
+    let file = SafeTensors::deserialize(&of_run).unwrap();
+    let values = checkpoint.parameter("weight").unwrap();
+    assert_eq!(file.tensor("weight").unwrap().shape(), [SIDE, SIDE]);
+    let bytes = values.iter().flat_map(|value| value.to_le_bytes());
+    assert!(file.tensor("weight").unwrap().data().iter().copied().eq(bytes));
+    clean(&config);
 }
 
 /// The most that a process had at once, as the kernel counts it, for each home of the states.

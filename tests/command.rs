@@ -1,8 +1,9 @@
 //! The command as a user meets it: what it prints, what it refuses, and how it goes on.
 
 use serde_json::Value;
+use std::io::Write;
 use std::path::Path;
-use std::process::{Command, Output};
+use std::process::{Command, Output, Stdio};
 
 fn folder() -> tempfile::TempDir {
     tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap()
@@ -277,6 +278,24 @@ fn the_disk_is_measured_without_fio_and_nothing_is_left_behind() {
         assert!(row["store_bytes_per_s"]["median"].as_f64().unwrap() > 0.0 && row["fio"].is_null(), "{row}");
     }
     assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 0);
+}
+
+#[test]
+fn a_measured_process_ends_when_nobody_asks_it_for_steps_any_more() {
+    let folder = folder();
+    let mut command = Command::new(env!("CARGO_BIN_EXE_ferrozero"));
+    command.current_dir(folder.path()).args(["bench", "step", "--serve", "--placement", "disk"]);
+    command.args(["--layers", "2", "--hidden", "32", "--heads", "2", "--vocab", "64", "--seq", "8"]);
+    let footprint = objects(&command.stdin(Stdio::null()).output().unwrap());
+    assert_eq!(footprint.len(), 1, "no step was asked for");
+    assert!(footprint[0]["disk_bytes"].as_u64().unwrap() > 0, "{footprint:?}");
+    assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 0, "nothing is left behind");
+    // Nor does it go on when nobody reads what it writes.
+    let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+    drop(child.stdout.take());
+    let mut requests = child.stdin.take().unwrap();
+    while requests.write_all(b"step\n").is_ok() {}
+    assert!(!child.wait().unwrap().success());
 }
 
 /// The program with these arguments.

@@ -5,10 +5,11 @@ use candle_core::quantized::{GgmlDType, QTensor};
 use candle_core::{Device, Tensor};
 use ferrozero::models::linear::Adapting;
 use ferrozero::models::pretrained::Pretrained;
+use ferrozero::tokenizer::Tokenizer;
 use ferrozero::{AdamW, Config, Engine};
 use std::fs::File;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Output};
 
 const MERGES: [&str; 3] = ["t h", "th e", "Ġ the"];
 const WIDTH: usize = 16;
@@ -25,9 +26,15 @@ fn tokens() -> Vec<String> {
 
 /// Writes a model of one layer with weights of no meaning. `changes` replace metadata.
 fn write_model(path: &Path, changes: &[(&str, Value)]) {
+    write_model_with(path, changes, &|_| None);
+}
+
+/// As [`write_model`], with the values of some tensors by their names.
+fn write_model_with(path: &Path, changes: &[(&str, Value)], given: &dyn Fn(&str) -> Option<Vec<f32>>) {
     let strings = |all: &[String]| Value::Array(all.iter().map(|text| Value::String(text.clone())).collect());
     let text = |text: &str| Value::String(text.to_owned());
     let tokens = tokens();
+    let vocabulary = tokens.len();
     let kinds = (0..tokens.len()).map(|token| Value::I32(if token < 2 { 3 } else { 1 })).collect();
     let mut metadata = vec![
         ("general.architecture", text("llama")),
@@ -55,13 +62,14 @@ fn write_model(path: &Path, changes: &[(&str, Value)]) {
     }
     let matrix = |name: &str, shape: &[usize]| {
         let count: usize = shape.iter().product();
-        let values: Vec<f32> = (0..count).map(|i| (i as f32 * 0.7).sin() * 0.1).collect();
+        let values =
+            given(name).unwrap_or_else(|| (0..count).map(|i| (i as f32 * 0.7).sin() * 0.1).collect());
         let tensor = Tensor::from_vec(values, shape, &Device::Cpu).unwrap();
         (name.to_owned(), QTensor::quantize(&tensor, GgmlDType::F32).unwrap())
     };
     let layer = |name: &str, shape: &[usize]| matrix(&format!("blk.0.{name}.weight"), shape);
-    let tensors = [
-        matrix("token_embd.weight", &[tokens.len(), WIDTH]),
+    let mut tensors = vec![
+        matrix("token_embd.weight", &[vocabulary, WIDTH]),
         matrix("output_norm.weight", &[WIDTH]),
         layer("attn_norm", &[WIDTH]),
         layer("ffn_norm", &[WIDTH]),
@@ -73,6 +81,9 @@ fn write_model(path: &Path, changes: &[(&str, Value)]) {
         layer("ffn_up", &[24, WIDTH]),
         layer("ffn_down", &[WIDTH, 24]),
     ];
+    if given("output.weight").is_some() {
+        tensors.push(matrix("output.weight", &[vocabulary, WIDTH]));
+    }
     let metadata: Vec<_> = metadata.iter().map(|(key, value)| (*key, value)).collect();
     let tensors: Vec<_> = tensors.iter().map(|(name, tensor)| (name.as_str(), tensor)).collect();
     gguf_file::write(&mut File::create(path).unwrap(), &metadata, &tensors).unwrap();
@@ -102,13 +113,78 @@ fn the_tokenizer_that_a_file_carries_cuts_text_as_its_name_says() {
     assert!(error.contains("model.gguf"), "a merge whose token is missing: {error}");
 }
 
+/// Metadata of a vocabulary of SentencePiece's, which scripts/sentencepiece_reference.py has written.
+fn sentence_piece(reference: &serde_json::Value) -> Vec<(&'static str, Value)> {
+    let list = |key: &str, read: fn(&serde_json::Value) -> Value| {
+        Value::Array(reference[key].as_array().unwrap().iter().map(read).collect())
+    };
+    vec![
+        ("tokenizer.ggml.model", Value::String("llama".into())),
+        ("tokenizer.ggml.pre", Value::String("default".into())),
+        ("tokenizer.ggml.tokens", list("tokens", |token| Value::String(token.as_str().unwrap().into()))),
+        ("tokenizer.ggml.scores", list("scores", |score| Value::F32(score.as_f64().unwrap() as f32))),
+        ("tokenizer.ggml.token_type", list("kinds", |kind| Value::I32(kind.as_i64().unwrap() as i32))),
+        ("tokenizer.ggml.bos_token_id", Value::U32(1)),
+        ("tokenizer.ggml.eos_token_id", Value::U32(2)),
+    ]
+}
+
+#[test]
+fn pieces_are_those_that_sentencepiece_finds() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("model.gguf");
+    let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/sentencepiece.json");
+    let reference: serde_json::Value = serde_json::from_slice(&std::fs::read(file).unwrap()).unwrap();
+    let metadata = sentence_piece(&reference);
+    let read = |changes: &[(&'static str, Value)]| {
+        write_model(&path, &[&metadata, changes].concat());
+        Pretrained::open(&path, 16).unwrap().tokenizer(None)
+    };
+    let tokenizer = read(&[]).unwrap();
+    let saved = folder.path().join("tokenizer.json");
+    tokenizer.save(&saved).unwrap();
+    let texts = reference["texts"].as_array().unwrap();
+    assert!(texts.len() > 9);
+    for tokenizer in [&tokenizer, &Tokenizer::from_file(&saved).unwrap()] {
+        for text in texts {
+            let (text, expected) = (text["text"].as_str().unwrap(), text["tokens"].as_array().unwrap());
+            let found = tokenizer.encode(text.as_bytes()).unwrap();
+            assert!(found.iter().eq(expected), "{text:?}: {found:?}, and {expected:?}");
+            assert_eq!(tokenizer.decode(&found), text.replace('▁', " "), "{text:?}");
+        }
+        assert_eq!(tokenizer.prefix().unwrap(), [1], "the beginning of a text");
+    }
+    let token = |text: &str| {
+        let tokens = reference["tokens"].as_array().unwrap();
+        tokens.iter().position(|token| token == text).unwrap() as u32
+    };
+    assert_eq!(tokenizer.encode(b"<s>a</s>").unwrap(), [1, token("▁a"), 2]);
+    assert_eq!(tokenizer.decode(&[1, token("▁a"), token("▁the"), 2]), "a the");
+    let flag = |key, flag: bool| (key, Value::Bool(flag));
+    let plain = read(&[
+        flag("tokenizer.ggml.add_space_prefix", false),
+        flag("tokenizer.ggml.add_bos_token", false),
+        flag("tokenizer.ggml.add_eos_token", true),
+    ]);
+    let plain = plain.unwrap();
+    assert_eq!(plain.encode(b"a the").unwrap(), [token("a"), token("▁the")]);
+    assert_eq!(plain.decode(&[token("▁the")]), " the");
+    assert_eq!(plain.prefix().unwrap(), [0u32; 0]);
+    for key in ["tokenizer.ggml.scores", "tokenizer.ggml.token_type"] {
+        for damaged in [Value::Array(vec![]), Value::Array(vec![Value::Bool(true)]), Value::U32(1)] {
+            let error = read(&[(key, damaged)]).err().unwrap().to_string();
+            assert!(error.contains(key), "{key}: {error}");
+        }
+    }
+}
+
 #[test]
 fn a_tokenizer_that_is_not_known_is_named_with_what_to_do() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("model.gguf");
     let text = |text: &str| Value::String(text.into());
     for (key, value) in [
-        ("tokenizer.ggml.model", text("llama")),
+        ("tokenizer.ggml.model", text("t5")),
         ("tokenizer.ggml.pre", text("viking")),
         ("tokenizer.ggml.tokens", text("none")),
         ("tokenizer.ggml.merges", Value::U32(3)),
@@ -117,9 +193,95 @@ fn a_tokenizer_that_is_not_known_is_named_with_what_to_do() {
         let error = Pretrained::open(&path, 16).unwrap().tokenizer(None).err().unwrap().to_string();
         assert!(error.contains(key) && error.contains("--tokenizer"), "{error}");
     }
-    write_model(&path, &[("general.architecture", text("gpt2"))]);
+    write_model(&path, &[("general.architecture", text("mamba"))]);
     let error = Pretrained::open(&path, 16).unwrap_err().to_string();
-    assert!(error.contains("gpt2") && error.contains("llama"), "{error}");
+    assert!(error.contains("mamba") && error.contains("llama"), "{error}");
+}
+
+fn ferrozero(folder: &Path, options: &str) -> Output {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_ferrozero"));
+    command.current_dir(folder).args(options.split(' ')).output().unwrap()
+}
+
+/// What was written on standard output and on standard error.
+fn expect_success(output: &Output) -> (String, String) {
+    let [out, err] = [&output.stdout, &output.stderr].map(|text| String::from_utf8_lossy(text).into_owned());
+    assert!(output.status.success(), "{err}");
+    (out, err)
+}
+
+/// Writes a model that says "ok" after a colon, then the mark that ends a turn, and then exclamation marks without end.
+fn write_talker(path: &Path, changes: &[(&str, Value)]) {
+    let tokens = tokens();
+    let token = |text: &str| tokens.iter().position(|token| token == text).unwrap();
+    // No layer changes anything, so the logits are products of the last token's embedding and the rows of the head: a row that
+    // is an embedding makes its token follow.
+    let embedding = |token: usize| -> Vec<f32> {
+        let row: Vec<f32> =
+            (0..WIDTH).map(|column| ((token * WIDTH + column) as f32).powi(2).sin()).collect();
+        let norm = row.iter().map(|value| value * value).sum::<f32>().sqrt();
+        row.iter().map(|value| value / norm).collect()
+    };
+    let follows = [(":", "o"), ("o", "k"), ("k", "<|im_end|>"), ("<|im_end|>", "!"), ("!", "!")];
+    let head = |next: usize| match follows.iter().find(|(_, follower)| token(follower) == next) {
+        Some((before, _)) if tokens[next] != "!" => embedding(token(before)),
+        Some(_) => {
+            let [a, b] = ["<|im_end|>", "!"].map(|before| embedding(token(before)));
+            a.iter().zip(b).map(|(a, b)| a + b).collect()
+        }
+        None => vec![0.0; WIDTH],
+    };
+    write_model_with(path, changes, &|name| match name {
+        "token_embd.weight" => Some((0..tokens.len()).flat_map(embedding).collect()),
+        "output.weight" => Some((0..tokens.len()).flat_map(head).collect()),
+        "output_norm.weight" => Some(vec![1.0; WIDTH]),
+        "blk.0.attn_output.weight" => Some(vec![0.0; WIDTH * WIDTH]),
+        "blk.0.ffn_down.weight" => Some(vec![0.0; WIDTH * 24]),
+        _ => None,
+    });
+}
+
+#[test]
+fn a_chat_is_written_by_the_models_template_and_ends_with_its_turn() {
+    let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let model = folder.path().join("model.gguf");
+    let template = "{% for m in messages %}{{ m.role }}={{ m.content }}<|im_end|>{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}";
+    let template = ("tokenizer.chat_template", Value::String(template.into()));
+    // The end of a text is another token than that of a turn, which only the template tells.
+    let end = ("tokenizer.ggml.eos_token_id", Value::U32(0));
+    let begin = ("tokenizer.ggml.bos_token_id", Value::U32(0));
+    let always = ("tokenizer.ggml.add_bos_token", Value::Bool(true));
+    write_talker(&model, &[template, end.clone(), begin, always]);
+    let generate =
+        |options: &str| ferrozero(folder.path(), &format!("generate model.gguf --tokens 8 {options}"));
+    let answered = |options: &str, prompt_tokens: usize| {
+        let (text, figures) = expect_success(&generate(options));
+        let figures: serde_json::Value = serde_json::from_str(figures.lines().last().unwrap()).unwrap();
+        assert_eq!(figures["prompt_tokens"], prompt_tokens, "{options}");
+        text
+    };
+    assert_eq!(
+        answered("--prompt a:", 3),
+        "a:ok!!!!!\n",
+        "without --chat a text goes on, after its beginning"
+    );
+    // user=hi<|im_end|>assistant:, and nothing before it that the template has not.
+    assert_eq!(answered("--chat --prompt hi", 18), "ok\n");
+    assert_eq!(answered("--chat --system be --prompt hi", 28), "ok\n");
+    assert_eq!(answered("--chat --prompt hi --prompt you", 37), "prompt 1:\nok\nprompt 2:\nok\n");
+
+    let refused = |options: &str| {
+        let output = generate(options);
+        assert!(!output.status.success(), "{options}");
+        String::from_utf8_lossy(&output.stderr).into_owned()
+    };
+    assert!(refused("--system be --prompt hi").contains("--chat"));
+    write_talker(&model, &[("tokenizer.chat_template", Value::U32(0)), end]);
+    let error = refused("--chat --prompt hi");
+    assert!(
+        error.contains("model.gguf") && error.contains("has none") && error.contains("--chat"),
+        "{error}"
+    );
 }
 
 #[test]
@@ -131,13 +293,7 @@ fn a_file_alone_is_fine_tuned_on_chats_and_its_folder_goes_on() {
         { "role": "assistant", "content": "four five six seven" },
     ]});
     std::fs::write(folder.path().join("chats.jsonl"), format!("{chat}\n").repeat(60)).unwrap();
-    let run = |options: &str| {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_ferrozero"));
-        let output = command.current_dir(folder.path()).args(options.split(' ')).output().unwrap();
-        let err = String::from_utf8_lossy(&output.stderr).into_owned();
-        assert!(output.status.success(), "{err}");
-        (String::from_utf8_lossy(&output.stdout).into_owned(), err)
-    };
+    let run = |options: &str| expect_success(&ferrozero(folder.path(), options));
     let train = "--data chats.jsonl --memory 64MiB --seq 16 --accumulate 1 --lr 0.01";
     let (output, _) = run(&format!("finetune model.gguf {train} --dir run --out out"));
     let loss = |when: &str| -> f32 {

@@ -1,6 +1,8 @@
 //! Models of others: loss, gradients and continuation are those of transformers, weights come home piece by piece, and what is
 //! wrong with a file is named. The reference is made by scripts/transformers_reference.py.
 
+use candle_core::quantized::gguf_file::{self, Value as Metadata};
+use candle_core::quantized::{GgmlDType, QTensor};
 use candle_core::{DType, Device, Tensor, Var};
 use candle_nn::{Init, VarBuilder, var_builder::SimpleBackend};
 use ferrozero::generate::choose;
@@ -166,6 +168,73 @@ fn greedy_continuations_are_those_of_transformers_with_weights_that_stream() {
     for family in FAMILIES {
         check_continuation(&folder(family), &folder(family));
     }
+}
+
+/// Writes the tiny GPT-2 as a GGUF file, whose matrices are the transposes of those in the folder.
+fn write_gpt2_gguf(path: &Path) {
+    let names = [
+        ("transformer.wte", "token_embd"),
+        ("transformer.wpe", "position_embd"),
+        ("transformer.ln_f", "output_norm"),
+        ("transformer.h.", "blk."),
+        (".ln_1", ".attn_norm"),
+        (".attn.c_attn", ".attn_qkv"),
+        (".attn.c_proj", ".attn_output"),
+        (".ln_2", ".ffn_norm"),
+        (".mlp.c_fc", ".ffn_up"),
+        (".mlp.c_proj", ".ffn_down"),
+    ];
+    let file = folder("gpt2").join("model.safetensors");
+    let mut tensors = vec![];
+    for (name, tensor) in candle_core::safetensors::load(file, &Device::Cpu).unwrap() {
+        let transposed = name.contains(".c_") && tensor.rank() == 2;
+        let tensor = if transposed { tensor.t().unwrap().contiguous().unwrap() } else { tensor };
+        let tensor = QTensor::quantize(&tensor.to_dtype(DType::F32).unwrap(), GgmlDType::F32).unwrap();
+        let name = names.iter().fold(name, |name, (from, to)| name.replace(from, to));
+        if name == "token_embd.weight" {
+            // As older converters do.
+            let again = QTensor::quantize(&tensor.dequantize(&Device::Cpu).unwrap(), GgmlDType::F16);
+            tensors.push(("output.weight".to_owned(), again.unwrap()));
+        }
+        tensors.push((name, tensor));
+    }
+    let metadata = [
+        ("general.architecture", Metadata::String("gpt2".into())),
+        ("gpt2.block_count", Metadata::U32(2)),
+        ("gpt2.context_length", Metadata::U32(64)),
+        ("gpt2.embedding_length", Metadata::U32(32)),
+        ("gpt2.feed_forward_length", Metadata::U32(128)),
+        ("gpt2.attention.head_count", Metadata::U32(4)),
+        ("gpt2.attention.layer_norm_epsilon", Metadata::F32(1e-5)),
+    ];
+    let metadata: Vec<_> = metadata.iter().map(|(key, value)| (*key, value)).collect();
+    let tensors: Vec<_> = tensors.iter().map(|(name, tensor)| (name.as_str(), tensor)).collect();
+    gguf_file::write(&mut std::fs::File::create(path).unwrap(), &metadata, &tensors).unwrap();
+}
+
+#[test]
+fn gpt2_from_a_gguf_file_is_that_of_its_folder() {
+    let target = tempfile::tempdir().unwrap();
+    let path = target.path().join("gpt2.gguf");
+    write_gpt2_gguf(&path);
+    check(&path, &folder("gpt2"));
+    check_continuation(&path, &folder("gpt2"));
+    let [of_file, of_folder] = [path, folder("gpt2")].map(|path| Pretrained::open(&path, 64).unwrap());
+    let configured = of_file.configuration.as_object().unwrap();
+    for key in
+        ["architectures", "vocab_size", "n_embd", "n_layer", "n_head", "n_positions", "layer_norm_epsilon"]
+    {
+        assert_eq!(configured[key], of_folder.configuration[key], "{key}");
+    }
+    let tokens = Tensor::new(&[[3u32, 1, 4, 1, 5, 9, 2, 6]], &Device::Cpu).unwrap();
+    let [of_file, of_folder] = [of_file, of_folder].map(|pretrained| {
+        let variables = Variables(pretrained.weights.clone(), Arc::default());
+        let vb = VarBuilder::from_backend(Box::new(variables), DType::F32, Device::Cpu);
+        let logits = pretrained.build_plain(vb).unwrap().next_logits(&tokens).unwrap();
+        logits.to_vec2::<f32>().unwrap().remove(0).into_iter().map(f32::to_bits).collect::<Vec<_>>()
+    });
+    assert_eq!(of_file, of_folder);
+    assert!(Pretrained::open(&target.path().join("gpt2.gguf"), 65).is_err(), "it has 64 positions");
 }
 
 #[test]

@@ -2,21 +2,20 @@
 
 use super::journal::{About, Journal};
 use super::output::{Output, quoted};
-use super::pretrained::ends;
-use super::settings::ComputeType;
+use super::pretrained::{chat_template, ends};
+use super::settings::{ComputeType, Reporting};
 use super::train::stop_flag;
 use super::{CommandResult, configuration};
 use crate::byte_size::ByteSize;
-use crate::chat::ChatTemplate;
-use crate::data::{DataError, Tokenizer};
 use crate::error::Error;
 use crate::examples::Examples;
-use crate::export::export_safetensors;
+use crate::export::{Take, export_safetensors};
 use crate::learning_rate::LearningRate;
 use crate::models::linear::Adapting;
 use crate::models::pretrained::Pretrained;
 use crate::run_log::Summary;
 use crate::simulator::Machine;
+use crate::tokenizer::Tokenizer;
 use crate::{AdamW, Config, Engine, Trainer};
 use candle_core::{DType, Device, Tensor};
 use serde_json::{Value, json};
@@ -83,12 +82,9 @@ pub struct FinetuneArguments {
     /// Seed of the data's order
     #[arg(long, default_value_t = 1)]
     seed: u64,
-    /// Write loss, learning rate, gradient norm, tokens a second and exposed stall as events for TensorBoard
-    #[arg(long, value_name = "DIR")]
-    tensorboard: Option<PathBuf>,
-    /// Say nothing but errors
-    #[arg(long, short)]
-    quiet: bool,
+    #[command(flatten)]
+    #[serde(skip)]
+    reporting: Reporting,
     /// Train adapters of this rank beside frozen weights (LoRA); 0 trains all weights
     #[arg(long, default_value_t = 0)]
     lora_rank: usize,
@@ -117,12 +113,11 @@ pub fn run(arguments: FinetuneArguments) -> CommandResult {
         let text = "--seq, --batch, --accumulate, --epochs and --eval-every must be above 0";
         return Err(configuration(text.into()).into());
     }
-    let output = Output::new(false, arguments.quiet);
+    let output = Output::new(&arguments.reporting);
     let pretrained = Pretrained::open(path, *seq)?;
     let tokenizer = pretrained.tokenizer(arguments.tokenizer.as_deref())?;
     let end = ends(&pretrained.configuration).first().copied();
-    let chat = ChatTemplate::of(&pretrained.tokenizer_configuration()?)
-        .map_err(|reason| DataError::ChatTemplate { path: path.clone(), reason })?;
+    let chat = chat_template(&pretrained)?;
     let data = Examples::read(
         &arguments.data,
         &tokenizer,
@@ -199,7 +194,7 @@ pub fn run(arguments: FinetuneArguments) -> CommandResult {
         steps,
         tokens: (seq * batch * accumulate) as u64,
         settings: serde_json::to_value(&arguments)?,
-        tensorboard: arguments.tensorboard.as_deref(),
+        reporting: &arguments.reporting,
     };
     let mut journal = Journal::begin(&trainer, about, &output)?;
     let mut train_loss = None;
@@ -239,7 +234,7 @@ pub fn run(arguments: FinetuneArguments) -> CommandResult {
     let validation_loss = evaluate(&mut trainer)?;
     output.say(format_args!("validation loss at last {validation_loss:.4}"));
     trainer.commit(document())?;
-    let measured = journal.summary(&trainer);
+    let measured = journal.summary(&trainer)?;
     if adapting.rank > 0 && !arguments.lora_merge {
         write_adapters(path, &adapting, &trainer, &arguments.out)?;
     } else {
@@ -285,8 +280,8 @@ fn write_adapters(model: &Path, adapting: &Adapting, trainer: &Trainer, out: &Pa
     std::fs::create_dir_all(out).map_err(failed(out))?;
     let adapters = trainer.parameters().into_iter().filter(|(name, _)| Adapting::is_adapter(name));
     let adapters: Vec<_> = adapters.map(|(name, shape)| (format!("{PREFIX}{name}"), shape)).collect();
-    export_safetensors(&out.join("adapter_model.safetensors"), &adapters, &|name| {
-        trainer.parameter(name.strip_prefix(PREFIX).unwrap_or(name))
+    export_safetensors(&out.join("adapter_model.safetensors"), &adapters, &|name, take| {
+        trainer.show(name.strip_prefix(PREFIX).unwrap_or(name), take)
     })?;
     let configuration = json!({
         "peft_type": "LORA",
@@ -304,18 +299,23 @@ fn write_adapters(model: &Path, adapting: &Adapting, trainer: &Trainer, out: &Pa
     Ok(())
 }
 
-/// Values of a parameter, with those of its adapter if it has one.
-fn merged(trainer: &Trainer, adapting: &Adapting, name: &str, shape: &[usize]) -> crate::Result<Vec<f32>> {
-    let mut values = trainer.parameter(name)?;
-    let Some([a, b]) = Adapting::adapter_of(name) else { return Ok(values) };
+/// Values of a parameter with those of its adapter; none if it has no adapter.
+fn merged(
+    trainer: &Trainer,
+    adapting: &Adapting,
+    name: &str,
+    shape: &[usize],
+) -> crate::Result<Option<Vec<f32>>> {
+    let Some([a, b]) = Adapting::adapter_of(name) else { return Ok(None) };
     if adapting.rank == 0 || !trainer.parameters().iter().any(|(name, _)| *name == a) {
-        return Ok(values);
+        return Ok(None);
     }
+    let mut values = trainer.parameter(name)?;
     let a = Tensor::from_vec(trainer.parameter(&a)?, (adapting.rank, shape[1]), &Device::Cpu)?;
     let b = Tensor::from_vec(trainer.parameter(&b)?, (shape[0], adapting.rank), &Device::Cpu)?;
     let product = (b.matmul(&a)? * adapting.scale())?.flatten_all()?.to_vec1::<f32>()?;
     values.iter_mut().zip(product).for_each(|(value, change)| *value += change);
-    Ok(values)
+    Ok(Some(values))
 }
 
 /// Writes a folder that transformers loads.
@@ -353,20 +353,20 @@ fn write_model(
     });
     let stored: Vec<_> = stored.collect();
     let names: Vec<_> = stored.iter().map(|(name, shape, ..)| (name.clone(), shape.clone())).collect();
-    let values = |wanted: &str| {
+    let show = |wanted: &str, take: &mut Take| {
         let found = stored.iter().find(|(name, ..)| name == wanted);
         let (_, _, name, shape, transposed) =
             found.ok_or_else(|| crate::work::internal("a parameter without its name in the file"))?;
-        let values = merged(trainer, adapting, name, shape)?;
-        if !transposed {
-            return Ok(values);
+        if *transposed {
+            let (values, columns) = (trainer.parameter(name)?, shape[1]);
+            let mut turned = (0..columns).map(|column| values.iter().skip(column).step_by(columns));
+            return turned.try_for_each(|column| take(&column.copied().collect::<Vec<f32>>()));
         }
-        let (rows, columns) = (shape[0], shape[1]);
-        Ok((0..columns)
-            .flat_map(|column| (0..rows).map(move |row| (row, column)))
-            .map(|(row, column)| values[row * columns + column])
-            .collect())
+        match merged(trainer, adapting, name, shape)? {
+            Some(values) => take(&values),
+            None => trainer.show(name, take),
+        }
     };
-    export_safetensors(&out.join("model.safetensors"), &names, &values)?;
+    export_safetensors(&out.join("model.safetensors"), &names, &show)?;
     Ok(())
 }

@@ -20,12 +20,16 @@ pub const FINETUNE: &str = "\
 Examples:
   ferrozero finetune SmolLM2-135M --data answers.jsonl --out tuned
   ferrozero finetune Llama-3.2-1B --data answers.jsonl --out adapters --lora-rank 16 --memory 4GiB
-  ferrozero finetune model.gguf --tokenizer tokenizer.json --data book.txt --out tuned --epochs 2";
+  ferrozero finetune model.gguf --tokenizer tokenizer.json --data book.txt --out tuned --epochs 2
+  ferrozero finetune SmolLM2-135M --data answers.jsonl --out tuned --json --trace trace.json > steps.jsonl
+
+Ctrl-C finishes the step, commits and writes the result so far; --resume goes on.";
 
 pub const GENERATE: &str = "\
 Examples:
   ferrozero generate SmolLM2-135M --prompt \"Once upon a time\"
-  ferrozero generate tuned --prompt \"Question: why?\" --tokens 200 --temperature 0 --memory 1GiB";
+  ferrozero generate tuned --prompt \"Question: why?\" --tokens 200 --temperature 0 --memory 1GiB
+  ferrozero generate SmolLM2-135M-Instruct --chat --system Briefly. --prompt \"Question: why?\"";
 
 pub const REPORT: &str = "\
 Examples:

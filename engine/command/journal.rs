@@ -1,16 +1,17 @@
 //! What is written down of a run while it trains: its log, the objects of `--json` and the events of `--tensorboard`, all made
-//! of the same records.
+//! of the same records, and the timeline of `--trace`.
 
 use super::CommandResult;
 use super::output::Output;
+use super::settings::Reporting;
 use crate::run_log::{Prediction, Record, RunLog, Start, Step, Summary, VERSION};
 use crate::simulator::{Forecast, measure};
 use crate::tensorboard::EventFile;
+use crate::trace::ChromeTrace;
 use crate::trainer::Usage;
 use crate::{StepReport, Trainer};
 use serde_json::Value;
 use std::cmp::Ordering;
-use std::path::Path;
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 const SECONDS_PER_DAY: f64 = 86_400.0;
@@ -28,8 +29,8 @@ pub struct About<'a> {
     pub tokens: u64,
     /// Settings of the command.
     pub settings: Value,
-    /// Folder of `--tensorboard`.
-    pub tensorboard: Option<&'a Path>,
+    /// What is written beside the log.
+    pub reporting: &'a Reporting,
 }
 
 /// Writes down what a run does.
@@ -37,6 +38,7 @@ pub struct Journal {
     /// None after it could not be written.
     log: Option<RunLog>,
     tensorboard: Option<EventFile>,
+    timeline: Option<ChromeTrace>,
     tokens: u64,
     /// Steps of the run when the process began, what it had used, and that moment.
     began: (u64, Usage, Instant),
@@ -53,17 +55,20 @@ impl Journal {
     /// Begins where the trainer is.
     ///
     /// # Errors
-    /// [`Error::File`](crate::Error::File) for a folder of `--tensorboard` that cannot be written.
+    /// [`Error::File`](crate::Error::File) for a folder of `--tensorboard` or a file of `--trace` that cannot be written.
     pub fn begin(trainer: &Trainer, about: About, output: &Output) -> CommandResult<Self> {
         let log = trainer.config().directory.as_deref().map(|directory| match trainer.steps() {
             0 => RunLog::create(directory),
             _ => RunLog::append(directory),
         });
-        let tensorboard = about.tensorboard.map(|directory| EventFile::create(directory, trainer.steps()));
+        let Reporting { tensorboard, trace, .. } = about.reporting;
+        let tensorboard = tensorboard.as_ref().map(|folder| EventFile::create(folder, trainer.steps()));
+        let timeline = trace.as_ref().map(|path| ChromeTrace::create(path, trainer.plan()));
         let usage = trainer.usage();
         let mut this = Self {
             log: None,
             tensorboard: tensorboard.transpose()?,
+            timeline: timeline.transpose()?,
             tokens: about.tokens,
             began: (trainer.steps(), usage, Instant::now()),
             before: usage,
@@ -120,6 +125,9 @@ impl Journal {
         trainer: &Trainer,
         output: &Output,
     ) -> CommandResult {
+        if let Some(timeline) = &mut self.timeline {
+            timeline.append(&report.trace)?;
+        }
         let usage = trainer.usage();
         let (_, _, began) = self.began;
         let step = Step {
@@ -164,14 +172,21 @@ impl Journal {
         }
     }
 
-    /// What the process did until now, without what only its command knows: losses, digest and sample.
-    pub fn summary(&mut self, trainer: &Trainer) -> Summary {
+    /// What the process did until now, without what only its command knows: losses, digest and sample. The timeline ends with what
+    /// was done since the last step, such as the commit.
+    ///
+    /// # Errors
+    /// Those of the file of `--trace`.
+    pub fn summary(&mut self, trainer: &Trainer) -> CommandResult<Summary> {
+        if let Some(timeline) = &mut self.timeline {
+            timeline.append(&trainer.take_trace()?)?;
+        }
         let (first_step, before, began) = &self.began;
         let usage = trainer.usage();
         let moved = trainer.device_counter().read();
         let written_bytes = (usage.written_bytes - before.written_bytes) as f64;
         self.step_s.sort_by(f64::total_cmp);
-        Summary {
+        Ok(Summary {
             summary: true,
             step: trainer.steps(),
             skipped_steps: trainer.skipped_steps(),
@@ -190,7 +205,7 @@ impl Journal {
             written_bytes_per_day: written_bytes / began.elapsed().as_secs_f64() * SECONDS_PER_DAY,
             checkpoint: trainer.config().directory.clone().unwrap_or_default(),
             ..Summary::default()
-        }
+        })
     }
 
     /// Writes down what the process did in all.

@@ -20,7 +20,7 @@ use clap::{CommandFactory, Parser, Subcommand};
 use std::process::ExitCode;
 use tracing_subscriber::EnvFilter;
 
-pub use settings::{TrainArguments, TrainSettings};
+pub use settings::{Reporting, TrainArguments, TrainSettings};
 
 /// Trains models that are larger than the memory of the machine that trains them.
 #[derive(Debug, Parser)]

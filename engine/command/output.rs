@@ -1,5 +1,6 @@
 //! What people and programs read of a command while it runs.
 
+use super::settings::Reporting;
 use super::{CommandResult, configuration};
 use crate::StepReport;
 use anstyle::{AnsiColor, Style};
@@ -44,9 +45,9 @@ pub struct Output {
 }
 
 impl Output {
-    /// Output of a command that has these options.
-    pub fn new(json: bool, quiet: bool) -> Self {
-        Self { json, quiet, bar: ProgressBar::hidden(), last_line: None }
+    /// Output as the options say.
+    pub fn new(reporting: &Reporting) -> Self {
+        Self { json: reporting.json, quiet: reporting.quiet, bar: ProgressBar::hidden(), last_line: None }
     }
 
     /// Says something to people. Training goes on when nobody listens any more.

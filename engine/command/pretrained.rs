@@ -3,10 +3,12 @@
 use super::settings::ComputeType;
 use super::{CommandResult, configuration};
 use crate::byte_size::ByteSize;
-use crate::data::Tokenizer;
+use crate::chat::ChatTemplate;
+use crate::data::DataError;
 use crate::generate::choose;
 use crate::models::linear::Adapting;
 use crate::models::pretrained::{Cache, Continued, Pretrained};
+use crate::tokenizer::Tokenizer;
 use crate::{AdamW, Config, Engine};
 use candle_core::{DType, Device, Tensor};
 use ferrozero_kernels::philox::Stream;
@@ -20,9 +22,15 @@ use std::time::Instant;
 pub struct GenerateArguments {
     /// Hugging Face folder, or GGUF file
     model: PathBuf,
-    /// Text that is continued; several are continued together, each as it would be alone
+    /// Text that is continued, or with --chat answered; several are continued together, each as it would be alone
     #[arg(long, required = true)]
     prompt: Vec<String>,
+    /// Take the prompt as a user's message and write the answer: by the model's own chat template, until its turn ends
+    #[arg(long)]
+    chat: bool,
+    /// What is said to the model before the message
+    #[arg(long, value_name = "TEXT", requires = "chat")]
+    system: Option<String>,
     /// Most tokens that are generated
     #[arg(long, default_value_t = 128)]
     tokens: usize,
@@ -62,6 +70,12 @@ pub(super) fn ends(configuration: &Value) -> Vec<u32> {
     all.iter().filter_map(|token| u32::try_from(token.as_u64()?).ok()).collect()
 }
 
+/// The model's template for chats, if it has one.
+pub(super) fn chat_template(pretrained: &Pretrained) -> CommandResult<Option<ChatTemplate>> {
+    let template = ChatTemplate::of(&pretrained.tokenizer_configuration()?);
+    Ok(template.map_err(|reason| DataError::ChatTemplate { path: pretrained.path.clone(), reason })?)
+}
+
 /// Generates as the arguments say.
 pub fn generate(arguments: GenerateArguments) -> CommandResult {
     let GenerateArguments { model: path, prompt: prompts, tokens: count, temperature, top_p, seed, .. } =
@@ -73,9 +87,30 @@ pub fn generate(arguments: GenerateArguments) -> CommandResult {
         );
     }
     // The length of the prompt is known only with the tokenizer.
-    let tokenizer = Pretrained::open(&path, 1)?.tokenizer(arguments.tokenizer.as_deref())?;
-    let mut texts: Vec<Text> =
-        prompts.iter().map(|prompt| Text::new(prompt, &tokenizer)).collect::<CommandResult<_>>()?;
+    let pretrained = Pretrained::open(&path, 1)?;
+    let tokenizer = pretrained.tokenizer(arguments.tokenizer.as_deref())?;
+    let mut ends = ends(&pretrained.configuration);
+    let mut texts: Vec<Text> = if arguments.chat {
+        let wrong = |reason: String| DataError::ChatTemplate { path: path.clone(), reason };
+        let template = chat_template(&pretrained)?.ok_or_else(|| {
+            wrong("the model has none: leave --chat out, or choose a model that was trained on chats".into())
+        })?;
+        ends.extend(template.end_of_turn(&tokenizer).map_err(wrong)?);
+        let message = |role: &str, content: &str| json!({ "role": role, "content": content });
+        let system = arguments.system.as_ref().map(|text| message("system", text));
+        let chat = |prompt: &String| -> CommandResult<Text> {
+            let messages: Vec<Value> = system.iter().cloned().chain([message("user", prompt)]).collect();
+            let text = template.render(&messages, true).map_err(wrong)?;
+            Ok(Text::answer(tokenizer.encode(text.as_bytes())?))
+        };
+        prompts.iter().map(chat).collect::<CommandResult<_>>()?
+    } else {
+        let prefix = tokenizer.prefix()?;
+        let text = |prompt: &String| -> CommandResult<Text> {
+            Ok(Text::whole([prefix.clone(), tokenizer.encode(prompt.as_bytes())?].concat()))
+        };
+        prompts.iter().map(text).collect::<CommandResult<_>>()?
+    };
     let longest = texts.iter().map(|text| text.tokens.len()).max().unwrap_or(0);
     if texts.iter().any(|text| text.tokens.is_empty()) || count == 0 {
         return Err(
@@ -107,7 +142,7 @@ pub fn generate(arguments: GenerateArguments) -> CommandResult {
     let plan = engine.plan(AdamW::default(), || model.loss(&rehearsed, &rehearsed, None))?;
     eprintln!("{plan}");
     let mut trainer = engine.trainer(plan)?;
-    let (stream, ends) = (Stream::new(seed, "sampling"), ends(&pretrained.configuration));
+    let stream = Stream::new(seed, "sampling");
     let prompt_tokens: usize = texts.iter().map(|text| text.tokens.len()).sum();
     let (began, mut first_s) = (Instant::now(), 0.0);
     let alone = texts.len() == 1;
@@ -161,6 +196,8 @@ pub fn generate(arguments: GenerateArguments) -> CommandResult {
 /// A prompt and what follows it.
 struct Text {
     tokens: Vec<u32>,
+    /// First token that is printed.
+    first: usize,
     cache: Cache,
     /// What was printed.
     written: String,
@@ -168,9 +205,14 @@ struct Text {
 }
 
 impl Text {
-    fn new(prompt: &str, tokenizer: &Tokenizer) -> CommandResult<Self> {
-        let tokens = tokenizer.encode(prompt.as_bytes())?;
-        Ok(Self { tokens, cache: Cache::default(), written: String::new(), ended: false })
+    /// A prompt that is printed too.
+    fn whole(tokens: Vec<u32>) -> Self {
+        Self { tokens, first: 0, cache: Cache::default(), written: String::new(), ended: false }
+    }
+
+    /// A prompt of which only what follows it is printed.
+    fn answer(tokens: Vec<u32>) -> Self {
+        Self { first: tokens.len(), ..Self::whole(tokens) }
     }
 
     fn continued(&self) -> Continued<'_> {
@@ -179,7 +221,7 @@ impl Text {
 
     /// Prints what is new.
     fn write(&mut self, tokenizer: &Tokenizer) -> CommandResult {
-        let text = tokenizer.decode(&self.tokens);
+        let text = tokenizer.decode(&self.tokens[self.first..]);
         // A character can be made of several tokens: only what stays is written.
         if let Some(new) = text.strip_prefix(self.written.as_str()).filter(|new| !new.ends_with('\u{fffd}')) {
             print!("{new}");

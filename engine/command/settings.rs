@@ -132,26 +132,31 @@ pub struct TrainArguments {
     #[arg(long)]
     #[serde(skip)]
     pub resume: bool,
-    /// Write one JSON object a step and a last one with the summary on standard output
-    #[arg(long)]
+    /// What is written down of the run.
+    #[command(flatten)]
     #[serde(skip)]
-    pub json: bool,
-    /// Write a timeline of all operations, for chrome://tracing or Perfetto
-    #[arg(long, value_name = "FILE.json")]
-    #[serde(skip)]
-    pub trace: Option<PathBuf>,
-    /// Write loss, learning rate, gradient norm, tokens a second and exposed stall as events for TensorBoard
-    #[arg(long, value_name = "DIR")]
-    #[serde(skip)]
-    pub tensorboard: Option<PathBuf>,
-    /// Say nothing but errors, and with --json the objects: no plan, progress, sample or summary
-    #[arg(long, short)]
-    #[serde(skip)]
-    pub quiet: bool,
+    pub reporting: Reporting,
     /// Tokens of the text that is generated at the end, 0 for none [default: 80]
     #[arg(long)]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub sample: Option<usize>,
+}
+
+/// Options of commands that train: what they write down, and where.
+#[derive(Debug, Clone, Default, clap::Args)]
+pub struct Reporting {
+    /// Write one JSON object a step and a last one with the summary on standard output
+    #[arg(long)]
+    pub json: bool,
+    /// Write a timeline of all operations, for chrome://tracing or Perfetto
+    #[arg(long, value_name = "FILE.json")]
+    pub trace: Option<PathBuf>,
+    /// Write loss, learning rate, gradient norm, tokens a second and exposed stall as events for TensorBoard
+    #[arg(long, value_name = "DIR")]
+    pub tensorboard: Option<PathBuf>,
+    /// Say nothing but errors, and with --json the objects: no plan, progress, sample or summary
+    #[arg(long, short)]
+    pub quiet: bool,
 }
 
 /// The type that a device computes with.

@@ -4,14 +4,14 @@ use super::CommandResult;
 use super::journal::{About, Journal};
 use super::output::{Output, quoted};
 use super::settings::{TrainArguments, TrainSettings};
-use crate::data::{Corpus, Dataset, TokenFile, Tokenizer};
+use crate::data::{Corpus, Dataset, TokenFile};
 use crate::generate::{Sampling, generate};
 use crate::learning_rate::LearningRate;
 use crate::models::gpt::{Block, Gpt};
 use crate::plan::Bytes;
 use crate::run_log::Summary;
 use crate::simulator::Machine;
-use crate::trace::ChromeTrace;
+use crate::tokenizer::Tokenizer;
 use crate::{AdamW, Config, Engine, Segment, Trainer};
 use candle_core::DType;
 use serde_json::{Value, json};
@@ -28,14 +28,13 @@ struct Run {
     model: Gpt<Segment<Block>>,
     trainer: Trainer,
     output: Output,
-    timeline: Option<ChromeTrace>,
     journal: Journal,
     fingerprint: String,
 }
 
 /// Trains as the arguments say.
 pub fn run(arguments: TrainArguments) -> CommandResult {
-    let mut output = Output::new(arguments.json, arguments.quiet);
+    let mut output = Output::new(&arguments.reporting);
     let resumed = match arguments.resume {
         true => Some(Engine::committed(&TrainSettings::folder(&arguments)?)?),
         false => None,
@@ -59,18 +58,16 @@ pub fn run(arguments: TrainArguments) -> CommandResult {
     }
     let stop = stop_flag()?;
     let (model, trainer) = prepare(&settings, &arguments, &tokenizer, &data, &output)?;
-    let timeline =
-        arguments.trace.as_deref().map(|path| ChromeTrace::create(path, trainer.plan())).transpose()?;
     let about = About {
         model: format!("GPT, {} blocks of width {}", settings.layers, settings.hidden),
         steps: settings.steps,
         tokens: (settings.accumulate * settings.batch * settings.seq) as u64,
         settings: serde_json::to_value(&settings)?,
-        tensorboard: arguments.tensorboard.as_deref(),
+        reporting: &arguments.reporting,
     };
     let journal = Journal::begin(&trainer, about, &output)?;
     output.start(trainer.steps(), settings.steps)?;
-    let mut run = Run { settings, tokenizer, data, model, trainer, output, timeline, journal, fingerprint };
+    let mut run = Run { settings, tokenizer, data, model, trainer, output, journal, fingerprint };
     run.train(&stop)
 }
 
@@ -153,9 +150,6 @@ impl Run {
                 model.loss(&batch.inputs, &batch.targets)
             })?;
             self.output.step(&report, tokens, steps);
-            if let Some(timeline) = &mut self.timeline {
-                timeline.append(&report.trace)?;
-            }
             let is_due = |every: u64| every > 0 && report.step.is_multiple_of(every) && report.step < steps;
             let mut validation_loss = None;
             if is_due(self.settings.eval_every) {
@@ -172,9 +166,6 @@ impl Run {
         }
         let document = self.document()?;
         self.trainer.commit(document)?;
-        if let Some(timeline) = &mut self.timeline {
-            timeline.append(&self.trainer.take_trace()?)?;
-        }
         self.output.finish();
         self.summarize(last)
     }
@@ -208,7 +199,7 @@ impl Run {
     }
 
     fn summarize(&mut self, train_loss: Option<f32>) -> CommandResult {
-        let measured = self.journal.summary(&self.trainer);
+        let measured = self.journal.summary(&self.trainer)?;
         let validation_loss = self.validate()?;
         let is_sampled = self.settings.sample > 0 && self.output.is_read();
         let text = if is_sampled { self.sample()? } else { String::new() };

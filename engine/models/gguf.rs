@@ -29,19 +29,44 @@ pub(super) fn configuration(path: &Path, content: &Content) -> Result<Value> {
     let damaged = |reason: String| Error::Weights { path: path.to_owned(), reason };
     let architecture = content.metadata.get("general.architecture").and_then(|value| value.to_string().ok());
     let architecture = architecture.ok_or_else(|| damaged("it has no general.architecture".into()))?;
-    if !["llama", "qwen2", "qwen3"].contains(&architecture.as_str()) {
+    if !["llama", "qwen2", "qwen3", "gpt2"].contains(&architecture.as_str()) {
         return Err(Error::Unsupported(format!(
-            "{}: its architecture is {architecture:?}; llama, qwen2 and qwen3 are read from GGUF files",
+            "{}: its architecture is {architecture:?}; llama, qwen2, qwen3 and gpt2 are read from GGUF files",
             path.display()
         )));
     }
     let metadata = |key: &str| content.metadata.get(&format!("{architecture}.{key}"));
     let size = |key: &str| metadata(key).and_then(|value| value.to_u64().ok());
-    let number = |key: &str| metadata(key).and_then(|value| value.to_f32().ok());
+    // The decimal that was meant: 0.00001 and not what is nearest to it in f32.
+    let number = |key: &str| metadata(key)?.to_f32().ok()?.to_string().parse::<f64>().ok();
     let token = |key: &str| {
         content.metadata.get(&format!("tokenizer.ggml.{key}_token_id")).and_then(|value| value.to_u64().ok())
     };
     let longest = size("context_length");
+    let rows = |name: &str| {
+        let found = content.tensor_infos.get(name).and_then(|info| info.shape.dims().first().copied());
+        found.ok_or_else(|| damaged(format!("it has no {name}")))
+    };
+    let vocabulary = rows("token_embd.weight")?;
+    if architecture == "gpt2" {
+        let positions = rows("position_embd.weight")?;
+        return Ok(json!({
+            "architectures": ["GPT2LMHeadModel"],
+            "model_type": architecture,
+            "vocab_size": vocabulary,
+            "n_embd": size("embedding_length"),
+            "n_layer": size("block_count"),
+            "n_head": size("attention.head_count"),
+            "n_inner": size("feed_forward_length"),
+            "n_positions": positions,
+            "n_ctx": positions,
+            "layer_norm_epsilon": number("attention.layer_norm_epsilon"),
+            "activation_function": "gelu_new",
+            "bos_token_id": token("bos"),
+            "eos_token_id": token("eos"),
+            "tie_word_embeddings": true,
+        }));
+    }
     // The names of the kinds are Hugging Face's.
     let scaling =
         metadata("rope.scaling.type").and_then(|kind| kind.to_string().ok()).filter(|kind| *kind != "none");
@@ -68,8 +93,6 @@ pub(super) fn configuration(path: &Path, content: &Content) -> Result<Value> {
         })),
         (None, scaling) => scaling,
     };
-    let embedding = content.tensor_infos.get("token_embd.weight");
-    let embedding = embedding.ok_or_else(|| damaged("it has no token_embd.weight".into()))?;
     Ok(json!({
         "architectures": [match architecture.as_str() {
             "qwen2" => "Qwen2ForCausalLM",
@@ -77,7 +100,7 @@ pub(super) fn configuration(path: &Path, content: &Content) -> Result<Value> {
             _ => "LlamaForCausalLM",
         }],
         "model_type": architecture,
-        "vocab_size": embedding.shape.dims().first(),
+        "vocab_size": vocabulary,
         "hidden_size": size("embedding_length"),
         "num_hidden_layers": size("block_count"),
         "intermediate_size": size("feed_forward_length"),
@@ -142,8 +165,37 @@ pub(super) fn tokenizer_configuration(content: &Content) -> Value {
     configuration
 }
 
-/// The name of a GGUF file's tensor in Hugging Face's checkpoints, or none for what is no parameter.
-pub(super) fn parameter_name(
+/// The name of a tensor of a GGUF file of GPT-2's in its Hugging Face checkpoints, or none for what is no parameter. Matrices lie
+/// as [out, in], which is the transpose of those checkpoints' and as the model has them.
+pub(super) fn gpt2_parameter_name(stored: &str) -> Option<(String, Arrangement)> {
+    let named = |name: &str| Some((name.to_owned(), Arrangement::Same));
+    match stored {
+        "token_embd.weight" => return named("wte.weight"),
+        "position_embd.weight" => return named("wpe.weight"),
+        // The head is the token embedding, which some files have twice.
+        "output.weight" => return None,
+        _ => {}
+    }
+    let known = [
+        ("attn_norm", "ln_1"),
+        ("attn_qkv", "attn.c_attn"),
+        ("attn_output", "attn.c_proj"),
+        ("ffn_norm", "ln_2"),
+        ("ffn_up", "mlp.c_fc"),
+        ("ffn_down", "mlp.c_proj"),
+    ];
+    let (part, kind) = stored.rsplit_once('.').unwrap_or((stored, "weight"));
+    let layer = part.strip_prefix("blk.").and_then(|rest| rest.split_once('.'));
+    match layer.map(|(number, part)| (number, known.iter().find(|(stored, _)| *stored == part))) {
+        Some((number, Some((_, name)))) => named(&format!("h.{number}.{name}.{kind}")),
+        None if part == "output_norm" => named(&format!("ln_f.{kind}")),
+        // Kept under its own name, so that it is found to be left over.
+        _ => named(stored),
+    }
+}
+
+/// The name of a GGUF file's tensor in Hugging Face's checkpoints of Llama's family.
+pub(super) fn llama_parameter_name(
     stored: &str,
     interleaved_head_rows: Option<usize>,
 ) -> Option<(String, Arrangement)> {

@@ -7,10 +7,11 @@ use super::gpt::{self, Gpt, GptConfig};
 use super::linear::Adapting;
 use super::llama::{self, Llama};
 use super::llama_config::LlamaConfig;
-use crate::data::{DataError, Tokenizer};
+use crate::data::DataError;
 use crate::error::{Error, Result};
 use crate::pass::lock;
 use crate::tiled_linear::linear_by_rows;
+use crate::tokenizer::Tokenizer;
 use crate::weights::{Arrangement, Weights};
 use crate::{Engine, Segment, TiledLinear};
 use candle_core::{Device, Module, Tensor};
@@ -31,6 +32,14 @@ enum Family {
 }
 
 impl Family {
+    /// By a configuration, for sequences of so many tokens. `source` is for messages.
+    fn of(configuration: &Value, source: &str, sequence: usize) -> Result<Self> {
+        match configuration.get("model_type").and_then(Value::as_str) {
+            Some("gpt2") => Ok(Self::Gpt2(gpt2_config(configuration, source, sequence)?)),
+            _ => Ok(Self::Llama(LlamaConfig::from_json(configuration, source, sequence)?)),
+        }
+    }
+
     fn head_tiles(&self) -> usize {
         match self {
             Self::Llama(config) if !config.tied => {
@@ -69,11 +78,7 @@ impl Pretrained {
     fn of_folder(folder: &Path, sequence: usize) -> Result<Self> {
         let path = folder.join("config.json");
         let configuration = read_json(&path)?;
-        let source = path.display().to_string();
-        let family = match configuration.get("model_type").and_then(Value::as_str) {
-            Some("gpt2") => Family::Gpt2(gpt2_config(&configuration, &source, sequence)?),
-            _ => Family::Llama(LlamaConfig::from_json(&configuration, &source, sequence)?),
-        };
+        let family = Family::of(&configuration, &path.display().to_string(), sequence)?;
         let tied = matches!(&family, Family::Llama(LlamaConfig { tied: true, .. }));
         let weights = match &family {
             Family::Gpt2(_) => Weights::of_folder(folder, &gpt2_name)?,
@@ -89,12 +94,16 @@ impl Pretrained {
     fn of_gguf(path: &Path, sequence: usize) -> Result<Self> {
         let content = gguf::read(path)?;
         let configuration = gguf::configuration(path, &content)?;
-        let config = LlamaConfig::from_json(&configuration, &path.display().to_string(), sequence)?;
+        let family = Family::of(&configuration, &path.display().to_string(), sequence)?;
         // The converter of Llama's checkpoints turns rows for another form of rotation; those of other families are as they were.
         let interleaved = configuration["model_type"] == "llama";
-        let naming = |name: &str| gguf::parameter_name(name, interleaved.then_some(config.head_width));
+        let naming = |name: &str| match &family {
+            Family::Llama(config) => {
+                gguf::llama_parameter_name(name, interleaved.then_some(config.head_width))
+            }
+            Family::Gpt2(_) => gguf::gpt2_parameter_name(name),
+        };
         let weights = Weights::of_gguf(path, &content, &naming)?;
-        let family = Family::Llama(config);
         let head_tiles = family.head_tiles();
         Ok(Self { path: path.to_owned(), configuration, weights: Arc::new(weights), head_tiles, family })
     }

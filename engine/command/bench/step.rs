@@ -233,14 +233,17 @@ impl Server {
 fn serve(arguments: &StepArguments) -> CommandResult {
     let folder = arguments.dir.join(arguments.placement.name());
     let _ = std::fs::remove_dir_all(&folder);
-    let result = serve_in(arguments, folder.clone());
+    let footprint = serve_in(arguments, folder.clone());
     let _ = std::fs::remove_dir_all(&folder);
     // Only when the other placement's folder is gone too.
     let _ = std::fs::remove_dir(&arguments.dir);
-    result
+    // Last of all, because a reader that has gone away ends this process.
+    println!("{}", serde_json::to_string(&footprint?)?);
+    Ok(())
 }
 
-fn serve_in(arguments: &StepArguments, folder: PathBuf) -> CommandResult {
+/// Makes a step for each line until the input ends.
+fn serve_in(arguments: &StepArguments, folder: PathBuf) -> CommandResult<Footprint> {
     let (tier, directory) = match arguments.placement {
         Home::Device => (Tier::Device, None),
         Home::Host => (Tier::Host, None),
@@ -273,16 +276,14 @@ fn serve_in(arguments: &StepArguments, folder: PathBuf) -> CommandResult {
         );
     }
     let usage = trainer.usage();
-    let footprint = Footprint {
+    Ok(Footprint {
         peak_host_bytes: usage.peak_host_bytes,
         planned_host_bytes: usage.planned_host_bytes,
         peak_device_bytes: usage.peak_device_bytes,
         planned_device_bytes: usage.planned_device_bytes,
         disk_bytes: usage.disk_bytes,
         peak_resident_bytes: peak_resident_bytes(),
-    };
-    println!("{}", serde_json::to_string(&footprint)?);
-    Ok(())
+    })
 }
 
 /// What trains.

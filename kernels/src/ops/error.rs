@@ -90,7 +90,7 @@ pub enum OpError {
 }
 
 impl OpError {
-    /// Refuses the first tensor that has another dtype than `first`
+    /// Refuses the first tensor that has another dtype than `first`.
     pub(super) fn check_dtypes(op: &'static str, first: &Tensor, others: &[&Tensor]) -> Result<(), Self> {
         let expected = first.dtype();
         match others.iter().map(|tensor| tensor.dtype()).find(|&dtype| dtype != expected) {
