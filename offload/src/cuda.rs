@@ -187,6 +187,14 @@ impl Cuda {
         self.compute.context()
     }
 
+    /// Makes the device the one of the thread that calls.
+    ///
+    /// # Errors
+    /// [`Error::Cuda`].
+    pub fn bind_thread(&self) -> Result<(), Error> {
+        self.context().bind_to_thread().map_err(failed("use the device from this thread"))
+    }
+
     /// Runs `allocate`, which allocates memory of the device. If the device has none left, waits for what it is doing, lets
     /// the driver's pool give back what nobody uses, and tries once more.
     ///
@@ -318,7 +326,7 @@ impl Cuda {
         copies: Vec<CudaCopy>,
         mut enqueue: impl FnMut(CudaCopy) -> Result<(), Error>,
     ) -> Result<(), Error> {
-        self.context().bind_to_thread().map_err(failed("use the device from this thread"))?;
+        self.bind_thread()?;
         let began = self.record(lane)?;
         let mut moved = Moved::default();
         let mut copies = copies.into_iter().filter(|copy| !copy.host.is_empty());
