@@ -93,6 +93,9 @@ pub struct Depths {
     pub state_pieces: usize,
     /// Groups whose gradients may be on the device at once.
     pub gradient_sets: usize,
+    /// Micro-batches that run vertically: all of them through a segment before the next one, so that its parameters
+    /// cross once for all. With 1 each goes through all segments by itself.
+    pub vertical: usize,
 }
 
 /// Every buffer is longer by this than what it holds. Buffers lie one after another and most hold a power of two: without it the
@@ -151,8 +154,8 @@ pub struct Arrangement {
     pub slots_of: Vec<Vec<Slot>>,
     /// Buffers that are home to the pieces of a stream.
     pub homes: HashMap<(GroupIndex, Stream), Vec<Buffer>>,
-    /// Buffers that are home to the pieces of a call's boundary.
-    pub boundary_homes: Vec<Vec<Buffer>>,
+    /// Buffers that are home to the pieces of a boundary, by call and place of its micro-batch.
+    boundary_homes: HashMap<(usize, usize), Vec<Buffer>>,
     /// Pieces between disk and slot.
     pub fetch_pool: Vec<Buffer>,
     /// Pieces between disk and optimizer.
@@ -171,6 +174,8 @@ pub struct Arrangement {
     pub gradient_staging: Option<Buffer>,
     /// Number of gradient sets.
     pub gradient_sets: usize,
+    /// Micro-batches that run vertically.
+    pub vertical: usize,
     /// Number of passages.
     pub passages: usize,
 }
@@ -198,7 +203,7 @@ impl Arrangement {
             slots: vec![],
             slots_of: vec![],
             homes: HashMap::new(),
-            boundary_homes: vec![vec![]; needs.calls.len()],
+            boundary_homes: HashMap::new(),
             fetch_pool: vec![],
             state_pool: vec![],
             gradient_pool: vec![],
@@ -208,6 +213,7 @@ impl Arrangement {
             upload_staging: None,
             gradient_staging: None,
             gradient_sets: depths.gradient_sets,
+            vertical: depths.vertical,
             passages: 0,
         };
         this.add_slots(needs.layout, depths.slots);
@@ -231,6 +237,16 @@ impl Arrangement {
     /// Whether a buffer is memory of a device that has its own.
     pub fn is_on_device(&self, buffer: Buffer) -> bool {
         self.device.apart && self.buffers[buffer.0].tier == Tier::Device
+    }
+
+    /// The number of a micro-batch among those that run vertically with it.
+    pub fn place(&self, micro_batch: usize) -> usize {
+        micro_batch % self.vertical
+    }
+
+    /// The buffer that is home to a piece of a micro-batch's boundary; none where it has another home.
+    pub fn boundary_home_of(&self, call: usize, micro_batch: usize, piece: usize) -> Option<Buffer> {
+        self.boundary_homes.get(&(call, self.place(micro_batch)))?.get(piece).copied()
     }
 
     fn add_slots(&mut self, layout: &Layout, slots: usize) {
@@ -320,11 +336,13 @@ impl Arrangement {
         }
         let gradient_pieces = if needs.gradient_passes_through {
             most_pieces(&|this, group| !updated_here(this, group), self) * depths.gradient_sets
-        } else if self.placements.iter().any(|place| place.gradient == Tier::Disk) {
-            most_pieces(&|this, group| this.placements[group].gradient == Tier::Disk, self)
-                .min(depths.state_pieces)
         } else {
-            0
+            let on_disk = most_pieces(&|this, group| this.placements[group].gradient == Tier::Disk, self);
+            match depths.vertical {
+                1 => on_disk.min(depths.state_pieces),
+                // The sum of a whole group stays here from the first micro-batch to the last.
+                _ => on_disk * depths.gradient_sets,
+            }
         };
         self.gradient_pool = pool(self, gradient_pieces, BufferUse::GradientPieces);
         if needs.gradient_passes_through {
@@ -343,13 +361,18 @@ impl Arrangement {
         let moving = |call: &&Call| call.boundary_moves;
         match self.boundary_home {
             Tier::Host => {
-                for (index, call) in needs.calls.iter().enumerate().filter(|(_, call)| call.boundary_moves) {
-                    self.boundary_homes[index] = (0..needs.layout.piece_count(call.boundary_elements))
+                let moving = needs.calls.iter().enumerate().filter(|(_, call)| call.boundary_moves);
+                let each = moving.flat_map(|(index, call)| {
+                    (0..self.vertical).map(move |place| (index, place, call.boundary_elements))
+                });
+                for (index, place, elements) in each.collect::<Vec<_>>() {
+                    let pieces = (0..needs.layout.piece_count(elements))
                         .map(|piece| {
-                            let range = needs.layout.piece_range(call.boundary_elements, piece);
+                            let range = needs.layout.piece_range(elements, piece);
                             self.add_buffer(Tier::Host, range.len(), BufferUse::BoundaryHome)
                         })
                         .collect();
+                    self.boundary_homes.insert((index, place), pieces);
                 }
             }
             _ => {

@@ -6,6 +6,7 @@ use crate::schedule::{
     Buffer, Extent, GradientSet, GroupIndex, MasterPlace, Operation, Passage, Slot, Stream,
 };
 use ferrozero_offload::Tier;
+use std::ops::Range;
 
 /// What a schedule is for and what it may use.
 #[derive(Debug, Clone, Copy)]
@@ -50,7 +51,7 @@ struct Draft<'a> {
     accumulations: Vec<(usize, usize)>,
     /// Groups whose update of the last step is still to be made.
     pending: Vec<bool>,
-    /// Gradient buffers of the group that was accumulated last, where gradients pass through.
+    /// Gradient buffers of the group that was accumulated last, by piece.
     gradients: Vec<Buffer>,
 }
 
@@ -66,22 +67,32 @@ impl<'a> Builder<'a> {
             draft.accumulations[call.group].0 += self.accumulate;
         }
         draft.accumulations[resident].0 = self.accumulate;
-        for _ in 0..self.accumulate {
-            draft.attach();
+        draft.attach();
+        for micro_batches in self.abreast() {
             for call in 0..self.calls.len() {
-                draft.forward(call, true);
+                for micro_batch in micro_batches.clone() {
+                    draft.forward(call, micro_batch, true);
+                }
             }
             for call in (0..self.calls.len()).rev() {
-                draft.backward(call);
+                draft.backward(call, micro_batches.clone());
             }
-            let gradients = draft.next_gradient_set();
-            draft
-                .operations
-                .push(Operation::Detach { slot: draft.own_slot(resident), gradients: Some(gradients) });
-            draft.accumulate(resident, gradients);
+            for micro_batch in micro_batches.clone() {
+                let gradients = draft.next_gradient_set();
+                let is_last = micro_batch + 1 == self.accumulate;
+                let slot = is_last.then(|| draft.own_slot(resident));
+                draft.operations.push(Operation::Detach { micro_batch, slot, gradients: Some(gradients) });
+                draft.accumulate(resident, gradients, (micro_batch, &micro_batches));
+            }
         }
         draft.operations.push(Operation::Norm);
         draft.operations
+    }
+
+    /// The micro-batches of a step, in runs of those that go vertically: each segment runs them all before the next one.
+    pub fn abreast(&self) -> impl Iterator<Item = Range<usize>> + use<> {
+        let (count, vertical) = (self.accumulate, self.arrangement.vertical);
+        (0..count).step_by(vertical).map(move |first| first..(first + vertical).min(count))
     }
 
     /// The updates that the last step left pending.
@@ -100,11 +111,10 @@ impl<'a> Builder<'a> {
         draft.pending.fill(pending);
         draft.attach();
         for call in 0..self.calls.len() {
-            draft.forward(call, false);
+            draft.forward(call, 0, false);
         }
-        draft
-            .operations
-            .push(Operation::Detach { slot: draft.own_slot(self.layout.resident()), gradients: None });
+        let slot = Some(draft.own_slot(self.layout.resident()));
+        draft.operations.push(Operation::Detach { micro_batch: 0, slot, gradients: None });
         draft.operations
     }
 
@@ -310,16 +320,16 @@ impl Draft<'_> {
         buffer
     }
 
-    fn forward(&mut self, call: usize, train: bool) {
+    fn forward(&mut self, call: usize, micro_batch: usize, train: bool) {
         let slot = self.fetch(self.builder.calls[call].group);
         let passage = (train && self.moves(call)).then(|| self.next_passage());
-        self.operations.push(Operation::Forward { call, slot, passage });
+        self.operations.push(Operation::Forward { call, micro_batch, slot, passage });
         let Some(passage) = passage else { return };
         for piece in 0..self.boundary_pieces(call) {
-            let buffer = self.boundary_buffer(call, piece);
-            self.operations.push(Operation::SaveBoundary { call, piece, passage, buffer });
-            if self.builder.arrangement.boundary_home == Tier::Disk {
-                self.operations.push(Operation::Write { extent: Extent::Boundary(call), piece, buffer });
+            let buffer = self.boundary_buffer(call, micro_batch, piece);
+            self.operations.push(Operation::SaveBoundary { call, micro_batch, piece, passage, buffer });
+            if let Some(extent) = self.boundary_extent(call, micro_batch) {
+                self.operations.push(Operation::Write { extent, piece, buffer });
             }
         }
     }
@@ -328,58 +338,77 @@ impl Draft<'_> {
         self.builder.layout.piece_count(self.builder.calls[call].boundary_elements)
     }
 
-    fn boundary_buffer(&mut self, call: usize, piece: usize) -> Buffer {
-        match self.builder.arrangement.boundary_home {
-            Tier::Disk => self.boundary_pool.next(),
-            _ => self.builder.arrangement.boundary_homes[call][piece],
-        }
+    fn boundary_buffer(&mut self, call: usize, micro_batch: usize, piece: usize) -> Buffer {
+        let home = self.builder.arrangement.boundary_home_of(call, micro_batch, piece);
+        home.unwrap_or_else(|| self.boundary_pool.next())
     }
 
-    fn load_boundary(&mut self, call: usize) -> Option<Passage> {
+    /// Where on disk a boundary is, if that is its home.
+    fn boundary_extent(&self, call: usize, micro_batch: usize) -> Option<Extent> {
+        let arrangement = self.builder.arrangement;
+        let place = arrangement.place(micro_batch);
+        (arrangement.boundary_home == Tier::Disk).then_some(Extent::Boundary { call, place })
+    }
+
+    fn load_boundary(&mut self, call: usize, micro_batch: usize) -> Option<Passage> {
         if !self.moves(call) {
             return None;
         }
         let passage = self.next_passage();
         for piece in 0..self.boundary_pieces(call) {
-            let buffer = self.boundary_buffer(call, piece);
-            if self.builder.arrangement.boundary_home == Tier::Disk {
-                let extent = Extent::Boundary(call);
+            let buffer = self.boundary_buffer(call, micro_batch, piece);
+            if let Some(extent) = self.boundary_extent(call, micro_batch) {
                 self.operations.push(Operation::Read { extent, piece, buffer, fetch: true });
             }
-            self.operations.push(Operation::LoadBoundary { call, piece, passage, buffer });
+            self.operations.push(Operation::LoadBoundary { call, micro_batch, piece, passage, buffer });
         }
         Some(passage)
     }
 
-    fn backward(&mut self, call: usize) {
+    fn backward(&mut self, call: usize, micro_batches: Range<usize>) {
         let group = self.builder.calls[call].group;
-        let passage = self.load_boundary(call);
-        let slot = self.fetch(group);
-        let gradients = self.next_gradient_set();
-        self.operations.push(Operation::Backward { call, slot, passage, gradients });
-        self.accumulate(group, gradients);
+        for micro_batch in micro_batches.clone() {
+            let passage = self.load_boundary(call, micro_batch);
+            let slot = self.fetch(group);
+            if let Some(before) = call.checked_sub(1).filter(|_| micro_batch > micro_batches.start) {
+                self.fetch_beside(self.builder.calls[before].group, slot);
+            }
+            let gradients = self.next_gradient_set();
+            self.operations.push(Operation::Backward { call, micro_batch, slot, passage, gradients });
+            self.accumulate(group, gradients, (micro_batch, &micro_batches));
+        }
     }
 
-    /// Takes a group's gradients off the device, and updates the group where nothing global is awaited.
-    fn accumulate(&mut self, group: GroupIndex, gradients: GradientSet) {
+    /// Asks for a group while micro-batches still run in `slot`. Each of their boundaries waits for one before it to be used
+    /// up, so behind the last of them its parameters would come too late. Where there is no other slot they have to.
+    fn fetch_beside(&mut self, group: GroupIndex, slot: Slot) {
+        if self.builder.arrangement.slots_of[group].iter().any(|&other| other != slot) {
+            self.fetch(group);
+        }
+    }
+
+    /// Takes a group's gradients of one of several micro-batches off the device, and updates the group where nothing
+    /// global is awaited. Between the micro-batches a sum whose home is the disk stays in its buffers.
+    fn accumulate(
+        &mut self,
+        group: GroupIndex,
+        gradients: GradientSet,
+        (micro_batch, abreast): (usize, &Range<usize>),
+    ) {
         let arrangement = self.builder.arrangement;
         let (left, so_far) = self.accumulations[group];
         self.accumulations[group] = (left - 1, so_far + 1);
         let (add, measure) = (so_far > 0, left == 1);
-        let home = arrangement.homes.get(&(group, Stream::Gradient));
+        let (is_first, is_last) = (micro_batch == abreast.start, micro_batch + 1 == abreast.end);
         let on_disk = self.gradient_on_disk(group);
-        let on_device = arrangement.updated_on_device(group);
-        let staging = arrangement.gradient_staging.filter(|_| !on_device);
+        let staging = arrangement.gradient_staging.filter(|_| !arrangement.updated_on_device(group));
         let extent = Extent::State(group, Stream::Gradient);
-        self.gradients.clear();
-        for piece in 0..self.builder.layout.piece_count(self.builder.layout.groups[group].trainable_elements)
-        {
-            let buffer = match home {
-                Some(home) => home[piece],
-                None if on_device => self.device_gradient_pool.next(),
-                None => self.gradient_pool.next(),
-            };
-            if on_disk && add {
+        if is_first {
+            self.gradients = self.gradient_buffers(group);
+        }
+        for piece in 0..self.gradients.len() {
+            let buffer = self.gradients[piece];
+            if on_disk && add && is_first {
                 self.operations.push(Operation::Read { extent, piece, buffer, fetch: false });
             }
             self.operations.push(Operation::Accumulate {
@@ -391,14 +420,26 @@ impl Draft<'_> {
                 add,
                 measure,
             });
-            if on_disk {
+            if on_disk && is_last {
                 self.operations.push(Operation::Write { extent, piece, buffer });
             }
-            self.gradients.push(buffer);
         }
         if measure && !self.builder.clip {
             self.update(group);
         }
+    }
+
+    /// The buffers that a group's gradient is summed in, by piece.
+    fn gradient_buffers(&mut self, group: GroupIndex) -> Vec<Buffer> {
+        let Builder { layout, arrangement, .. } = self.builder;
+        let home = arrangement.homes.get(&(group, Stream::Gradient));
+        let pieces = 0..layout.piece_count(layout.groups[group].trainable_elements);
+        let buffers = pieces.map(|piece| match home {
+            Some(home) => home[piece],
+            None if arrangement.updated_on_device(group) => self.device_gradient_pool.next(),
+            None => self.gradient_pool.next(),
+        });
+        buffers.collect()
     }
 
     /// Whether a group's gradient has to be kept, and is kept on disk.
@@ -470,14 +511,20 @@ impl Draft<'_> {
 impl Builder<'_> {
     /// Whether each group's gradient is used up within its own backward, so that it needs no home.
     pub fn gradient_passes_through(&self) -> bool {
-        gradient_passes_through(self.calls, self.accumulate, self.clip)
+        gradient_passes_through(self.calls, self.accumulate, self.arrangement.vertical, self.clip)
     }
 }
 
-/// Whether each group's gradient is used up within its own backward: one micro-batch, no clipping, and no segment
-/// that runs twice.
-pub fn gradient_passes_through(calls: &[Call], accumulate: usize, clip: bool) -> bool {
+/// Whether each group's gradient is used up within its own backward: all micro-batches run vertically, or there is one,
+/// no clipping, and no segment that runs twice.
+pub fn gradient_passes_through(calls: &[Call], accumulate: usize, vertical: usize, clip: bool) -> bool {
+    vertical >= accumulate && !clip && runs_each_once(calls)
+}
+
+/// Whether no segment runs twice. One that does has gradients of each run, which would be summed in another order if
+/// micro-batches ran vertically.
+pub fn runs_each_once(calls: &[Call]) -> bool {
     let mut groups: Vec<_> = calls.iter().map(|call| call.group).collect();
     groups.sort_unstable();
-    accumulate == 1 && !clip && groups.windows(2).all(|pair| pair[0] != pair[1])
+    groups.windows(2).all(|pair| pair[0] != pair[1])
 }

@@ -160,6 +160,18 @@ impl ComputeDevice {
         self.device.is_cuda()
     }
 
+    /// Makes a thread one that may use the device.
+    ///
+    /// # Errors
+    /// Errors of the driver.
+    pub fn bind_thread(&self) -> Result<()> {
+        #[cfg(feature = "cuda")]
+        if let Some(cuda) = &self.cuda {
+            cuda.streams.bind_thread()?;
+        }
+        Ok(())
+    }
+
     /// Parameters of zero for a group, tensor by tensor.
     ///
     /// # Errors

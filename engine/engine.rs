@@ -69,6 +69,9 @@ pub struct Config {
     pub slots: Option<usize>,
     /// Pieces of parameters that may be read ahead of their upload; none: what makes steps shortest.
     pub look_ahead: Option<usize>,
+    /// Micro-batches that run vertically, all of them through a segment before the next one, so that its parameters cross
+    /// once for all; none: what makes steps shortest.
+    pub vertical: Option<usize>,
     /// How fast the machine is, from `ferrozero probe`; none: measured when the plan is made, in less than a second.
     pub machine: Option<Machine>,
     /// Faults that the disk tier acts out, for tests.
@@ -102,6 +105,7 @@ impl Default for Config {
             piece_bytes: None,
             slots: None,
             look_ahead: None,
+            vertical: None,
             machine: None,
             faults: None,
             throttle: None,
@@ -348,11 +352,17 @@ impl Engine {
                 let loss = ferrozero_kernels::ops::before_backward(loss)?;
                 self.passes.report(finish(&rehearsal, &loss))
             };
-            self.passes.within(Mode::Rehearsal(rehearsal.clone()), pass)
+            self.passes.explain(self.passes.within(Mode::Rehearsal(rehearsal.clone()), pass))
         };
         let observed = Rehearsal::run(layout.clone(), tensors.clone(), self.device.clone(), moves, run)
             .map_err(|error| self.device.explain(error, 0))?;
-        Ok(Observed { working_bytes: observed.working_bytes.or(self.config.working_bytes), ..observed })
+        // What nobody counts is all that a micro-batch holds while it waits, too.
+        let said = Observed {
+            working_bytes: self.config.working_bytes,
+            parked_bytes: self.config.working_bytes.unwrap_or(0),
+            ..observed.clone()
+        };
+        Ok(if observed.working_bytes.is_some() { observed } else { said })
     }
 
     fn limits(&self) -> Result<Limits> {
@@ -367,6 +377,7 @@ impl Engine {
             boundaries: config.boundaries,
             slots: config.slots,
             look_ahead: config.look_ahead,
+            vertical: config.vertical,
             device: DeviceKind { dtype: config.dtype, apart: self.device.is_apart() },
         })
     }

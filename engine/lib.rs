@@ -63,6 +63,7 @@
 //! candle's autograd and the schedule meet.
 
 pub mod arrangement;
+mod baton;
 pub mod builder;
 pub mod byte_size;
 pub mod chat;

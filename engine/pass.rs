@@ -2,6 +2,7 @@
 //! what the schedule says in a training step or an evaluation.
 
 use crate::arrangement::Call;
+use crate::baton::Baton;
 use crate::device::{ComputeDevice, Done};
 use crate::error::{Error, Result};
 use crate::executor::{ComputeRequest, Executor, Grant};
@@ -40,10 +41,43 @@ pub struct ScheduledPass {
     pub tensors: Arc<GroupTensors>,
     /// Whether gradients are wanted.
     pub train: bool,
-    /// What the training thread waited for.
+    /// What computing waited for.
     pub stall: Mutex<Stall>,
-    /// Gradients of resident parameters that segments use.
-    pub resident_gradients: Mutex<HashMap<usize, Tensor>>,
+    /// Whose turn it is of the micro-batches that run vertically.
+    pub baton: Baton,
+    /// Gradients of resident parameters that segments use, of each of those micro-batches.
+    pub resident_gradients: Vec<Mutex<ResidentGradients>>,
+}
+
+/// By entry of the resident group's table, summed in the order of the backward pass.
+pub type ResidentGradients = HashMap<usize, Tensor>;
+
+impl ScheduledPass {
+    /// Those of the micro-batch that runs.
+    pub fn resident_gradients(&self) -> &Mutex<ResidentGradients> {
+        &self.resident_gradients[self.baton.holder() % self.resident_gradients.len()]
+    }
+
+    /// Gives the resident parameters to their tensors.
+    pub fn attach(self: &Arc<Self>) -> Result<()> {
+        let mut granted = Granted::begin(self, ComputeRequest::Attach)?;
+        let slot = granted.grant()?.held.slot.replace(vec![]);
+        self.tensors.fill(self.layout.resident(), slot.unwrap_or_default())?;
+        granted.finish()
+    }
+
+    /// Ends a micro-batch with the gradients of the resident parameters. The last one takes the parameters back.
+    pub fn detach(self: &Arc<Self>, gradients: Option<Vec<DeviceRun>>) -> Result<()> {
+        let mut granted = Granted::begin(self, ComputeRequest::Detach)?;
+        let held = &mut granted.grant()?.held;
+        if held.slot.is_some() {
+            held.slot = Some(self.tensors.take(self.layout.resident())?);
+        }
+        if gradients.is_some() {
+            held.gradients = gradients;
+        }
+        granted.finish()
+    }
 }
 
 /// Waits for memory of compute operations.
@@ -103,13 +137,18 @@ impl Passes {
         *lock(&self.0.names) = Arc::new(names);
     }
 
-    /// Runs `pass` with segments in the given mode, and gives back the engine's own error where there was one.
-    pub fn within<T>(&self, mode: Mode, pass: impl FnOnce() -> candle_core::Result<T>) -> Result<T> {
+    /// Runs `pass` with segments in the given mode.
+    pub fn within<T>(&self, mode: Mode, pass: impl FnOnce() -> T) -> T {
         *lock(&self.0.error) = None;
         *lock(&self.0.mode) = mode;
         let result = pass();
         *lock(&self.0.mode) = Mode::Idle;
         lock(&self.0.lenders).clear();
+        result
+    }
+
+    /// The engine's own error behind a candle error that came through the user's code, where there is one.
+    pub fn explain<T>(&self, result: candle_core::Result<T>) -> Result<T> {
         result.map_err(|error| lock(&self.0.error).take().unwrap_or(Error::Candle(error)))
     }
 
@@ -181,20 +220,20 @@ impl Passes {
 
 /// A compute operation in the training thread's hands. Dropped unfinished, it stops the run.
 pub struct Granted {
-    executor: Arc<Executor>,
-    device: Arc<ComputeDevice>,
+    pass: Arc<ScheduledPass>,
     grant: Option<Grant>,
 }
 
 impl Granted {
-    /// Waits for a compute operation, and counts the wait.
-    pub fn begin(pass: &ScheduledPass, request: ComputeRequest) -> Result<Self> {
-        let ScheduledPass { executor, device, stall, .. } = pass;
+    /// Waits for the turn of the micro-batch that asks, and then for a compute operation, which counts as a wait.
+    pub fn begin(pass: &Arc<ScheduledPass>, request: ComputeRequest) -> Result<Self> {
+        let ScheduledPass { executor, device, stall, baton, .. } = &**pass;
+        baton.await_turn()?;
         let asked = device.record(Queue::Compute)?;
         let asked_at = Instant::now();
         let grant = executor.begin(request)?;
         lock(stall).host_s += asked_at.elapsed().as_secs_f64();
-        let mut granted = Self { executor: executor.clone(), device: device.clone(), grant: Some(grant) };
+        let mut granted = Self { pass: pass.clone(), grant: Some(grant) };
         let held = &mut granted.grant()?.held;
         device.wait(Queue::Compute, &held.earlier)?;
         held.started = device.record(Queue::Compute)?;
@@ -210,22 +249,21 @@ impl Granted {
 
     /// Hands the memory back.
     pub fn finish(mut self) -> Result<()> {
-        let done = self.device.record(Queue::Compute)?;
-        match self.grant.take() {
-            Some(mut grant) => {
-                grant.held.done = done;
-                self.executor.finish(grant)
-            }
-            None => Ok(()),
+        let done = self.pass.device.record(Queue::Compute)?;
+        if let Some(mut grant) = self.grant.take() {
+            grant.held.done = done;
+            self.pass.executor.finish(grant)?;
+            self.pass.baton.end_turn();
         }
+        Ok(())
     }
 }
 
 impl Drop for Granted {
     fn drop(&mut self) {
         if let Some(grant) = self.grant.take() {
-            let _ = self.executor.stop("a segment did not finish");
-            let _ = self.executor.finish(grant);
+            let _ = self.pass.executor.stop("a segment did not finish");
+            let _ = self.pass.executor.finish(grant);
         }
     }
 }
@@ -312,8 +350,8 @@ pub struct GradientSink<'a> {
     layout: &'a Layout,
     tensors: &'a GroupTensors,
     group: usize,
-    /// Gradients of resident parameters that segments use, summed in the order of the backward pass.
-    resident: &'a Mutex<HashMap<usize, Tensor>>,
+    /// Gradients of resident parameters that segments use.
+    resident: &'a Mutex<ResidentGradients>,
     /// Collects the names of parameters without a gradient.
     missing: Vec<String>,
 }
@@ -324,7 +362,7 @@ impl<'a> GradientSink<'a> {
         layout: &'a Layout,
         tensors: &'a GroupTensors,
         group: usize,
-        resident: &'a Mutex<HashMap<usize, Tensor>>,
+        resident: &'a Mutex<ResidentGradients>,
     ) -> Self {
         Self { layout, tensors, group, resident, missing: vec![] }
     }
@@ -415,8 +453,8 @@ impl Backward {
         match self {
             Self::Trial(trial) => trial.backward(run),
             Self::Scheduled { pass, group, granted } => {
-                let mut sink =
-                    GradientSink::new(&pass.layout, &pass.tensors, *group, &pass.resident_gradients);
+                let resident = pass.resident_gradients();
+                let mut sink = GradientSink::new(&pass.layout, &pass.tensors, *group, resident);
                 let gradients = with_parameters(pass, *group, granted, || run(&mut sink))?;
                 match sink.missing() {
                     missing if missing.is_empty() => Ok(gradients),
@@ -463,6 +501,9 @@ pub struct Observed {
     pub calls: Vec<Call>,
     /// Peak of what the model's own tensors take, in bytes; none where memory is not counted.
     pub working_bytes: Option<u64>,
+    /// The most of them, in bytes, that a micro-batch holds between two segments: what each one more takes that runs
+    /// vertically.
+    pub parked_bytes: u64,
     /// How long computing takes.
     pub compute: Compute,
 }

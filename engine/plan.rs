@@ -12,10 +12,14 @@ use crate::simulator::{Compute, Forecast, Machine, Simulator};
 use ferrozero_offload::Tier;
 use serde::{Deserialize, Serialize};
 use std::fmt;
+use std::ops::Range;
 use std::sync::Arc;
 
 /// What the executor itself, the queues and the disk store need beside buffers and tensors.
 const BOOKKEEPING_BYTES: u64 = 4 << 20;
+/// What a thread that computes for a while needs on the CPU device: matrix products pack their operands into a block as large
+/// as a processor's second cache, which every thread has for itself.
+const THREAD_BYTES: u64 = 2 << 20;
 
 /// Which homes the user wants.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -43,6 +47,8 @@ pub struct Limits {
     pub slots: Option<usize>,
     /// Pieces read ahead.
     pub look_ahead: Option<usize>,
+    /// Micro-batches that run vertically.
+    pub vertical: Option<usize>,
     /// What computes.
     pub device: DeviceKind,
 }
@@ -62,6 +68,7 @@ pub struct Plan {
     limits: Limits,
     depths: Depths,
     working_bytes: Option<u64>,
+    parked_bytes: u64,
     gradient_passes_through: bool,
 }
 
@@ -95,7 +102,7 @@ impl Plan {
         (accumulate, clip): (usize, Option<f64>),
         (placements, boundary_home, depths): (Vec<GroupPlacement>, Tier, Depths),
     ) -> Self {
-        let passes = gradient_passes_through(&observed.calls, accumulate, clip.is_some());
+        let passes = gradient_passes_through(&observed.calls, accumulate, depths.vertical, clip.is_some());
         let needs =
             Needs { layout, calls: &observed.calls, gradient_passes_through: passes, device: limits.device };
         Self {
@@ -110,6 +117,7 @@ impl Plan {
             adamw: adamw.clone(),
             limits: limits.clone(),
             working_bytes: observed.working_bytes,
+            parked_bytes: observed.parked_bytes,
             gradient_passes_through: passes,
         }
     }
@@ -142,7 +150,7 @@ impl Plan {
                 "The largest group is {} with {} of parameters, and the model's own tensors take {}",
                 group.name,
                 Bytes(group.device_elements() * self.limits.device.element_bytes()),
-                self.working_bytes.map_or("an unknown amount".into(), |bytes| Bytes(bytes).to_string()),
+                self.activation_bytes().map_or("an unknown amount".into(), |bytes| Bytes(bytes).to_string()),
             )
         });
         Error::BudgetTooSmall {
@@ -187,8 +195,23 @@ impl Plan {
         self.slot_bytes()
             + self.gradient_bytes()
             + boundaries * boundary
-            + self.working_bytes.unwrap_or(0)
-            + if self.limits.device.apart { 0 } else { BOOKKEEPING_BYTES }
+            + self.activation_bytes().unwrap_or(0)
+            + if self.limits.device.apart { 0 } else { BOOKKEEPING_BYTES + self.thread_bytes() }
+    }
+
+    /// Bytes of the threads that micro-batches have for themselves where they run vertically.
+    fn thread_bytes(&self) -> u64 {
+        match self.depths.vertical {
+            1 => 0,
+            vertical => vertical as u64 * THREAD_BYTES,
+        }
+    }
+
+    /// Peak bytes of what the model's own tensors take: while one micro-batch computes, the others that run vertically
+    /// with it hold theirs between two segments.
+    fn activation_bytes(&self) -> Option<u64> {
+        let parked = (self.depths.vertical as u64 - 1) * self.parked_bytes;
+        self.working_bytes.map(|bytes| bytes + parked)
     }
 
     fn gradient_bytes(&self) -> u64 {
@@ -201,10 +224,16 @@ impl Plan {
         self.slot_bytes() + self.gradient_bytes()
     }
 
+    /// Bytes of all boundary activations that are kept at once.
+    fn boundary_bytes(&self) -> u64 {
+        let of_one: u64 = self.calls.iter().map(|call| 4 * call.boundary_elements as u64).sum();
+        self.depths.vertical as u64 * of_one
+    }
+
     /// Bytes on disk of what no commit keeps: gradients and boundary activations.
     pub(crate) fn scratch_disk_bytes(&self) -> u64 {
         let boundaries = match self.arrangement.boundary_home {
-            Tier::Disk => self.calls.iter().map(|call| 4 * call.boundary_elements as u64).sum(),
+            Tier::Disk => self.boundary_bytes(),
             _ => 0,
         };
         self.stream_bytes(Stream::Gradient, Tier::Disk) + boundaries
@@ -235,6 +264,11 @@ impl Plan {
         }
     }
 
+    /// The micro-batches of a step, in runs of those that go vertically.
+    pub(crate) fn abreast(&self) -> impl Iterator<Item = Range<usize>> + use<> {
+        self.builder().abreast()
+    }
+
     /// Makes a schedule.
     pub(crate) fn schedule(&self, make: impl FnOnce(&Builder) -> Vec<Operation>) -> Vec<Operation> {
         make(&self.builder())
@@ -260,7 +294,7 @@ impl Plan {
         self.prediction.as_ref()
     }
 
-    /// Slots and pieces.
+    /// Slots, pieces and micro-batches that run vertically.
     pub fn depths(&self) -> Depths {
         self.depths
     }
@@ -340,10 +374,10 @@ impl Plan {
             let of_use = self.arrangement.buffers.iter().filter(|buffer| uses.contains(&buffer.use_));
             of_use.map(|buffer| buffer.bytes as u64).sum()
         };
-        let boundaries: u64 = self.calls.iter().map(|call| 4 * call.boundary_elements as u64).sum();
         match self.arrangement.boundary_home {
             Tier::Disk => {
-                row("boundary activations", Some(0), of_use(&[BufferUse::BoundaryPieces]), boundaries)
+                let buffers = of_use(&[BufferUse::BoundaryPieces]);
+                row("boundary activations", Some(0), buffers, self.boundary_bytes());
             }
             Tier::Host => row("boundary activations", Some(0), of_use(&[BufferUse::BoundaryHome]), 0),
             Tier::Device => {}
@@ -355,7 +389,7 @@ impl Plan {
             row("pieces in the device's type", Some(0), staging, 0);
         }
         row("gradients on their way", Some(self.gradient_bytes()), of_use(&[BufferUse::GradientPieces]), 0);
-        row("activations and other tensors", self.working_bytes, 0, 0);
+        row("activations and other tensors", self.activation_bytes(), 0, 0);
         rows
     }
 
@@ -386,6 +420,14 @@ impl fmt::Display for Plan {
             if self.clip.is_some() {
                 let when = if self.updates_at_once { "at once" } else { "with the next forward" };
                 writeln!(f, "  updates are made {when}")?;
+            }
+        }
+        match (self.accumulate, self.depths.vertical) {
+            (1, _) => {}
+            (count, 1) => writeln!(f, "  {count} micro-batches run one after another")?,
+            (count, vertical) if vertical >= count => writeln!(f, "  {count} micro-batches run vertically")?,
+            (count, vertical) => {
+                writeln!(f, "  {count} micro-batches run vertically, {vertical} at a time")?;
             }
         }
         let limit = |limit: Option<u64>| match limit {

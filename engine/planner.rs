@@ -29,6 +29,8 @@ pub struct Choices {
     pub slots: Option<usize>,
     /// Pieces read ahead.
     pub look_ahead: Option<usize>,
+    /// Micro-batches that run vertically.
+    pub vertical: Option<usize>,
 }
 
 /// A model, a step and a machine.
@@ -63,7 +65,7 @@ pub struct Answer {
     pub forecast: Forecast,
     /// Home of boundary activations.
     pub boundaries: Tier,
-    /// Slots and pieces.
+    /// Slots, pieces and micro-batches that run vertically.
     pub depths: Depths,
     /// Bytes of files.
     pub disk_bytes: u64,
@@ -88,6 +90,7 @@ impl Question {
             boundaries: self.choices.boundaries,
             slots: self.choices.slots,
             look_ahead: self.choices.look_ahead,
+            vertical: self.choices.vertical,
             device: self.device(),
         }
     }
@@ -107,8 +110,15 @@ impl Question {
         let kept: u64 = calls.iter().map(|call| 4 * call.boundary_elements as u64).sum();
         let kept = if boundaries == Tier::Device { kept } else { 0 };
         // On a device of its own the cross-entropy is composed of candle's operations, which have all logits.
-        let own = self.shape.working_bytes(self.tokens(), element_bytes, self.machine.is_apart());
-        Observed { calls, working_bytes: Some(kept + own), compute: compute.clone() }
+        let logits = self.machine.is_apart();
+        let own = self.shape.working_bytes(self.tokens(), element_bytes, logits);
+        let parked = self.shape.parked_bytes(self.tokens(), element_bytes, logits);
+        Observed {
+            calls,
+            working_bytes: Some(kept + own),
+            parked_bytes: kept + parked,
+            compute: compute.clone(),
+        }
     }
 
     fn boundary_homes(&self) -> Vec<Tier> {
@@ -336,7 +346,7 @@ mod tests {
         let pools = [(4, 1), (16, 2)].into_iter();
         let each = pools.flat_map(|pools| [1, 4].map(|look_ahead| (pools, look_ahead)));
         each.flat_map(|((state_pieces, gradient_sets), look_ahead)| {
-            [1, 2].map(|slots| Depths { slots, look_ahead, state_pieces, gradient_sets })
+            [1, 2].map(|slots| Depths { slots, look_ahead, state_pieces, gradient_sets, vertical: 1 })
         })
     }
 

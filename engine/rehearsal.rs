@@ -7,7 +7,7 @@ use crate::arrangement::Call;
 use crate::device::ComputeDevice;
 use crate::error::{Error, Result};
 use crate::layout::Layout;
-use crate::pass::{GradientSink, Observed, lock};
+use crate::pass::{GradientSink, Observed, ResidentGradients, lock};
 use crate::registry::GroupTensors;
 use crate::simulator::{Compute, ComputeTime};
 use crate::vacancy::{self, DeviceRun};
@@ -93,6 +93,7 @@ struct Findings {
     calls: Vec<(Call, Kind)>,
     known: HashMap<Kind, Known>,
     peak_bytes: u64,
+    parked_bytes: u64,
     missing: BTreeSet<String>,
     /// Each turn, and the seconds of the user's own code before it.
     turns: Vec<(Turn, f64)>,
@@ -130,7 +131,7 @@ pub struct Rehearsal {
     findings: Mutex<Findings>,
     /// When the last turn ended, or the rehearsal began.
     user_code_since: Mutex<Instant>,
-    resident_gradients: Mutex<HashMap<usize, Tensor>>,
+    resident_gradients: Mutex<ResidentGradients>,
 }
 
 /// One segment's turn in the rehearsal.
@@ -180,6 +181,7 @@ impl Rehearsal {
         Ok(Observed {
             calls: findings.calls.iter().map(|(call, _)| call.clone()).collect(),
             working_bytes: (findings.peak_bytes > 0).then_some(findings.peak_bytes),
+            parked_bytes: findings.parked_bytes,
             compute: findings.compute(),
         })
     }
@@ -209,6 +211,8 @@ impl Rehearsal {
         let gradients = sink.collect(&mut store)?;
         let missing = sink.missing();
         self.note_peak();
+        drop(store);
+        self.note_parked();
         drop(gradients);
         let after_s = self.user_code_s()?;
         let mut findings = lock(&self.findings);
@@ -241,6 +245,13 @@ impl Rehearsal {
         findings.peak_bytes = findings.peak_bytes.max(needed);
     }
 
+    /// Notes the memory that is held where a micro-batch may have to wait for others.
+    fn note_parked(&self) {
+        let held = self.device.used_bytes().saturating_sub(self.base_bytes);
+        let mut findings = lock(&self.findings);
+        findings.parked_bytes = findings.parked_bytes.max(held);
+    }
+
     /// Seconds since the last turn ended, with all that the device was given to do since.
     fn user_code_s(&self) -> Result<f64> {
         self.device.synchronize()?;
@@ -256,6 +267,7 @@ impl Rehearsal {
     ) -> Result<Trial> {
         let before_s = self.user_code_s()?;
         self.note_peak();
+        self.note_parked();
         let first = inputs[0];
         let bytes = first.elem_count() * first.dtype().size_in_bytes();
         let moves = first.track_op()
@@ -280,6 +292,7 @@ impl Rehearsal {
     pub fn begin_backward(self: &Arc<Self>, call: usize, inputs: &[Tensor]) -> Result<Trial> {
         let before_s = self.user_code_s()?;
         self.note_peak();
+        self.note_parked();
         let mut findings = lock(&self.findings);
         findings.turns.push((Turn::Backward(call), before_s));
         let (Call { group, boundary_moves, .. }, kind) = findings.calls[call].clone();

@@ -75,8 +75,13 @@ pub struct Passage(pub usize);
 pub enum Extent {
     /// A state stream of a group.
     State(GroupIndex, Stream),
-    /// The boundary activation that goes into a call.
-    Boundary(usize),
+    /// The boundary activation that goes into a call, of the micro-batch in this place of those that run vertically.
+    Boundary {
+        /// The call.
+        call: usize,
+        /// Number of the micro-batch among those that run vertically.
+        place: usize,
+    },
 }
 
 impl Extent {
@@ -84,21 +89,21 @@ impl Extent {
     pub fn name(self) -> &'static str {
         match self {
             Self::State(_, stream) => stream.name(),
-            Self::Boundary(_) => "boundary activation",
+            Self::Boundary { .. } => "boundary activation",
         }
     }
 
     fn group(self, calls: &[Call]) -> GroupIndex {
         match self {
             Self::State(group, _) => group,
-            Self::Boundary(call) => calls[call].group,
+            Self::Boundary { call, .. } => calls[call].group,
         }
     }
 
     fn elements(self, layout: &Layout, calls: &[Call]) -> usize {
         match self {
             Self::State(group, stream) => stream.elements(layout, group),
-            Self::Boundary(call) => calls[call].boundary_elements,
+            Self::Boundary { call, .. } => calls[call].boundary_elements,
         }
     }
 }
@@ -116,7 +121,7 @@ pub enum MasterPlace {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[expect(
     missing_docs,
-    reason = "the fields are the words defined above: group, stream, piece, buffer, slot, call"
+    reason = "the fields are the words defined above: group, stream, piece, buffer, slot, call, micro-batch"
 )]
 pub enum Operation {
     /// Makes the initial values of a piece.
@@ -133,18 +138,19 @@ pub enum Operation {
     CopyUp { group: GroupIndex, stream: Stream, piece: usize, buffer: Buffer, home: Buffer },
     /// A piece of a stream is copied to the host from its home on such a device.
     CopyDown { group: GroupIndex, stream: Stream, piece: usize, home: Buffer, buffer: Buffer },
-    /// The resident parameters enter their tensors.
+    /// The resident parameters enter their tensors, for all micro-batches.
     Attach { slot: Slot },
     /// A segment runs without a graph; with `passage` its input leaves the device afterwards.
-    Forward { call: usize, slot: Slot, passage: Option<Passage> },
+    Forward { call: usize, micro_batch: usize, slot: Slot, passage: Option<Passage> },
     /// A segment runs again with a graph and propagates back; its gradients leave in `gradients`.
-    Backward { call: usize, slot: Slot, passage: Option<Passage>, gradients: GradientSet },
-    /// The resident parameters leave their tensors, with their gradients if it was a training pass.
-    Detach { slot: Slot, gradients: Option<GradientSet> },
+    Backward { call: usize, micro_batch: usize, slot: Slot, passage: Option<Passage>, gradients: GradientSet },
+    /// A micro-batch ends: the gradients of resident parameters leave, if it was a training pass, and after the last one
+    /// the parameters leave their tensors for `slot`.
+    Detach { micro_batch: usize, slot: Option<Slot>, gradients: Option<GradientSet> },
     /// A piece of a boundary leaves the device.
-    SaveBoundary { call: usize, piece: usize, passage: Passage, buffer: Buffer },
+    SaveBoundary { call: usize, micro_batch: usize, piece: usize, passage: Passage, buffer: Buffer },
     /// A piece of a boundary returns to the device.
-    LoadBoundary { call: usize, piece: usize, passage: Passage, buffer: Buffer },
+    LoadBoundary { call: usize, micro_batch: usize, piece: usize, passage: Passage, buffer: Buffer },
     /// Gradients of a piece are scaled and put into, or added to, a buffer; the last time they are measured. Those of a
     /// device with memory of its own come by way of `staging`.
     Accumulate {
@@ -284,10 +290,8 @@ impl Operation {
                 used.extend(passage.map(R::Passage));
                 used
             }
-            Self::Detach { slot, gradients } => {
-                let mut used = vec![R::Slot(slot)];
-                used.extend(gradients.map(R::Gradients));
-                used
+            Self::Detach { slot, gradients, .. } => {
+                slot.map(R::Slot).into_iter().chain(gradients.map(R::Gradients)).collect()
             }
             Self::SaveBoundary { passage, buffer, .. } | Self::LoadBoundary { passage, buffer, .. } => {
                 vec![R::Passage(passage), R::Buffer(buffer)]
@@ -368,6 +372,18 @@ impl Operation {
         }
     }
 
+    /// The micro-batch whose activations it works on, if it is one.
+    pub fn micro_batch(&self) -> Option<usize> {
+        match *self {
+            Self::Forward { micro_batch, .. }
+            | Self::Backward { micro_batch, .. }
+            | Self::Detach { micro_batch, .. }
+            | Self::SaveBoundary { micro_batch, .. }
+            | Self::LoadBoundary { micro_batch, .. } => Some(micro_batch),
+            _ => None,
+        }
+    }
+
     /// The piece that it works on, if it is one.
     pub fn piece(&self) -> Option<usize> {
         match *self {
@@ -398,7 +414,7 @@ impl Operation {
             | Self::Download { group, piece, .. }
             | Self::Collect { group, piece, .. } => (Extent::State(group, Stream::Master), piece),
             Self::SaveBoundary { call, piece, .. } | Self::LoadBoundary { call, piece, .. } => {
-                (Extent::Boundary(call), piece)
+                (Extent::Boundary { call, place: 0 }, piece)
             }
             Self::Accumulate { group, piece, .. } | Self::Update { group, piece, .. } => {
                 (Extent::State(group, Stream::Gradient), piece)

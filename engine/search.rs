@@ -1,11 +1,11 @@
-//! The search for a plan: homes, slots, look-ahead, homes of boundaries and the moment of updates within the limits, each
-//! candidate's schedule costed by the simulator. Runs and `ferrozero plan` use it alike; what differs is where the numbers come from.
+//! The search for a plan: homes, slots, look-ahead, homes of boundaries, how many micro-batches run vertically, and the moment
+//! of updates, within the limits, each candidate's schedule costed by the simulator. Runs and `ferrozero plan` use it alike; what differs is where the numbers come from.
 //!
 //! Bytes are those of the engine's own arrangement. Schedules are costed in pieces that are as much larger as keeps their
 //! number bounded, so that a trillion parameters take seconds to plan.
 
 use crate::arrangement::{Depths, GroupPlacement, STAGGER_BYTES};
-use crate::builder::gradient_passes_through;
+use crate::builder::{gradient_passes_through, runs_each_once};
 use crate::engine::AdamW;
 use crate::error::{Error, Result};
 use crate::layout::{ALIGNMENT_ELEMENTS, Layout};
@@ -28,6 +28,9 @@ const ORDERS: [[Stream; 4]; 4] = [
     [Stream::Master, Stream::FirstMoment, Stream::Gradient, Stream::SecondMoment],
     [Stream::Master, Stream::FirstMoment, Stream::SecondMoment, Stream::Gradient],
 ];
+
+/// Slots, pieces read ahead, pieces of the optimizer's pipeline and gradient sets that are tried.
+const DEPTHS: [(usize, usize, usize, usize); 4] = [(2, 4, 16, 2), (1, 1, 4, 1), (2, 4, 16, 1), (3, 8, 32, 2)];
 
 /// What is searched for.
 pub(crate) struct Search<'a> {
@@ -94,10 +97,11 @@ impl Search<'_> {
     /// As [`Self::best`].
     pub fn fitting(&self, one_is_enough: bool) -> Result<Vec<(Plan, &Observed)>> {
         self.check_homes()?;
+        self.check_vertical()?;
         let mut found: Vec<(Plan, &Observed)> = vec![];
         let mut refusal: Option<Error> = None;
         for (boundaries, observed) in &self.observed {
-            for depths in self.depths() {
+            for depths in self.depths(observed) {
                 for policy in self.policies(observed) {
                     match self.place(observed, (*boundaries, depths), policy) {
                         Ok(plan) => {
@@ -145,16 +149,50 @@ impl Search<'_> {
         Ok(())
     }
 
-    fn depths(&self) -> Vec<Depths> {
-        let depths = |slots: usize, look_ahead: usize, state_pieces, gradient_sets| Depths {
-            slots: self.limits.slots.unwrap_or(slots),
-            look_ahead: self.limits.look_ahead.unwrap_or(look_ahead),
-            state_pieces,
-            gradient_sets,
-        };
-        let mut all = vec![depths(2, 4, 16, 2), depths(1, 1, 4, 1), depths(2, 4, 16, 1), depths(3, 8, 32, 2)];
+    fn check_vertical(&self) -> Result<()> {
+        let Some(vertical) = self.limits.vertical else { return Ok(()) };
+        if !(1..=self.accumulate).contains(&vertical) {
+            return Err(Error::Configuration(format!(
+                "vertical is {vertical}, and a step has {} micro-batches: use from 1 to as many",
+                self.accumulate
+            )));
+        }
+        if vertical > 1 && self.observed.iter().any(|(_, observed)| !runs_each_once(&observed.calls)) {
+            return Err(Error::Configuration(
+                "micro-batches cannot run vertically through a segment that runs twice, because its gradients would be                  summed in another order: leave vertical out"
+                    .into(),
+            ));
+        }
+        Ok(())
+    }
+
+    fn depths(&self, observed: &Observed) -> Vec<Depths> {
+        let mut all: Vec<Depths> = vec![];
+        for vertical in self.verticals(observed) {
+            for (slots, look_ahead, state_pieces, gradient_sets) in DEPTHS {
+                let slots = self.limits.slots.unwrap_or(slots);
+                let look_ahead = self.limits.look_ahead.unwrap_or(look_ahead);
+                all.push(Depths { slots, look_ahead, state_pieces, gradient_sets, vertical });
+            }
+        }
         all.dedup();
         all
+    }
+
+    /// How many micro-batches may run vertically: one, and by doubling up to all.
+    fn verticals(&self, observed: &Observed) -> Vec<usize> {
+        if let Some(vertical) = self.limits.vertical {
+            return vec![vertical];
+        }
+        // What a micro-batch's own tensors take must be known to say how many fit. A segment that runs twice has its gradients
+        // summed in the order of the micro-batches.
+        if observed.working_bytes.is_none() || !runs_each_once(&observed.calls) {
+            return vec![1];
+        }
+        let halves = std::iter::successors(Some(self.accumulate), |&n| (n > 1).then(|| n.div_ceil(2)));
+        let mut verticals: Vec<usize> = halves.collect();
+        verticals.reverse();
+        verticals
     }
 
     fn policies(&self, observed: &Observed) -> Vec<Policy> {
@@ -215,7 +253,8 @@ impl Search<'_> {
         let mut placements = plan.placements().to_vec();
         let mut left = Room::of(&self.limits, plan);
         let mut moved = vec![];
-        let passes = gradient_passes_through(plan.calls(), self.accumulate, self.clip.is_some());
+        let vertical = plan.depths().vertical;
+        let passes = gradient_passes_through(plan.calls(), self.accumulate, vertical, self.clip.is_some());
         for stream in order.into_iter().filter(|&stream| stream != Stream::Gradient || !passes) {
             for group in std::iter::once(resident).chain(0..resident) {
                 let bytes = home_bytes(layout, stream.elements(layout, group));
@@ -394,10 +433,11 @@ mod tests {
             boundaries: None,
             slots: None,
             look_ahead: None,
+            vertical: None,
             device: DeviceKind { dtype: DType::BF16, apart: true },
         };
         let calls = (0..GROUPS).map(call).collect();
-        let observed = Observed { calls, working_bytes, compute: Compute::none(GROUPS) };
+        let observed = Observed { calls, working_bytes, parked_bytes: 0, compute: Compute::none(GROUPS) };
         let search = Search {
             layout,
             limits,

@@ -282,6 +282,14 @@ impl ModelShape {
         block.max(loss) * element_bytes as u64
     }
 
+    /// Bytes of the model's own tensors that a micro-batch of B·T `tokens` holds between two segments, boundaries apart: the
+    /// gradient of the head, which comes with the loss, and some activations; with `logits`, those and their gradients too.
+    pub fn parked_bytes(&self, tokens: usize, element_bytes: usize, logits: bool) -> u64 {
+        let (tokens, c, v) = (tokens as u64, self.hidden as u64, self.vocabulary as u64);
+        let logits = if logits { 2 * tokens * v } else { 0 };
+        (4 * tokens * c + v * c + logits) * element_bytes as u64
+    }
+
     /// Floating-point operations of one token's forward: of a segment, and of the head.
     ///
     /// Two a parameter of a matrix, and 4·T·C a block for attention's scores and their product with the values, which with a

@@ -313,7 +313,7 @@ mod tests {
         let dtype = if apart { DType::BF16 } else { DType::F32 };
         let device = DeviceKind { dtype, apart };
         let needs = Needs { layout, calls, gradient_passes_through: true, device };
-        let depths = Depths { slots: 1, look_ahead: 1, state_pieces: 4, gradient_sets: 1 };
+        let depths = Depths { slots: 1, look_ahead: 1, state_pieces: 4, gradient_sets: 1, vertical: 1 };
         Arrangement::new(&needs, vec![GroupPlacement::all(home); layout.groups.len()], Tier::Device, depths)
     }
 
@@ -337,7 +337,7 @@ mod tests {
         Operation::Upload { group: 0, piece, buffer: Buffer(buffer), slot: SLOT, staging: None }
     }
 
-    const FORWARD: Operation = Operation::Forward { call: 0, slot: SLOT, passage: None };
+    const FORWARD: Operation = Operation::Forward { call: 0, micro_batch: 0, slot: SLOT, passage: None };
 
     /// Begin and end of each operation of the schedules, in seconds.
     fn times(machine: &Machine, schedules: &[&[Operation]]) -> Vec<Vec<(f64, f64)>> {
@@ -442,7 +442,7 @@ mod tests {
             ..machine()
         };
         let other = Slot(1);
-        let forward = Operation::Forward { call: 0, slot: other, passage: None };
+        let forward = Operation::Forward { call: 0, micro_batch: 0, slot: other, passage: None };
         let times = times(&machine, &[&[upload(0, 0), forward]]).remove(0);
         // When the copy is done 2 of the 4 s of computing are, and the other 2 have the processors for themselves.
         assert_eq!(times, [(0.0, 3.0), (1.5, 5.0)]);
@@ -458,7 +458,7 @@ mod tests {
             simulator.alone_s(operation)
         };
         let passage = crate::schedule::Passage(0);
-        let load = Operation::LoadBoundary { call: 0, piece: 0, passage, buffer: Buffer(0) };
+        let load = Operation::LoadBoundary { call: 0, micro_batch: 0, piece: 0, passage, buffer: Buffer(0) };
         let (cpu, host, device) = ((false, Tier::Host), (true, Tier::Host), (true, Tier::Device));
         assert_eq!([cpu, host, device].map(|of| alone_s(of, &load)), [alone_s(cpu, &load); 3]);
         assert_eq!([cpu, host, device].map(|of| alone_s(of, &upload(0, 0))), [0.5, 0.25, 0.0]);

@@ -144,7 +144,10 @@ impl Stores {
         if plan.arrangement.boundary_home == Tier::Disk {
             for (call, of_call) in plan.calls.iter().enumerate().filter(|(_, call)| call.boundary_moves) {
                 let bytes = 4 * of_call.boundary_elements as u64;
-                scratches.push((Extent::Boundary(call), format!("boundary {call}"), bytes));
+                for place in 0..plan.arrangement.vertical {
+                    let name = format!("boundary {call} of micro-batch {place}");
+                    scratches.push((Extent::Boundary { call, place }, name, bytes));
+                }
             }
         }
         if scratches.is_empty() {

@@ -1,15 +1,16 @@
 //! The trainer: steps, evaluations, commits and exports, each by running a schedule.
 
+use crate::baton::{Baton, abreast};
 use crate::device::{BufferMemory, ComputeDevice, DeviceCounter};
 use crate::engine::Config;
 use crate::error::{Error, Result};
-use crate::executor::{ComputeRequest, Executor, Memory};
+use crate::executor::{Executor, Memory};
 use crate::export::{Take, export_safetensors};
 use crate::loss_scale::LossScale;
-use crate::pass::{GradientSink, Granted, Mode, Passes, ScheduledPass, lock};
+use crate::pass::{GradientSink, Mode, Passes, ScheduledPass, lock};
 use crate::plan::Plan;
 use crate::registry::{GroupTensors, Parameter};
-use crate::schedule::Operation;
+use crate::schedule::{Operation, Queue};
 use crate::stores::{Progress, Stores};
 use crate::trace::Trace;
 use crate::work::{Shared, StateCommit, StepContext};
@@ -21,6 +22,8 @@ use ferrozero_kernels::ops;
 use ferrozero_offload::{Budget, Notice, Reservation, Store, Tier};
 use sha2::{Digest, Sha256};
 use std::collections::HashMap;
+use std::ops::Range;
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::path::Path;
 use std::sync::{Arc, Mutex, OnceLock};
 use std::time::Instant;
@@ -94,9 +97,14 @@ pub struct Trainer {
     pending: Mutex<Option<AdamWStep>>,
     /// Schedules of a training step, without and with pending updates.
     train_schedules: [Vec<Operation>; 2],
+    /// The micro-batch of each compute operation of a training step.
+    turns: Vec<usize>,
     /// Schedules of an evaluation, without and with pending updates.
     evaluate_schedules: [Vec<Operation>; 2],
 }
+
+/// The user's loss of a micro-batch.
+type Loss<'a> = dyn Fn(usize) -> candle_core::Result<Tensor> + Sync + 'a;
 
 impl Trainer {
     pub(crate) fn start(
@@ -159,6 +167,11 @@ impl Trainer {
         };
         let memory = Memory { buffers, extents: stores.extents.clone() };
         let executor = Arc::new(Executor::start(Arc::new(shared), &plan.arrangement, memory)?);
+        // Only clipping leaves updates pending.
+        let train_schedules =
+            [false, plan.clip.is_some()].map(|pending| plan.schedule(|builder| builder.train(pending)));
+        let of_compute = train_schedules[0].iter().filter(|operation| operation.queue() == Queue::Compute);
+        let turns = of_compute.map(|operation| operation.micro_batch().unwrap_or(0)).collect();
         let this = Self {
             learning_rate: plan.adamw.learning_rate,
             step: stores.resumed.as_ref().map_or(0, |progress| progress.step),
@@ -171,9 +184,8 @@ impl Trainer {
                     .unwrap_or_else(LossScale::new)
             }),
             pending: Mutex::new(None),
-            // Only clipping leaves updates pending.
-            train_schedules: [false, plan.clip.is_some()]
-                .map(|pending| plan.schedule(|builder| builder.train(pending))),
+            train_schedules,
+            turns,
             evaluate_schedules: [false, plan.clip.is_some()]
                 .map(|pending| plan.schedule(|builder| builder.evaluate(pending))),
             config,
@@ -273,7 +285,8 @@ impl Trainer {
         self.learning_rate = learning_rate;
     }
 
-    /// One optimizer step. `loss` computes the loss of the micro-batch whose number, from 0, it is given.
+    /// One optimizer step. `loss` computes the loss of the micro-batch whose number, from 0, it is given. Where the plan has
+    /// micro-batches run vertically, each is computed in a thread of its own, of which one runs at a time.
     ///
     /// Returns when the gradients of all parameters are known. With clipping their updates are made when the next step asks
     /// for the parameters, or whatever else comes next.
@@ -282,8 +295,16 @@ impl Trainer {
     /// Whatever `loss` returns, [`Error::NonFiniteLoss`], [`Error::NonFiniteGradient`], [`Error::MissingGradient`],
     /// [`Error::OrderChanged`], and errors of the tiers. After an error the trainer is stopped: the last commit
     /// is where to go on.
-    pub fn step(&mut self, loss: impl FnMut(usize) -> candle_core::Result<Tensor>) -> Result<StepReport> {
-        let result = self.try_step(loss).map_err(|error| self.explain(error));
+    ///
+    /// # Panics
+    /// Where `loss` panics. The trainer is stopped then too.
+    pub fn step(&mut self, loss: impl Fn(usize) -> candle_core::Result<Tensor> + Sync) -> Result<StepReport> {
+        // A panic leaves operations behind that nobody will ask for.
+        let result = catch_unwind(AssertUnwindSafe(|| self.try_step(loss))).unwrap_or_else(|panic| {
+            let _ = self.executor.stop("the loss panicked");
+            resume_unwind(panic)
+        });
+        let result = result.map_err(|error| self.explain(error));
         if let Err(error) = &result {
             self.executor.stop(&error.to_string())?;
         }
@@ -294,15 +315,12 @@ impl Trainer {
         self.compute.explain(error, self.plan.device_bytes())
     }
 
-    fn try_step(&mut self, mut loss: impl FnMut(usize) -> candle_core::Result<Tensor>) -> Result<StepReport> {
+    fn try_step(&mut self, loss: impl Fn(usize) -> candle_core::Result<Tensor> + Sync) -> Result<StepReport> {
         let _span = tracing::debug_span!("step", step = self.step + 1).entered();
         let started = Instant::now();
         let context = self.run(&self.train_schedules)?;
         let pass = self.pass(true);
-        let mut sum = 0.0;
-        for micro_batch in 0..self.plan.accumulate {
-            sum += f64::from(self.micro_batch(&pass, || loss(micro_batch))?);
-        }
+        let sum = self.micro_batches(&pass, &loss)?;
         let (norm, trace) = self.executor.await_norm()?;
         if self.plan.clip.is_some() && !norm.overflow {
             // A step that was skipped was none for the optimizer.
@@ -333,6 +351,8 @@ impl Trainer {
     }
 
     fn pass(&self, train: bool) -> Arc<ScheduledPass> {
+        let places = if train { self.plan.arrangement.vertical } else { 1 };
+        let turns = if train { self.turns.clone() } else { vec![] };
         Arc::new(ScheduledPass {
             executor: self.executor.clone(),
             device: self.compute.clone(),
@@ -340,19 +360,52 @@ impl Trainer {
             tensors: self.tensors.clone(),
             train,
             stall: Mutex::default(),
-            resident_gradients: Mutex::default(),
+            baton: Baton::new(turns),
+            resident_gradients: (0..places).map(|_| Mutex::default()).collect(),
         })
     }
 
-    fn micro_batch(
+    /// Runs all micro-batches of a step, and answers the sum of their losses.
+    fn micro_batches(&self, pass: &Arc<ScheduledPass>, loss: &Loss) -> Result<f64> {
+        pass.attach()?;
+        let mut losses = vec![];
+        for micro_batches in self.plan.abreast() {
+            let mode = Mode::Scheduled(pass.clone());
+            losses.extend(self.passes.within(mode, || self.abreast(pass, loss, micro_batches))?);
+        }
+        // In their order, however many ran at once.
+        Ok(losses.into_iter().fold(0.0, |sum, loss| sum + f64::from(loss)))
+    }
+
+    /// Runs micro-batches vertically, and answers their losses. One alone runs in this thread.
+    fn abreast(
         &self,
         pass: &Arc<ScheduledPass>,
-        loss: impl FnOnce() -> candle_core::Result<Tensor>,
-    ) -> Result<f32> {
-        self.attach(pass)?;
+        loss: &Loss,
+        micro_batches: Range<usize>,
+    ) -> Result<Vec<f32>> {
+        if micro_batches.len() == 1 {
+            return micro_batches
+                .map(|micro_batch| {
+                    let value = self.micro_batch(pass, loss, micro_batch)?;
+                    pass.baton.leave();
+                    Ok(value)
+                })
+                .collect();
+        }
+        let span = tracing::Span::current();
+        abreast(&pass.baton, micro_batches, |micro_batch| {
+            let _span = span.enter();
+            self.compute.bind_thread()?;
+            self.micro_batch(pass, loss, micro_batch)
+        })
+    }
+
+    /// Computes a micro-batch's loss, forward and backward.
+    fn micro_batch(&self, pass: &Arc<ScheduledPass>, loss: &Loss, micro_batch: usize) -> Result<f32> {
         let step = self.step + 1;
-        let (loss, mut store) = self.passes.within(Mode::Scheduled(pass.clone()), || {
-            let loss = ops::before_backward(loss)?;
+        let compute = || {
+            let loss = ops::before_backward(|| loss(micro_batch))?;
             let value = self.compute.number(&loss.to_dtype(DType::F32)?)?;
             if !value.is_finite() {
                 return self.passes.report(Err(Error::NonFiniteLoss { step, loss: value }));
@@ -364,34 +417,18 @@ impl Trainer {
                 }
                 None => Ok((value, ops::backward(&loss)?)),
             }
-        })?;
+        };
+        let (loss, mut store) = self.passes.explain(compute())?;
         let layout = &self.plan.layout;
-        let mut sink = GradientSink::new(layout, &self.tensors, layout.resident(), &pass.resident_gradients);
+        let mut sink = GradientSink::new(layout, &self.tensors, layout.resident(), pass.resident_gradients());
         let gradients = sink.collect(&mut store)?;
         drop(store);
         match sink.missing() {
             missing if missing.is_empty() => {}
             names => return Err(Error::MissingGradient { names }),
         }
-        self.detach(pass, Some(gradients))?;
+        pass.detach(Some(gradients))?;
         Ok(loss)
-    }
-
-    fn attach(&self, pass: &ScheduledPass) -> Result<()> {
-        let mut granted = Granted::begin(pass, ComputeRequest::Attach)?;
-        let slot = granted.grant()?.held.slot.replace(vec![]);
-        self.tensors.fill(self.plan.layout.resident(), slot.unwrap_or_default())?;
-        granted.finish()
-    }
-
-    fn detach(&self, pass: &ScheduledPass, gradients: Option<Vec<crate::vacancy::DeviceRun>>) -> Result<()> {
-        let mut granted = Granted::begin(pass, ComputeRequest::Detach)?;
-        let held = &mut granted.grant()?.held;
-        held.slot = Some(self.tensors.take(self.plan.layout.resident())?);
-        if gradients.is_some() {
-            held.gradients = gradients;
-        }
-        granted.finish()
     }
 
     /// Runs `pass` once through all segments without gradients, and gives back what it returns.
@@ -410,9 +447,9 @@ impl Trainer {
         let _span = tracing::debug_span!("evaluation", after_step = self.step).entered();
         self.run(&self.evaluate_schedules)?;
         let pass = self.pass(false);
-        self.attach(&pass)?;
-        let result = self.passes.within(Mode::Scheduled(pass.clone()), run)?;
-        self.detach(&pass, None)?;
+        pass.attach()?;
+        let result = self.passes.explain(self.passes.within(Mode::Scheduled(pass.clone()), run))?;
+        pass.detach(None)?;
         self.note_heap();
         Ok(result)
     }

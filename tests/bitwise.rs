@@ -1,5 +1,5 @@
 //! Where never changes what: losses and weights have the same bits for every placement, disk backend, number of slots,
-//! look-ahead, piece size, number of threads and home of boundaries.
+//! look-ahead, piece size, number of threads, home of boundaries and number of micro-batches that run vertically.
 
 mod support;
 
@@ -53,10 +53,12 @@ fn ways() -> Vec<Way> {
         ways.push(way(format!("{threads} threads"), Config { threads: Some(threads), ..memory() }));
     }
     for boundaries in [Tier::Host, Tier::Disk] {
-        ways.push(way(
-            format!("boundaries on {boundaries}"),
-            Config { boundaries: Some(boundaries), ..memory() },
-        ));
+        for slots in 1..=3 {
+            ways.push(way(
+                format!("boundaries on {boundaries}, {slots} slots"),
+                Config { boundaries: Some(boundaries), slots: Some(slots), ..memory() },
+            ));
+        }
     }
     for mixed in [
         GroupPlacement {
@@ -83,12 +85,23 @@ fn ways() -> Vec<Way> {
     ways
 }
 
+/// Every way with its micro-batches one after another, and with some or all of them vertical.
+fn ways_of(accumulate: usize) -> impl Iterator<Item = Way> {
+    let alone = ways().into_iter();
+    let vertical = ways().into_iter().enumerate().filter(move |_| accumulate > 1).map(move |(index, way)| {
+        let vertical = 2 + index % (accumulate - 1);
+        let config = Config { vertical: Some(vertical), ..way.config };
+        Way { name: format!("{}, {vertical} vertical", way.name), config, ..way }
+    });
+    alone.chain(vertical)
+}
+
 /// Runs every way with and without clipping, and with one and four micro-batches.
 fn one_digest(clip: Option<f64>, accumulate: usize) {
     let with = |config: Config| Config { clip, accumulate, ..config };
-    let reference = with(Config { placement: Placement::All(Tier::Device), ..Config::default() });
-    let expected = train(reference, BLOCKS, STEPS).unwrap();
-    for way in ways() {
+    let reference = Config { placement: Placement::All(Tier::Device), ..Config::default() };
+    let expected = train(with(Config { vertical: Some(1), ..reference }), BLOCKS, STEPS).unwrap();
+    for way in ways_of(accumulate) {
         let found = match train(with(way.config), BLOCKS, STEPS) {
             Err(ferrozero::Error::Offload(ferrozero_offload::Error::UringUnavailable { source })) => {
                 println!("skipped {}: io_uring is not available here ({source})", way.name);
@@ -130,8 +143,8 @@ fn a_clip_that_is_never_reached_changes_nothing() {
 /// Here nothing counts the heap, so what the run says of device memory is what it leased.
 #[test]
 fn what_each_way_leases_is_what_its_plan_said_to_the_byte() {
-    for (clip, accumulate) in [(None, 1), (Some(0.05), 2)] {
-        for Way { name, config, _folder } in ways() {
+    for (clip, accumulate) in [(None, 1), (Some(0.05), 2), (None, 3)] {
+        for Way { name, config, _folder } in ways_of(accumulate) {
             let Ok((mut trainer, model)) = trainer(Config { clip, accumulate, ..config }, BLOCKS) else {
                 println!("skipped {name}: io_uring is not available here");
                 continue;

@@ -2,6 +2,7 @@
 
 mod support;
 
+use candle_core::Tensor;
 use candle_nn::Init;
 use ferrozero::{
     AdamW, BackendChoice, Checkpoint, Config, CountingAllocator, Engine, Error, Placement, Tier,
@@ -10,7 +11,7 @@ use ferrozero_offload::memory;
 use safetensors::SafeTensors;
 use std::path::Path;
 use std::process::Command;
-use support::{tokens, train, trainer};
+use support::{engine_model, tokens, train, trainer};
 
 #[global_allocator]
 static ALLOCATOR: CountingAllocator = CountingAllocator;
@@ -23,6 +24,11 @@ fn peaks_stay_within_the_plan_and_less_is_refused() {
     for placement in [Placement::Auto, Placement::All(Tier::Host), Placement::All(Tier::Device)] {
         for (clip, accumulate, boundaries) in [(None, 1, None), (Some(1.0), 2, Some(Tier::Disk))] {
             within_the_plan(placement.clone(), clip, accumulate, boundaries);
+        }
+    }
+    for boundaries in [Tier::Device, Tier::Host, Tier::Disk] {
+        for (clip, vertical) in [(None, 1), (None, 4), (Some(1.0), 3)] {
+            activations_within_the_plan(clip, vertical, boundaries);
         }
     }
     too_little_is_refused();
@@ -53,6 +59,34 @@ fn within_the_plan(placement: Placement, clip: Option<f64>, accumulate: usize, b
     assert!(usage.peak_device_bytes <= usage.planned_device_bytes, "{config:?}: {usage:?}");
     assert!(usage.peak_host_bytes <= usage.planned_host_bytes, "{config:?}: {usage:?}");
     assert!(usage.planned_host_bytes + usage.planned_device_bytes <= 32 << 20, "{config:?}: {usage:?}");
+    drop(trainer);
+    clean(&config);
+}
+
+/// Activations that are most of what is planned, of four micro-batches that run vertically.
+fn activations_within_the_plan(clip: Option<f64>, vertical: usize, boundaries: Tier) {
+    let config = Config {
+        placement: Placement::All(Tier::Disk),
+        clip,
+        accumulate: 4,
+        vertical: Some(vertical),
+        boundaries: Some(boundaries),
+        piece_bytes: Some(64 << 10),
+        ..config(None)
+    };
+    let engine = Engine::new(config.clone()).unwrap();
+    let model = engine_model(&engine, 8).unwrap();
+    let long = Tensor::cat(&(0..48).map(|part| tokens(part, 0)).collect::<Vec<_>>(), 0).unwrap();
+    let plan = engine.plan(AdamW::default(), || model.loss(&long)).unwrap();
+    let mut trainer = engine.trainer(plan).unwrap();
+    for _ in 0..2 {
+        trainer.step(|_| model.loss(&long)).unwrap();
+    }
+    let usage = trainer.usage();
+    println!("{clip:?}, {vertical} vertical, boundaries on {boundaries}: {usage:?}");
+    assert!(usage.peak_device_bytes <= usage.planned_device_bytes, "{config:?}: {usage:?}");
+    assert!(usage.peak_host_bytes <= usage.planned_host_bytes, "{config:?}: {usage:?}");
+    assert!(2 * usage.peak_device_bytes > usage.planned_device_bytes, "{config:?}: {usage:?}");
     drop(trainer);
     clean(&config);
 }
@@ -161,7 +195,7 @@ fn a_process_stays_within_its_memory_and_64_mib() {
     let run = folder.path().join("run");
     let train = format!(
         "echo $$ > {group}/cgroup.procs && exec {} train --memory 256MiB --steps 2 --layers 8 --warmup 1 --sample 0 \
-         --seq 64 --batch 2 --data {} --dir {} --json",
+         --seq 64 --batch 2 --accumulate 4 --data {} --dir {} --json",
         env!("CARGO_BIN_EXE_ferrozero"),
         data.display(),
         run.display()

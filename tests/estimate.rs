@@ -15,8 +15,8 @@ static ALLOCATOR: CountingAllocator = CountingAllocator;
 #[test]
 fn estimated_memory_is_near_what_a_rehearsal_measures() {
     let mut ratios = vec![];
-    for (layers, hidden, heads, batch, sequence) in
-        [(4, 128, 4, 4, 64), (2, 256, 8, 8, 128), (6, 192, 4, 2, 128)]
+    for (layers, hidden, heads, batch, sequence, vertical) in
+        [(4, 128, 4, 4, 64, 1), (2, 256, 8, 8, 128, 1), (6, 192, 4, 2, 128, 1), (4, 192, 4, 4, 128, 4)]
     {
         let config = GptConfig { vocabulary: 256, layers, hidden, heads, sequence };
         let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
@@ -26,6 +26,8 @@ fn estimated_memory_is_near_what_a_rehearsal_measures() {
             boundaries: Some(Tier::Device),
             clip: Some(1.0),
             slots: Some(2),
+            accumulate: vertical,
+            vertical: Some(vertical),
             ..Config::default()
         })
         .unwrap();
@@ -38,6 +40,7 @@ fn estimated_memory_is_near_what_a_rehearsal_measures() {
             placement: Some(Tier::Disk),
             boundaries: Some(Tier::Device),
             slots: Some(2),
+            vertical: Some(vertical),
             ..Choices::default()
         };
         let shape = ModelShape::gpt(256, layers, hidden, heads, sequence);
@@ -55,7 +58,7 @@ fn estimated_memory_is_near_what_a_rehearsal_measures() {
             shape,
             batch,
             sequence,
-            accumulate: 1,
+            accumulate: vertical,
             clip: true,
             in_place: false,
             ranks: 1,
@@ -64,7 +67,7 @@ fn estimated_memory_is_near_what_a_rehearsal_measures() {
         };
         let answer = question.answer().unwrap();
         let ratio = answer.plan.device_bytes() as f64 / plan.device_bytes() as f64;
-        println!("{layers} × {hidden}, {batch} × {sequence}: {ratio:.2}");
+        println!("{layers} × {hidden}, {vertical} × {batch} × {sequence}: {ratio:.2}");
         ratios.push(ratio);
     }
     assert!(ratios.iter().all(|ratio| (0.65..1.35).contains(ratio)), "{ratios:?}");

@@ -246,6 +246,32 @@ fn every_lasting_failure_at_every_operation_of_a_run_is_named_and_the_last_commi
     }
 }
 
+/// Micro-batches that run vertically are threads: what one of them meets ends all, and none hangs.
+#[test]
+fn a_failed_transfer_ends_micro_batches_that_run_vertically() {
+    let several = |folder: &Path| Config { accumulate: 3, vertical: Some(3), ..config(folder, Form::Whole) };
+    let reference = Config { clip: Some(1.0), accumulate: 3, vertical: Some(1), ..Config::default() };
+    let expected = train(reference, BLOCKS, STEPS).unwrap().1;
+    for point in [FaultPoint::Read, FaultPoint::Write] {
+        let mut failed = 0;
+        for nth in (0..).step_by(3) {
+            let folder = quick_folder();
+            let case = format!("{point:?} {nth}, vertical");
+            let faulty = with_fault(several(folder.path()), point, nth, FaultKind::InputOutput);
+            let (progress, result) = live_watched(faulty, &case);
+            match result {
+                Ok(digest) => {
+                    assert_eq!(digest, expected, "{case}");
+                    break;
+                }
+                Err(error) => expect_transfer_named(&error, &progress, folder.path(), &case),
+            }
+            failed += 1;
+        }
+        assert!(failed >= 10, "{point:?}: {failed}");
+    }
+}
+
 #[test]
 fn no_run_goes_on_from_silent_damage() {
     let expected = expected();

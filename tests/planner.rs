@@ -141,12 +141,49 @@ fn what_is_fixed_is_kept() {
         boundaries: Some(Tier::Host),
         slots: Some(3),
         look_ahead: Some(2),
+        vertical: Some(2),
     };
-    let question = Question { choices, ..question(shape, 2, 64, processor(1 << 30)) };
+    let question = Question { choices, accumulate: 4, ..question(shape, 2, 64, processor(1 << 30)) };
     let answer = question.answer().unwrap();
     assert_eq!((answer.depths.slots, answer.depths.look_ahead, answer.boundaries), (3, 2, Tier::Host));
+    assert_eq!(answer.depths.vertical, 2);
     let homes = &answer.plan.placements()[..4];
     assert!(homes.iter().all(|home| home.master == Tier::Disk && home.first_moment == Tier::Disk));
+}
+
+/// Micro-batches share what is fetched where the disk is slow, and only as many as there is memory for.
+#[test]
+fn micro_batches_run_vertically_where_the_disk_is_slow_and_their_activations_fit() {
+    let slow = |memory_bytes| Machine {
+        disk_read_bytes_per_s: 1e8,
+        disk_write_bytes_per_s: 1e8,
+        ..processor(memory_bytes)
+    };
+    let choices =
+        Choices { placement: Some(Tier::Disk), boundaries: Some(Tier::Device), ..Choices::default() };
+    let question = |memory_bytes| Question {
+        accumulate: 4,
+        choices: choices.clone(),
+        ..question(ModelShape::gpt(256, 12, 256, 4, 256), 1, 256, slow(memory_bytes))
+    };
+    let answer = question(4 * GIB).answer().unwrap();
+    assert_eq!(answer.depths.vertical, 4);
+    let one = Choices { vertical: Some(1), ..choices.clone() };
+    let one = Question { choices: one, ..question(4 * GIB) }.answer().unwrap();
+    println!("{:.2} s vertically, {:.2} s one after another", answer.forecast.step_s, one.forecast.step_s);
+    assert!(1.5 * answer.forecast.step_s < one.forecast.step_s);
+    assert!(answer.forecast.read_bytes < one.forecast.read_bytes);
+    // As much as one micro-batch needs at least.
+    let Error::BudgetTooSmall { needed_bytes, .. } = question(1 << 20).answer().unwrap_err() else {
+        panic!("a MiB is too little")
+    };
+    let least = question(needed_bytes);
+    let answer = least.answer().unwrap();
+    keeps_to_limits(&answer, &least.machine);
+    assert_eq!(answer.depths.vertical, 1);
+    // Boundaries and what else a micro-batch holds while it waits are counted once for each.
+    let kept = 12 * 4 * 256 * 256;
+    assert_eq!(question(needed_bytes + kept).answer().unwrap().depths.vertical, 1);
 }
 
 #[test]

@@ -87,6 +87,9 @@ pub struct PlanArguments {
     /// Pieces read ahead [default: chosen]
     #[arg(long, value_parser = clap::value_parser!(u16).range(1..))]
     look_ahead: Option<u16>,
+    /// Micro-batches that run vertically, all of them through a segment before the next one [default: chosen]
+    #[arg(long, value_parser = clap::value_parser!(u16).range(1..))]
+    vertical: Option<u16>,
     /// Keep states once and not twice on disk
     #[arg(long)]
     in_place: bool,
@@ -231,6 +234,7 @@ pub(in crate::command) fn question(arguments: &PlanArguments) -> CommandResult<Q
             boundaries: arguments.boundaries,
             slots: arguments.slots.map(usize::from),
             look_ahead: arguments.look_ahead.map(usize::from),
+            vertical: arguments.vertical.map(usize::from),
         },
     })
 }
@@ -308,6 +312,7 @@ fn object(question: &Question, answer: &Answer, advice: &[(String, f64)]) -> ser
         "boundaries": answer.boundaries.to_string(),
         "slots": answer.depths.slots,
         "look_ahead": answer.depths.look_ahead,
+        "vertical": answer.depths.vertical,
         "forecast": answer.forecast,
         "tokens_per_s": answer.tokens_per_s,
         "advice": advice.iter().map(|(text, times)| json!({ "with": text, "times": times })).collect::<Vec<_>>(),

@@ -43,7 +43,7 @@ fn compute(trace: &Trace, plan: &Plan) -> Option<Compute> {
     // Evaluations may lie before the step in the trace.
     let starts = events.iter().enumerate().rev();
     let mut starts = starts.filter(|(_, event)| matches!(event.operation, Operation::Attach { .. }));
-    let (first, _) = starts.nth(plan.accumulate - 1)?;
+    let (first, _) = starts.next()?;
     let mut sums = Compute::none(plan.calls().len());
     let mut seen = 0;
     let mut previous_end_s = None;
@@ -54,7 +54,10 @@ fn compute(trace: &Trace, plan: &Plan) -> Option<Compute> {
             Operation::Backward { call, .. } => sums.backward.get_mut(call)?,
             _ => &mut sums.detach,
         };
-        let share = 1.0 / plan.accumulate as f64;
+        let share = match event.operation {
+            Operation::Attach { .. } => 1.0,
+            _ => 1.0 / plan.accumulate as f64,
+        };
         let asked_s = event.start_s - event.waited_s;
         *time = ComputeTime {
             before_s: time.before_s
@@ -64,6 +67,6 @@ fn compute(trace: &Trace, plan: &Plan) -> Option<Compute> {
         previous_end_s = Some(event.end_s);
         seen += 1;
     }
-    let expected = plan.accumulate * (2 * plan.calls().len() + 2);
+    let expected = plan.accumulate * (2 * plan.calls().len() + 1) + 1;
     (seen == expected).then_some(sums)
 }

@@ -87,6 +87,7 @@ impl ChromeTrace {
                     "step": event.step,
                     "group": group,
                     "piece": event.operation.piece(),
+                    "micro_batch": event.operation.micro_batch(),
                     "waited_s": event.waited_s,
                 },
             }))?;

@@ -74,9 +74,12 @@ fn one_digest(dtype: DType, clip: Option<f64>, accumulate: usize) {
     let Some(base) = on_cuda() else { return };
     let mut expected = None;
     for (name, config) in ways(&Config { dtype, ..base }) {
-        let found = train(Config { clip, accumulate, ..config }, BLOCKS, 2);
-        let found = found.unwrap_or_else(|error| panic!("{name}: {error}"));
-        assert_eq!(&found, expected.get_or_insert(found.clone()), "{name}");
+        for vertical in 1..=accumulate {
+            let config = Config { clip, accumulate, vertical: Some(vertical), ..config.clone() };
+            let found = train(config, BLOCKS, 2);
+            let found = found.unwrap_or_else(|error| panic!("{name}, {vertical} vertical: {error}"));
+            assert_eq!(&found, expected.get_or_insert(found.clone()), "{name}, {vertical} vertical");
+        }
     }
 }
 

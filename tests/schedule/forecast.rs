@@ -32,7 +32,7 @@ proptest! {
         (before_s, within_s) in (0.0..0.1_f64, 0.0..1.0_f64),
     ) {
         let Case { layout, calls, placements, boundary_home, depths, accumulate, clip, device } = case;
-        let passes = gradient_passes_through(&calls, accumulate, clip);
+        let passes = gradient_passes_through(&calls, accumulate, depths.vertical, clip);
         let needs = Needs { layout: &layout, calls: &calls, gradient_passes_through: passes, device };
         let arrangement = Arrangement::new(&needs, placements, boundary_home, depths);
         let builder = Builder { layout: &layout, calls: &calls, arrangement: &arrangement, accumulate, clip };

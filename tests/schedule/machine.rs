@@ -11,8 +11,8 @@ use std::collections::{BTreeSet, HashMap};
 pub struct Moment {
     /// Optimizer step, 1-based; that of the last one in what is no training step.
     pub step: u64,
-    /// Micro-batch of the step.
-    pub micro_batch: usize,
+    /// Micro-batch of the step whose activations it is about, if it is one.
+    pub micro_batch: Option<usize>,
     /// Updates that parameters must have seen when they are computed with.
     pub updates: u64,
 }
@@ -64,6 +64,7 @@ struct Passing {
 pub struct Machine {
     layout: Groups,
     accumulate: usize,
+    vertical: usize,
     clip: bool,
     buffers: Vec<Content>,
     slots: Vec<SlotContent>,
@@ -129,6 +130,7 @@ impl Machine {
             measured: vec![(0, 0); groups.pieces.len()],
             layout: groups,
             accumulate,
+            vertical: arrangement.vertical,
             clip,
             buffers: vec![Content::Nothing; arrangement.buffers.len()],
             slots: vec![None; arrangement.slots.len()],
@@ -183,8 +185,9 @@ impl Machine {
                     (Extent::State(g, Stream::Gradient), Content::Gradient { group, piece: p, .. }) => {
                         (g, piece) == (*group, *p)
                     }
-                    (Extent::Boundary(c), Content::Boundary { call, piece: p, .. }) => {
-                        (c, piece) == (*call, *p)
+                    (Extent::Boundary { call: c, place }, Content::Boundary { call, piece: p, moment }) => {
+                        let its_place = moment.micro_batch.map(|micro_batch| micro_batch % self.vertical);
+                        (c, Some(place), piece) == (*call, its_place, *p)
                     }
                     _ => false,
                 };
@@ -220,7 +223,7 @@ impl Machine {
                 Ok(())
             }
             Operation::Attach { slot } => self.expect_parameters(slot.0, self.layout.resident(), moment),
-            Operation::Forward { call, slot, passage } => {
+            Operation::Forward { call, slot, passage, .. } => {
                 let (group, pieces, _) = self.layout.calls[call];
                 self.expect_parameters(slot.0, group, moment)?;
                 if let Some(passage) = passage {
@@ -229,7 +232,7 @@ impl Machine {
                 }
                 Ok(())
             }
-            Operation::Backward { call, slot, passage, gradients } => {
+            Operation::Backward { call, slot, passage, gradients, .. } => {
                 let (group, pieces, moves) = self.layout.calls[call];
                 self.expect_parameters(slot.0, group, moment)?;
                 let passing = passage.and_then(|passage| self.passages[passage.0].take());
@@ -238,15 +241,17 @@ impl Machine {
                 self.sets[gradients.0] = Some(Set { group, call: Some(call), moment });
                 Ok(())
             }
-            Operation::Detach { slot, gradients } => {
+            Operation::Detach { slot, gradients, .. } => {
                 let group = self.layout.resident();
-                self.expect_parameters(slot.0, group, moment)?;
+                if let Some(slot) = slot {
+                    self.expect_parameters(slot.0, group, moment)?;
+                }
                 if let Some(gradients) = gradients {
                     self.sets[gradients.0] = Some(Set { group, call: None, moment });
                 }
                 Ok(())
             }
-            Operation::SaveBoundary { call, piece, passage, buffer } => {
+            Operation::SaveBoundary { call, piece, passage, buffer, .. } => {
                 let passing = &mut self.passages[passage.0];
                 let is_its =
                     passing.as_ref().is_some_and(|passing| (passing.call, passing.moment) == (call, moment));
@@ -257,7 +262,7 @@ impl Machine {
                 self.buffers[buffer.0] = Content::Boundary { call, piece, moment };
                 Ok(())
             }
-            Operation::LoadBoundary { call, piece, passage, buffer } => {
+            Operation::LoadBoundary { call, piece, passage, buffer, .. } => {
                 let content = &self.buffers[buffer.0];
                 let is_its = *content == Content::Boundary { call, piece, moment };
                 ensure(is_its, || format!("{content:?} would be loaded"))?;
@@ -299,7 +304,7 @@ impl Machine {
                 self.expect_committable(moment.updates)?;
                 let is_state = |extent: &Extent| match extent {
                     Extent::State(_, stream) => Stream::STATE.contains(stream),
-                    Extent::Boundary(_) => false,
+                    Extent::Boundary { .. } => false,
                 };
                 let states = self.disk.iter().filter(|((extent, _), _)| is_state(extent));
                 self.committed = states.map(|(&place, content)| (place, content.clone())).collect();
@@ -343,8 +348,12 @@ impl Machine {
         (add, measure): (bool, bool),
         moment: Moment,
     ) -> Checked {
-        let call = match &self.sets[set] {
-            Some(set) if (set.group, set.moment) == (group, moment) => set.call,
+        let (micro_batch, call) = match &self.sets[set] {
+            Some(Set { group: of, call, moment: Moment { step, micro_batch: Some(micro_batch), .. } })
+                if (*of, *step) == (group, moment.step) =>
+            {
+                (*micro_batch, *call)
+            }
             other => return Err(format!("gradient set {set} has {other:?}")),
         };
         let step = moment.step;
@@ -357,7 +366,12 @@ impl Machine {
             }
             (other, true) => return Err(format!("a gradient would be added to {other:?}")),
         };
-        ensure(parts.insert((moment.micro_batch, call)), || "the same gradient twice".into())?;
+        // Sums have their parts in the order of the micro-batches, whatever ran beside whatever.
+        let before = parts.iter().filter(|(_, of)| *of == call).count();
+        ensure(micro_batch == before, || {
+            format!("micro-batch {micro_batch} as number {before} of its call")
+        })?;
+        ensure(parts.insert((micro_batch, call)), || "the same gradient twice".into())?;
         if measure {
             ensure(parts == self.whole(group), || format!("{parts:?} would be measured"))?;
             let so_far = if piece == 0 { (step, 0) } else { self.measured[group] };

@@ -70,16 +70,17 @@ fn case() -> impl Strategy<Value = Case> {
     let groups = groups.prop_map(|(kind, other, which)| {
         which.iter().map(|&first| if first { kind.clone() } else { other.clone() }).collect::<Vec<_>>()
     });
-    let depths = (1..4_usize, 1..6_usize, 1..4_usize, 1..3_usize).prop_map(
-        |(slots, look_ahead, quads, gradient_sets)| Depths {
+    let depths = (1..4_usize, 1..6_usize, 1..4_usize, 1..3_usize, 1..4_usize).prop_map(
+        |(slots, look_ahead, quads, gradient_sets, vertical)| Depths {
             slots,
             look_ahead,
             state_pieces: 4 * quads,
             gradient_sets,
+            vertical,
         },
     );
     let model = (groups, parameters(), 1..4_usize);
-    (model, depths, tier(), 1..4_usize, any::<bool>(), device()).prop_flat_map(
+    (model, depths, tier(), 1..5_usize, any::<bool>(), device()).prop_flat_map(
         |((kinds, resident, pages), depths, boundary_home, accumulate, clip, device)| {
             let groups = kinds.len();
             let layout = layout(&kinds, &resident, pages * ALIGNMENT_ELEMENTS);
@@ -134,10 +135,8 @@ impl<'a> Run<'a> {
     }
 
     fn append(&mut self, schedule: Vec<Operation>, step: u64, updates: u64) {
-        let mut passes = 0_usize;
         for operation in schedule {
-            passes += usize::from(matches!(operation, Operation::Attach { .. }));
-            let micro_batch = passes.saturating_sub(1);
+            let micro_batch = operation.micro_batch();
             self.operations.push((operation, Moment { step, micro_batch, updates }));
         }
     }
@@ -243,7 +242,7 @@ proptest! {
         seeds in prop::collection::vec(any::<u64>(), 3),
     ) {
         let Case { layout, calls, placements, boundary_home, depths, accumulate, clip, device } = case;
-        let passes = gradient_passes_through(&calls, accumulate, clip);
+        let passes = gradient_passes_through(&calls, accumulate, depths.vertical, clip);
         let needs = Needs { layout: &layout, calls: &calls, gradient_passes_through: passes, device };
         let arrangement = Arrangement::new(&needs, placements, boundary_home, depths);
         let builder = Builder { layout: &layout, calls: &calls, arrangement: &arrangement, accumulate, clip };
@@ -295,14 +294,20 @@ fn no_operation_of_a_step_is_superfluous() {
     let parameters = [(3000, true), (100, true)];
     let layout = layout(&[parameters.to_vec(), parameters.to_vec()], &parameters, ALIGNMENT_ELEMENTS);
     let calls = [0, 1, 0].map(|group| Call { group, boundary_elements: 2500, boundary_moves: true });
-    for (tier, accumulate, clip) in [(Tier::Disk, 2, true), (Tier::Host, 1, false), (Tier::Device, 2, false)]
-    {
+    let steps = [
+        (Tier::Disk, 2, 1, true),
+        (Tier::Host, 1, 1, false),
+        (Tier::Device, 2, 1, false),
+        (Tier::Disk, 3, 3, true),
+        (Tier::Host, 2, 2, false),
+    ];
+    for (tier, accumulate, vertical, clip) in steps {
         let mut placements = vec![GroupPlacement::all(tier); 3];
         placements[2].master = Tier::Device;
-        let passes = gradient_passes_through(&calls, accumulate, clip);
+        let passes = gradient_passes_through(&calls, accumulate, vertical, clip);
         let device = DeviceKind { dtype: DType::F32, apart: false };
         let needs = Needs { layout: &layout, calls: &calls, gradient_passes_through: passes, device };
-        let depths = Depths { slots: 1, look_ahead: 2, state_pieces: 4, gradient_sets: 1 };
+        let depths = Depths { slots: 1, look_ahead: 2, state_pieces: 4, gradient_sets: 1, vertical };
         let arrangement = Arrangement::new(&needs, placements, tier, depths);
         let builder = Builder { layout: &layout, calls: &calls, arrangement: &arrangement, accumulate, clip };
         let mut run = Run::new(builder, 0);

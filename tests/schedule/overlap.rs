@@ -5,7 +5,7 @@ use super::layout;
 use candle_core::DType;
 use ferrozero::Tier;
 use ferrozero::arrangement::{Arrangement, Call, Depths, DeviceKind, GroupPlacement, Needs};
-use ferrozero::builder::Builder;
+use ferrozero::builder::{Builder, gradient_passes_through};
 use ferrozero::layout::{ALIGNMENT_ELEMENTS, Layout};
 use ferrozero::schedule::{Operation, Queue};
 use ferrozero::simulator::{Compute, ComputeTime, Forecast, Machine, Simulator};
@@ -19,21 +19,32 @@ const BACKWARD_S: f64 = 3.0;
 
 /// A step of a model in bf16 with its states on the host, where a layer takes `bus_s` to cross in either direction.
 fn step(clip: bool, bus_s: f64) -> (Forecast, Trace) {
+    costed(clip, (1, 1), Tier::Device, [bus_s; 2])
+}
+
+/// The same of some micro-batches, of which some run vertically, where a layer takes other times up and down.
+fn costed(
+    clip: bool,
+    (accumulate, vertical): (usize, usize),
+    boundaries: Tier,
+    [up_s, down_s]: [f64; 2],
+) -> (Forecast, Trace) {
     let kinds = vec![vec![(LAYER_ELEMENTS, true)]; LAYERS];
     let layout: Layout = layout(&kinds, &[(10, true)], ALIGNMENT_ELEMENTS);
     let calls: Vec<Call> =
-        (0..LAYERS).map(|group| Call { group, boundary_elements: 0, boundary_moves: false }).collect();
+        (0..LAYERS).map(|group| Call { group, boundary_elements: 1, boundary_moves: true }).collect();
     let device = DeviceKind { dtype: DType::BF16, apart: true };
-    let needs = Needs { layout: &layout, calls: &calls, gradient_passes_through: !clip, device };
+    let passes = gradient_passes_through(&calls, accumulate, vertical, clip);
+    let needs = Needs { layout: &layout, calls: &calls, gradient_passes_through: passes, device };
     let placements = vec![GroupPlacement::all(Tier::Host); LAYERS + 1];
-    let depths = Depths { slots: 2, look_ahead: 4, state_pieces: 16, gradient_sets: 2 };
-    let arrangement = Arrangement::new(&needs, placements, Tier::Device, depths);
-    let builder = Builder { layout: &layout, calls: &calls, arrangement: &arrangement, accumulate: 1, clip };
+    let depths = Depths { slots: 2, look_ahead: 4, state_pieces: 16, gradient_sets: 2, vertical };
+    let arrangement = Arrangement::new(&needs, placements, boundaries, depths);
+    let builder = Builder { layout: &layout, calls: &calls, arrangement: &arrangement, accumulate, clip };
     let layer_bytes = 4.0 * LAYER_ELEMENTS as f64;
     let machine = Machine {
         // Half of f32 crosses.
-        upload_bytes_per_s: layer_bytes / 2.0 / bus_s,
-        download_bytes_per_s: layer_bytes / 2.0 / bus_s,
+        upload_bytes_per_s: layer_bytes / 2.0 / up_s,
+        download_bytes_per_s: layer_bytes / 2.0 / down_s,
         // The update of a layer moves seven times its bytes, here in half of its forward.
         optimizer_bytes_per_s: 7.0 * layer_bytes / (0.5 * FORWARD_S),
         ..Machine::default()
@@ -104,5 +115,32 @@ fn parameters_arrive_gradients_leave_and_the_host_updates_while_the_device_compu
             updates.iter().filter(|update| compute.iter().any(|other| beside(update, other))).count();
         // The first ones of a step come before its first layer.
         assert!(4 * hidden >= 3 * updates.len(), "clip {clip}: {hidden} of {} updates", updates.len());
+    }
+}
+
+/// Micro-batches that run vertically hide a layer's crossing behind all of them, also where each has a boundary to fetch back.
+#[test]
+fn a_bus_that_is_too_slow_for_one_micro_batch_is_fast_enough_for_several_that_run_vertically() {
+    const MICRO_BATCHES: usize = 4;
+    for boundaries in [Tier::Device, Tier::Host] {
+        // As long as the forward of all of them.
+        let up_s = MICRO_BATCHES as f64 * FORWARD_S;
+        let stall = |vertical| {
+            let (forecast, trace) = costed(true, (MICRO_BATCHES, vertical), boundaries, [up_s, 0.1]);
+            let waits = trace.events.iter().filter(|event| event.step == 2).filter_map(|event| {
+                match event.operation {
+                    // The first one waits for a layer that the forward's last ones have pushed out.
+                    Operation::Backward { call, .. } if call + 2 < LAYERS => Some(event.waited_s),
+                    _ => None,
+                }
+            });
+            (forecast.exposed_stall, waits.sum::<f64>())
+        };
+        let ((alone, alone_s), (vertical, vertical_s)) = (stall(1), stall(MICRO_BATCHES));
+        println!(
+            "boundaries on {boundaries}: {alone:.2} ({alone_s:.2} s back), vertically {vertical:.2} ({vertical_s:.2} s)"
+        );
+        assert!(alone > 0.3 && vertical < 0.1, "{boundaries}: {alone} and {vertical}");
+        assert!(alone_s > 10.0 && vertical_s < 0.5, "{boundaries}: {alone_s} and {vertical_s}");
     }
 }
