@@ -1,7 +1,7 @@
-//! The rehearsal: the user's loss is computed and propagated back twice before the plan is made, the first time to warm up and the
-//! second to be timed. Each kind of segment runs a few times, with parameters of zero; its likes are skipped. That gives the
-//! order of the segments, the shapes of boundaries, the parameters that no gradient reaches, the working memory of the model's own
-//! tensors, and the time of computing.
+//! The rehearsal: the user's loss is computed and propagated back a few times before the plan is made, first to warm up and then to
+//! be timed. Each kind of segment runs a few times, with parameters of zero; its likes are skipped. That gives the order of the
+//! segments, the shapes of boundaries, the parameters that no gradient reaches, the working memory of the model's own tensors, and
+//! the time of computing.
 
 use crate::arrangement::Call;
 use crate::device::ComputeDevice;
@@ -26,6 +26,12 @@ enum Pass {
     Timed,
 }
 
+/// Timed passes at most: a model of few short segments is timed more than once.
+const MOST_TIMED_PASSES: usize = 3;
+
+/// Runs as long as a group's parameters that a trial makes beside its tensors: parameters, gradients, and what both were before.
+const OF_A_TRIAL: u64 = 4;
+
 /// What makes two segments alike: code, parameters and inputs.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 struct Kind {
@@ -46,24 +52,27 @@ struct Known {
 struct Measured {
     /// Most bytes beyond the parameters.
     bytes: u64,
-    /// Seconds of each run of the pass.
+    /// Seconds of each run of the warm-up, and then of each timed one.
     seconds: Vec<f64>,
 }
 
 impl Measured {
-    /// Runs of a pass that are worth their time: the first finds memory cold.
+    /// Timed runs that are worth their time: the first finds memory cold.
     const LEAST_RUNS: usize = 2;
     /// Short runs are worth more of them, because their time varies more.
     const ENOUGH_S: f64 = 0.3;
     const MOST_RUNS: usize = 8;
 
     fn is_known(&self, pass: Pass) -> bool {
-        let is_enough = || self.seconds.iter().sum::<f64>() >= Self::ENOUGH_S;
         let runs = self.seconds.len();
         match pass {
             Pass::WarmUp => runs >= 1,
-            Pass::Timed => runs >= Self::MOST_RUNS || runs >= Self::LEAST_RUNS && is_enough(),
+            Pass::Timed => runs >= Self::LEAST_RUNS && self.is_enough(),
         }
+    }
+
+    fn is_enough(&self) -> bool {
+        self.seconds.len() >= Self::MOST_RUNS || self.seconds.iter().sum::<f64>() >= Self::ENOUGH_S
     }
 
     fn add(&mut self, bytes: u64, seconds: f64) {
@@ -167,10 +176,16 @@ impl Rehearsal {
             user_code_since: Mutex::new(Instant::now()),
             resident_gradients: Mutex::default(),
         });
-        let result = [Pass::WarmUp, Pass::Timed].into_iter().try_for_each(|pass| {
+        let pass = |pass| {
             this.begin(pass);
             within(this.clone(), &|this, loss| this.finish(loss))
-        });
+        };
+        let mut result = pass(Pass::WarmUp);
+        let mut timed = 0;
+        while result.is_ok() && timed < MOST_TIMED_PASSES && !this.is_timed() {
+            result = pass(Pass::Timed);
+            timed += 1;
+        }
         device.keep_freed(0);
         tensors.take(resident)?;
         result?;
@@ -189,18 +204,31 @@ impl Rehearsal {
     /// Calls and times are those of the last pass.
     fn begin(&self, pass: Pass) {
         let mut findings = lock(&self.findings);
-        if pass == Pass::Timed {
-            self.device.keep_freed(self.base_bytes + findings.peak_bytes);
+        if findings.pass != pass {
+            // In a run parameters and gradients on their way have memory of their own; here they come and go with each trial.
+            let elements = self.layout.groups.iter().map(|group| group.elements).max().unwrap_or(0);
+            let parameter_bytes = (elements * self.device.dtype().size_in_bytes()) as u64;
+            self.device.keep_freed(self.base_bytes + findings.peak_bytes + OF_A_TRIAL * parameter_bytes);
+            for known in findings.known.values_mut() {
+                known.forward.seconds.clear();
+                known.backward.seconds.clear();
+            }
+            findings.pass = pass;
         }
-        findings.pass = pass;
         findings.calls.clear();
         findings.turns.clear();
-        for known in findings.known.values_mut() {
-            known.forward.seconds.clear();
-            known.backward.seconds.clear();
-        }
         lock(&self.resident_gradients).clear();
         *lock(&self.user_code_since) = Instant::now();
+    }
+
+    /// Whether every kind of segment has run long enough to know its time.
+    fn is_timed(&self) -> bool {
+        let findings = lock(&self.findings);
+        findings.pass == Pass::Timed
+            && findings.known.values().all(|known| {
+                // Nothing comes back to a segment that leads to no trained parameter.
+                known.forward.is_enough() && (known.backward.seconds.is_empty() || known.backward.is_enough())
+            })
     }
 
     /// Propagates the loss back.
