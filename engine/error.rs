@@ -1,5 +1,6 @@
 //! The one error type of the engine: what happened, where, and what to do about it.
 
+use std::any::Any;
 use std::path::PathBuf;
 
 /// Result of engine calls.
@@ -150,6 +151,14 @@ pub enum Error {
     /// A part of the model that the engine cannot run.
     #[error("{0}")]
     Unsupported(String),
+    /// Code of the user's that a queue runs, such as initial values, or of the engine's, panicked.
+    #[error("the {queue} thread panicked: {text}; the last commit is as it was")]
+    Panicked {
+        /// The queue.
+        queue: &'static str,
+        /// What the panic said.
+        text: String,
+    },
     /// An earlier failure has stopped this trainer.
     #[error("the trainer was stopped by an earlier error ({0}): open the last commit with a new trainer")]
     Stopped(String),
@@ -190,5 +199,13 @@ fn list_names(names: &[String]) -> String {
     match names.len().checked_sub(SHOWN) {
         Some(more) if more > 0 => format!("{shown} and {more} more"),
         _ => shown,
+    }
+}
+impl Error {
+    /// A panic of a queue's thread.
+    pub(crate) fn panicked(queue: &'static str, panic: &(dyn Any + Send)) -> Self {
+        let text = panic.downcast_ref::<&str>().copied();
+        let text = text.or_else(|| panic.downcast_ref::<String>().map(String::as_str));
+        Self::Panicked { queue, text: text.unwrap_or("without a text").to_owned() }
     }
 }

@@ -14,6 +14,7 @@ use ferrozero_kernels::gradient::GradientStatistics;
 use ferrozero_offload::io::Verb;
 use ferrozero_offload::{Completion, ExtentId, Store};
 use std::collections::HashMap;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::Instant;
@@ -201,7 +202,10 @@ impl Worker {
             .name(format!("ferrozero {}", queue.name()))
             .spawn(move || {
                 for Job { id, operation, mut held, context } in received {
-                    let result = shared.perform_on(queue, &operation, &mut held, &context);
+                    // A panic, as in a user's initial values, must not leave the dispatcher waiting.
+                    let perform = || shared.perform_on(queue, &operation, &mut held, &context);
+                    let result = catch_unwind(AssertUnwindSafe(perform))
+                        .unwrap_or_else(|panic| Err(Error::panicked(queue.name(), &*panic)));
                     if events.send(Event::Finished { id, held, result }).is_err() {
                         return;
                     }

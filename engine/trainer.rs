@@ -21,7 +21,7 @@ use ferrozero_kernels::adamw::AdamWStep;
 use ferrozero_kernels::ops;
 use ferrozero_offload::{Budget, Notice, Reservation, Store, Tier};
 use sha2::{Digest, Sha256};
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::path::Path;
@@ -155,7 +155,9 @@ impl Trainer {
         for store in stores.state.iter().chain(&stores.scratch) {
             notices.extend(store.notices().iter().cloned());
         }
-        notices.dedup();
+        // States and scratch say the same of the same disk.
+        let mut told = HashSet::new();
+        notices.retain(|notice| told.insert((notice.code, notice.text.clone())));
         let shared = Shared {
             layout: (*plan.layout).clone(),
             calls: plan.calls.clone(),
@@ -299,9 +301,13 @@ impl Trainer {
     /// # Panics
     /// Where `loss` panics. The trainer is stopped then too.
     pub fn step(&mut self, loss: impl Fn(usize) -> candle_core::Result<Tensor> + Sync) -> Result<StepReport> {
-        // A panic leaves operations behind that nobody will ask for.
-        let result = catch_unwind(AssertUnwindSafe(|| self.try_step(loss))).unwrap_or_else(|panic| {
-            let _ = self.executor.stop("the loss panicked");
+        self.guarded(|this| this.try_step(loss))
+    }
+
+    /// Runs a pass; after an error or a panic, which leave operations behind that nobody will ask for, the trainer is stopped.
+    fn guarded<T>(&mut self, pass: impl FnOnce(&mut Self) -> Result<T>) -> Result<T> {
+        let result = catch_unwind(AssertUnwindSafe(|| pass(self))).unwrap_or_else(|panic| {
+            let _ = self.executor.stop("the user's code panicked");
             resume_unwind(panic)
         });
         let result = result.map_err(|error| self.explain(error));
@@ -436,11 +442,7 @@ impl Trainer {
     /// # Errors
     /// As [`Self::step`].
     pub fn evaluate<T>(&mut self, pass: impl FnOnce() -> candle_core::Result<T>) -> Result<T> {
-        let result = self.try_evaluate(pass).map_err(|error| self.explain(error));
-        if let Err(error) = &result {
-            self.executor.stop(&error.to_string())?;
-        }
-        result
+        self.guarded(|this| this.try_evaluate(pass))
     }
 
     fn try_evaluate<T>(&mut self, run: impl FnOnce() -> candle_core::Result<T>) -> Result<T> {

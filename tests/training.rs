@@ -5,8 +5,10 @@ mod support;
 
 use candle_core::{DType, Device, Module, Tensor};
 use candle_nn::{Init, VarBuilder};
-use ferrozero::{AdamW, BackendChoice, Config, Engine, Error, Placement, Tier};
+use ferrozero::{AdamW, BackendChoice, Config, Engine, Error, InitialValues, Placement, Tier};
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
+use std::sync::Arc;
 use support::{Block, Model, VOCABULARY, WIDTH, engine_model, tokens, train, trainer};
 
 fn folder() -> tempfile::TempDir {
@@ -287,4 +289,45 @@ fn the_model_is_the_one_that_plain_candle_has() {
     assert!((expected - uniform).abs() < 0.5, "{expected}");
     let (losses, _) = train(Config::default(), 2, 1).unwrap();
     assert!((losses[0] - expected).abs() < 1e-5 * expected);
+}
+
+/// Values that are none.
+#[derive(Debug)]
+struct Panicking;
+
+impl InitialValues for Panicking {
+    fn check(&self, _parameters: &[(String, Vec<usize>)]) -> ferrozero::Result<()> {
+        Ok(())
+    }
+
+    fn fill(&self, _name: &str, _first_element: usize, _out: &mut [f32]) -> ferrozero::Result<bool> {
+        panic!("the user's own panic")
+    }
+}
+
+#[test]
+fn a_panic_in_initial_values_is_an_error() {
+    for placement in [Placement::All(Tier::Disk), Placement::All(Tier::Device)] {
+        let folder = folder();
+        let initial_values: Option<Arc<dyn InitialValues>> = Some(Arc::new(Panicking));
+        let error = trainer(Config { placement, initial_values, ..on_disk(folder.path()) }, 2).err().unwrap();
+        assert!(matches!(&error, Error::Panicked { text, .. } if text == "the user's own panic"), "{error}");
+    }
+}
+
+#[test]
+fn a_panic_in_an_evaluation_comes_through_and_stops_the_trainer() {
+    let folder = folder();
+    let (mut trainer, model) = trainer(on_disk(folder.path()), 2).unwrap();
+    trainer.step(|micro_batch| model.loss(&tokens(0, micro_batch))).unwrap();
+    let panics = |trainer: &mut ferrozero::Trainer| {
+        trainer.evaluate(|| -> candle_core::Result<()> {
+            model.loss(&tokens(1, 0))?;
+            panic!("the user's own panic")
+        })
+    };
+    let panic = catch_unwind(AssertUnwindSafe(|| panics(&mut trainer))).unwrap_err();
+    assert_eq!(*panic.downcast::<&str>().unwrap(), "the user's own panic");
+    let error = trainer.commit(serde_json::Value::Null).unwrap_err();
+    assert!(matches!(error, Error::Stopped(_)), "{error}");
 }

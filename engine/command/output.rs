@@ -2,7 +2,7 @@
 
 use super::settings::Reporting;
 use super::{CommandResult, configuration};
-use crate::StepReport;
+use crate::{StepReport, Trainer};
 use anstyle::{AnsiColor, Style};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
@@ -48,6 +48,13 @@ impl Output {
     /// Output as the options say.
     pub fn new(reporting: &Reporting) -> Self {
         Self { json: reporting.json, quiet: reporting.quiet, bar: ProgressBar::hidden(), last_line: None }
+    }
+
+    /// Tells what a trainer has noticed of the machine.
+    pub fn say_notices(&self, trainer: &Trainer) {
+        for notice in trainer.notices() {
+            self.say(format_args!("notice: {}", notice.text));
+        }
     }
 
     /// Says something to people. Training goes on when nobody listens any more.

@@ -123,9 +123,7 @@ fn prepare(
     })?;
     output.say(&plan);
     let trainer = engine.trainer(plan)?;
-    for notice in trainer.notices() {
-        output.say(format_args!("notice: {}", notice.text));
-    }
+    output.say_notices(&trainer);
     Ok((model, trainer))
 }
 
