@@ -31,6 +31,8 @@ enum Treatment {
     /// A key that is read together with others.
     Noted(&'static str),
     Refused(String),
+    /// A key that ferrozero does not know, whatever its value is.
+    Unknown,
 }
 
 /// Keys that only a file of DeepSpeed's has.
@@ -48,8 +50,15 @@ const ONE_RANK: &str = "not needed, because there is one rank and nothing is com
 const REPORTED: &str = "not needed, because every step and the summary report it";
 const MEASURED: &str = "not needed, because size and depth of requests are measured on the disk";
 
-/// Keys that need nothing here, by their beginning.
-const NOT_NEEDED: [(&str, &str); 33] = [
+const SCALED: &str = "not needed, because the loss scale adapts by itself";
+const PINNED: &str = "not needed, because host memory for a GPU is always pinned";
+const PIPELINED: &str = "not needed, because reading, updating and writing always overlap";
+const ADAMW: &str = "not needed, because AdamW is the engine's own";
+const RECOMPUTED: &str =
+    "not needed, because segments are always recomputed and the plan finds their inputs a home";
+
+/// Keys that need nothing here.
+const NOT_NEEDED: &[(&str, &str)] = &[
     (
         "zero_optimization.stage3_gather_16bit_weights_on_model_save",
         "not needed, because export reads the f32 masters",
@@ -59,9 +68,10 @@ const NOT_NEEDED: [(&str, &str); 33] = [
     ("zero_optimization.stage3_max_reuse_distance", SIZED),
     ("zero_optimization.stage3_param_persistence_threshold", PLANNED),
     ("zero_optimization.sub_group_size", SIZED),
-    ("zero_optimization.stage", PLANNED),
-    ("zero_optimization.allgather_", ONE_RANK),
-    ("zero_optimization.reduce_", ONE_RANK),
+    ("zero_optimization.allgather_partitions", ONE_RANK),
+    ("zero_optimization.allgather_bucket_size", ONE_RANK),
+    ("zero_optimization.reduce_scatter", ONE_RANK),
+    ("zero_optimization.reduce_bucket_size", ONE_RANK),
     ("zero_optimization.overlap_comm", ONE_RANK),
     ("zero_optimization.round_robin_gradients", ONE_RANK),
     (
@@ -70,40 +80,46 @@ const NOT_NEEDED: [(&str, &str); 33] = [
     ),
     ("zero_optimization.offload_optimizer.device", PLANNED),
     ("zero_optimization.offload_param.device", PLANNED),
-    (
-        "zero_optimization.offload_optimizer.pin_memory",
-        "not needed, because host memory for a GPU is always pinned",
-    ),
-    (
-        "zero_optimization.offload_param.pin_memory",
-        "not needed, because host memory for a GPU is always pinned",
-    ),
-    ("zero_optimization.offload_optimizer.buffer_", SIZED),
-    ("zero_optimization.offload_param.buffer_", SIZED),
+    ("zero_optimization.offload_optimizer.pin_memory", PINNED),
+    ("zero_optimization.offload_param.pin_memory", PINNED),
+    ("zero_optimization.offload_optimizer.buffer_count", SIZED),
+    ("zero_optimization.offload_param.buffer_count", SIZED),
+    ("zero_optimization.offload_param.buffer_size", SIZED),
     ("zero_optimization.offload_param.max_in_cpu", PLANNED),
-    (
-        "zero_optimization.offload_optimizer.pipeline",
-        "not needed, because reading, updating and writing always overlap",
-    ),
+    ("zero_optimization.offload_optimizer.pipeline", PIPELINED),
+    ("zero_optimization.offload_optimizer.pipeline_read", PIPELINED),
+    ("zero_optimization.offload_optimizer.pipeline_write", PIPELINED),
     (
         "zero_optimization.offload_optimizer.fast_init",
         "not needed, because initial values are made group by group",
     ),
-    ("aio.", MEASURED),
+    ("aio.block_size", MEASURED),
+    ("aio.queue_depth", MEASURED),
+    ("aio.thread_count", MEASURED),
+    ("aio.intra_op_parallelism", MEASURED),
+    ("aio.single_submit", MEASURED),
+    ("aio.overlap_events", MEASURED),
     ("steps_per_print", REPORTED),
     ("wall_clock_breakdown", REPORTED),
     ("memory_breakdown", REPORTED),
     ("dump_state", REPORTED),
     ("communication_data_type", ONE_RANK),
     ("prescale_gradients", ONE_RANK),
-    ("zero_allow_untested_optimizer", "not needed, because AdamW is the engine's own"),
-    ("zero_force_ds_cpu_optimizer", "not needed, because AdamW is the engine's own"),
-    ("optimizer.params.torch_adam", "not needed, because AdamW is the engine's own"),
+    ("zero_allow_untested_optimizer", ADAMW),
+    ("zero_force_ds_cpu_optimizer", ADAMW),
+    ("optimizer.params.torch_adam", ADAMW),
     ("optimizer.params.adam_w_mode", "AdamW, with its decay apart from the gradient"),
-    (
-        "activation_checkpointing.",
-        "not needed, because segments are always recomputed and the plan finds their inputs a home",
-    ),
+    ("fp16.initial_scale_power", SCALED),
+    ("fp16.loss_scale_window", SCALED),
+    ("fp16.hysteresis", SCALED),
+    ("fp16.consecutive_hysteresis", SCALED),
+    ("fp16.min_loss_scale", SCALED),
+    ("activation_checkpointing.partition_activations", RECOMPUTED),
+    ("activation_checkpointing.cpu_checkpointing", RECOMPUTED),
+    ("activation_checkpointing.contiguous_memory_optimization", RECOMPUTED),
+    ("activation_checkpointing.number_checkpoints", RECOMPUTED),
+    ("activation_checkpointing.synchronize_checkpoint_boundary", RECOMPUTED),
+    ("activation_checkpointing.profile", RECOMPUTED),
 ];
 
 /// Whether a file is one of DeepSpeed's.
@@ -121,6 +137,11 @@ pub fn map(config: &Value) -> Result<Mapping> {
     flatten("", config, &mut leaves);
     for (path, value) in &leaves {
         let meaning = match treatment(path, value) {
+            Treatment::Unknown => {
+                return Err(configuration(format!(
+                    "{path}: ferrozero has no equivalent of this key: leave it out if training does not depend on it"
+                )));
+            }
             _ if *value == "auto" => "auto: left to the default, or to the command line".to_owned(),
             Treatment::NotNeeded(reason) | Treatment::Noted(reason) => reason.to_owned(),
             Treatment::Refused(reason) => return Err(configuration(format!("{path}: {reason}"))),
@@ -139,7 +160,8 @@ pub fn map(config: &Value) -> Result<Mapping> {
 
 fn flatten(path: &str, value: &Value, leaves: &mut Vec<(String, Value)>) {
     match value {
-        Value::Object(members) => {
+        // An empty section is a key like any other.
+        Value::Object(members) if path.is_empty() || !members.is_empty() => {
             for (key, value) in members {
                 let path = if path.is_empty() { key.clone() } else { format!("{path}.{key}") };
                 flatten(&path, value, leaves);
@@ -150,7 +172,7 @@ fn flatten(path: &str, value: &Value, leaves: &mut Vec<(String, Value)>) {
 }
 
 fn treatment(path: &str, value: &Value) -> Treatment {
-    use Treatment::{NotNeeded, Noted, Refused, Sets};
+    use Treatment::{NotNeeded, Noted, Refused, Sets, Unknown};
     let only = |wanted: Value, refusal: &str| match *value == wanted {
         true => NotNeeded("as here"),
         false => Refused(refusal.to_owned()),
@@ -165,7 +187,10 @@ fn treatment(path: &str, value: &Value) -> Treatment {
         "fp16.enabled" => half(value, "f16"),
         "fp16.auto_cast" => only(json!(false), "inputs are tokens, which are not cast: set it to false"),
         "fp16.loss_scale" => only(json!(0), "the loss is scaled dynamically: set it to 0"),
-        _ if path.starts_with("fp16.") => NotNeeded("not needed, because the loss scale adapts by itself"),
+        "zero_optimization.stage" => match value.as_u64() {
+            Some(0..=3) => NotNeeded(PLANNED),
+            _ => Refused(format!("{value} is no stage: use 0, 1, 2 or 3")),
+        },
         "optimizer.type" => match value.as_str() {
             Some("AdamW" | "Adam") => Noted("AdamW"),
             _ => Refused(format!("{value} is not here: use AdamW")),
@@ -197,12 +222,9 @@ fn treatment(path: &str, value: &Value) -> Treatment {
                 None => Noted("no folder"),
             }
         }
-        _ => match NOT_NEEDED.iter().find(|(beginning, _)| path.starts_with(beginning)) {
+        _ => match NOT_NEEDED.iter().find(|(key, _)| *key == path) {
             Some((_, reason)) => NotNeeded(reason),
-            None => Refused(
-                "ferrozero has no equivalent of this key: leave it out if training does not depend on it"
-                    .to_owned(),
-            ),
+            None => Unknown,
         },
     }
 }
@@ -225,22 +247,26 @@ fn schedule(config: &Value, mapping: &mut Mapping) -> Result<()> {
         mapping.settings.insert("beta1".into(), beta1.clone());
         mapping.settings.insert("beta2".into(), beta2.clone());
     }
-    let mut default = |key: &str, value: Value| {
-        mapping.settings.entry(key.to_owned()).or_insert(value);
-    };
-    // What DeepSpeed takes where the file is silent.
-    if config.get("optimizer").is_some() {
-        default("beta1", json!(0.9));
-        default("beta2", json!(0.999));
-        default("epsilon", json!(1e-8));
-    }
     let scheduler = config.pointer("/scheduler/type").and_then(Value::as_str);
-    match scheduler {
-        Some("WarmupCosineLR") => default("lr_floor", json!(0.0001)),
-        _ => default("lr_floor", json!(1.0)),
-    }
-    if scheduler.is_none() {
-        default("warmup", json!(0));
+    // What DeepSpeed takes where the file is silent.
+    let defaults = [
+        (true, "gradient_clipping", "clip", json!(0.0)),
+        (config.get("optimizer").is_some(), "optimizer.params.betas", "beta1", json!(0.9)),
+        (config.get("optimizer").is_some(), "optimizer.params.betas", "beta2", json!(0.999)),
+        (config.get("optimizer").is_some(), "optimizer.params.eps", "epsilon", json!(1e-8)),
+        (config.get("optimizer").is_some(), "optimizer.params.weight_decay", "weight_decay", json!(0.0)),
+        (scheduler == Some("WarmupCosineLR"), "scheduler.params.cos_min_ratio", "lr_floor", json!(0.0001)),
+        (scheduler != Some("WarmupCosineLR"), "scheduler.params.cos_min_ratio", "lr_floor", json!(1.0)),
+        (scheduler.is_none(), "scheduler", "warmup", json!(0)),
+        (scheduler.is_some(), "scheduler.params.warmup_num_steps", "warmup", json!(1000)),
+    ];
+    for (applies, path, key, value) in defaults {
+        let is_silent = config.pointer(&format!("/{}", path.replace('.', "/"))).is_none();
+        if applies && is_silent && !mapping.settings.contains_key(key) {
+            let meaning = format!("not there: {key} = {value}, as DeepSpeed takes it");
+            mapping.notes.push(Note { path: path.to_owned(), meaning });
+            mapping.settings.insert(key.to_owned(), value);
+        }
     }
     if scheduler.is_some() && config.pointer("/scheduler/params/warmup_type").is_none() {
         return Err(configuration(
@@ -255,7 +281,13 @@ fn schedule(config: &Value, mapping: &mut Mapping) -> Result<()> {
 /// Whether the three sizes of batches agree, with one rank.
 fn batch(config: &Value, mapping: &mut Mapping) -> Result<()> {
     let size = |key: &str| config.get(key).and_then(Value::as_u64);
-    let Some(whole) = size("train_batch_size") else { return Ok(()) };
+    let whole = match config.get("train_batch_size") {
+        None => return Ok(()),
+        Some(value) if *value == "auto" => return Ok(()),
+        Some(value) => value
+            .as_u64()
+            .ok_or_else(|| configuration(format!("train_batch_size: {value} is no number of sequences")))?,
+    };
     let (micro, accumulate) = (size("train_micro_batch_size_per_gpu"), size("gradient_accumulation_steps"));
     let agree = match (micro, accumulate) {
         (Some(micro), Some(accumulate)) => micro.checked_mul(accumulate) == Some(whole),
@@ -311,7 +343,8 @@ mod tests {
         assert_eq!(Value::Object(settings), expected);
         let mut leaves = vec![];
         flatten("", &config, &mut leaves);
-        assert_eq!(notes.len(), leaves.len());
+        // Only the epsilon and the ratio of the cosine are not in the file.
+        assert_eq!(notes.len(), leaves.len() + 2);
         let stage = notes.iter().find(|note| note.path == "zero_optimization.stage").unwrap();
         assert!(stage.meaning.contains("not needed, because"));
     }
@@ -332,7 +365,37 @@ mod tests {
         refused(json!({ "curriculum_learning": { "enabled": true } }), "curriculum_learning.enabled");
         refused(json!({ "optimizer": { "params": { "betas": [0.9] } } }), "optimizer.params.betas");
         refused(json!({ "train_batch_size": 7, "train_micro_batch_size_per_gpu": 2 }), "train_batch_size");
+        refused(json!({ "train_batch_size": "16" }), "train_batch_size");
         refused(json!({ "fp16": { "enabled": true, "loss_scale": 128 } }), "fp16.loss_scale");
+        refused(json!({ "fp16": { "loss_scale_windw": 10 } }), "fp16.loss_scale_windw");
+        refused(json!({ "aio": { "unheard_of": 1 } }), "aio.unheard_of");
+        refused(json!({ "unheard_of": "auto" }), "unheard_of");
+        refused(json!({ "unheard_of": {} }), "unheard_of");
+        refused(json!({ "zero_optimization": { "stage": 4 } }), "zero_optimization.stage");
+        refused(
+            json!({ "zero_optimization": { "stage3_unheard_of": 1 } }),
+            "zero_optimization.stage3_unheard_of",
+        );
+    }
+
+    #[test]
+    fn where_the_file_is_silent_training_is_as_deepspeeds() {
+        let config = json!({
+            "train_batch_size": 8,
+            "optimizer": { "type": "AdamW", "params": { "lr": 1e-4 } },
+            "scheduler": { "type": "WarmupLR", "params": { "warmup_type": "linear" } },
+        });
+        let Mapping { settings, notes } = map(&config).unwrap();
+        for (key, value) in [("clip", 0.0), ("weight_decay", 0.0), ("lr_floor", 1.0), ("beta2", 0.999)] {
+            assert_eq!(settings[key], json!(value), "{key}");
+        }
+        assert_eq!(settings["warmup"], json!(1000));
+        assert!(
+            notes.iter().any(|note| note.path == "gradient_clipping" && note.meaning.contains("clip = 0"))
+        );
+        // What is left to the command line is ferrozero's own.
+        let auto = map(&json!({ "train_batch_size": 8, "gradient_clipping": "auto" })).unwrap();
+        assert!(!auto.settings.contains_key("clip"));
     }
 
     #[test]

@@ -464,7 +464,14 @@ mod tests {
         assert_eq!(of("a.toml", "batch = 2\nlr = 0.5\n").unwrap(), expected);
         let deepspeed =
             r#"{ "train_micro_batch_size_per_gpu": 2, "optimizer": { "params": { "lr": 0.5 } } }"#;
-        let expected = TrainSettings { beta2: 0.999, lr_floor: 1.0, warmup: 0, ..expected };
+        let expected = TrainSettings {
+            beta2: 0.999,
+            lr_floor: 1.0,
+            warmup: 0,
+            clip: 0.0,
+            weight_decay: 0.0,
+            ..expected
+        };
         assert_eq!(of("ds_config.json", deepspeed).unwrap(), expected);
         let error =
             of("b.json", r#"{ "zero_optimization": { "stage": 3, "mics_shard_size": 4 } }"#).unwrap_err();
