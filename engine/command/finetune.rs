@@ -70,7 +70,7 @@ pub struct FinetuneArguments {
     /// Highest learning rate; it rises over a tenth of the steps and falls along a cosine
     #[arg(long, default_value_t = 2e-5)]
     lr: f64,
-    /// Largest gradient norm that is not scaled down
+    /// Largest gradient norm that is not scaled down; 0: never
     #[arg(long, default_value_t = 1.0)]
     clip: f64,
     /// Steps between two evaluations and commits
@@ -137,7 +137,7 @@ pub fn run(arguments: FinetuneArguments) -> CommandResult {
         directory: Some(arguments.dir.clone()),
         resume: arguments.resume,
         accumulate: *accumulate,
-        clip: Some(arguments.clip),
+        clip: (arguments.clip > 0.0).then_some(arguments.clip),
         seed: arguments.seed,
         initial_values: Some(pretrained.weights.clone()),
         ..Config::default()
@@ -169,6 +169,7 @@ pub fn run(arguments: FinetuneArguments) -> CommandResult {
         .into());
     }
     let mut trainer = engine.trainer(plan)?;
+    output.say_notices(&trainer);
     let stop = stop_flag()?;
     let rate = LearningRate::WarmupCosine {
         peak: arguments.lr,

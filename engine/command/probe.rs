@@ -6,7 +6,7 @@ use crate::device::ComputeDevice;
 use crate::plan::Bytes;
 use crate::probe;
 use crate::simulator::Machine;
-use candle_core::DType;
+use candle_core::{DType, Device};
 use indicatif::{ProgressBar, ProgressStyle};
 use std::path::{Path, PathBuf};
 
@@ -25,7 +25,7 @@ pub struct ProbeArguments {
     /// Threads of the optimizer [default: one a processor]
     #[arg(long)]
     threads: Option<usize>,
-    /// Measure again where the file is already there
+    /// Measure again where the file already holds this folder's and device's numbers
     #[arg(long)]
     again: bool,
     /// Write the numbers as JSON on standard output too
@@ -39,10 +39,14 @@ pub struct ProbeArguments {
 /// Measures, unless that was done before.
 pub fn run(arguments: ProbeArguments) -> CommandResult {
     let ProbeArguments { dir, out, device, threads, again, json, quiet } = arguments;
-    let is_measured = out.exists() && !again;
-    let machine = match is_measured {
-        true => Machine::from_file(&out)?,
-        false => {
+    let device = crate::open_device(&device)?;
+    let known = if out.exists() && !again { Some(Machine::from_file(&out)?) } else { None };
+    // What was measured of another folder or device says nothing of this one.
+    let known = known.filter(|machine| machine.is_of(&dir, &device));
+    let is_measured = known.is_some();
+    let machine = match known {
+        Some(machine) => machine,
+        None => {
             let machine = measure(&dir, &device, threads, quiet)?;
             machine.save(&out)?;
             machine
@@ -92,8 +96,8 @@ fn print(machine: &Machine) {
     }
 }
 
-fn measure(dir: &Path, device: &str, threads: Option<usize>, quiet: bool) -> CommandResult<Machine> {
-    let device = ComputeDevice::new(&crate::open_device(device)?, DType::F32, None)?;
+fn measure(dir: &Path, device: &Device, threads: Option<usize>, quiet: bool) -> CommandResult<Machine> {
+    let device = ComputeDevice::new(device, DType::F32, None)?;
     let is_new = !dir.exists();
     std::fs::create_dir_all(dir)
         .map_err(|error| configuration(format!("--dir {}: {error}", dir.display())))?;

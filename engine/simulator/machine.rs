@@ -85,9 +85,16 @@ impl Machine {
     /// What `ferrozero probe` has written to `machine.json` in the current folder, if it measured the disk of `directory`, and with
     /// a device as this one is.
     pub fn probed(directory: &Path, device: &Device) -> Option<Self> {
-        let machine = Self::from_file(Path::new("machine.json")).ok()?;
-        let measured = machine.directory.as_deref()?;
-        (canonical(directory)? == measured && machine.is_apart() == device.is_cuda()).then_some(machine)
+        Self::from_file(Path::new("machine.json")).ok().filter(|machine| machine.is_of(directory, device))
+    }
+
+    /// Whether the disk of `directory` was measured, with a device as this one is.
+    pub fn is_of(&self, directory: &Path, device: &Device) -> bool {
+        let is_here = self
+            .directory
+            .as_deref()
+            .is_some_and(|measured| canonical(directory).is_some_and(|directory| directory == measured));
+        is_here && self.is_apart() == device.is_cuda()
     }
 
     /// Writes the numbers.
