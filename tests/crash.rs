@@ -8,6 +8,7 @@ mod support;
 
 use ferrozero::{BackendChoice, Config, Engine, Fault, FaultKind, FaultPlan, FaultPoint, Placement, Tier};
 use std::io::{BufRead, BufReader};
+use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use support::{tokens, train, trainer};
@@ -19,6 +20,8 @@ const STEPS: u64 = 8;
 const CHILD: &str = "FERROZERO_CRASH_CHILD";
 /// Folder of the run.
 const FOLDER: &str = "FERROZERO_CRASH_FOLDER";
+/// Signal by which a child ends at an operation.
+const ABORTED: i32 = 6;
 /// Kills of the soak.
 const KILLS: &str = "FERROZERO_CRASH_KILLS";
 
@@ -93,6 +96,9 @@ fn outcome(child: Child) -> (bool, Option<String>) {
     let output = child.wait_with_output().unwrap();
     let text = String::from_utf8(output.stdout).unwrap();
     let digest = text.lines().find_map(|line| line.strip_prefix("digest ")).map(str::to_owned);
+    // A child that fails in another way than by the kill has found a fault of the engine's.
+    let is_killed = output.status.signal() == Some(ABORTED);
+    assert!(output.status.success() || is_killed, "the child ended with {}", output.status);
     (output.status.success(), digest)
 }
 
