@@ -127,7 +127,7 @@ fn losses_of_a_gpt(config: Config) -> ferrozero::Result<Vec<f32>> {
         Gpt::new(&sizes, engine.var_builder(), |vb, _| engine.segment(vb, |vb| Block::new(&sizes, vb)))?;
     let of = |first: u32| Tensor::arange(first, first + 16, &Device::Cpu)?.reshape((2, 8));
     let (inputs, targets) = (of(0)?, of(1)?);
-    let adamw = AdamW { learning_rate: 1e-2, ..AdamW::default() };
+    let adamw = AdamW { learning_rate: 3e-3, ..AdamW::default() };
     let plan = engine.plan(adamw, || model.loss(&inputs, &targets))?;
     let mut trainer = engine.trainer(plan)?;
     (0..10).map(|_| Ok(trainer.step(|_| model.loss(&inputs, &targets))?.loss)).collect()
@@ -137,7 +137,7 @@ fn losses_of_a_gpt(config: Config) -> ferrozero::Result<Vec<f32>> {
 fn ten_steps_of_a_gpt_have_the_losses_of_the_cpu_device() {
     let Some(base) = on_cuda() else { return };
     let expected = losses_of_a_gpt(Config::default()).unwrap();
-    assert!(expected[9] < 0.9 * expected[0]);
+    assert!(expected[9] < 0.95 * expected[0]);
     for (dtype, tolerance) in [(DType::F32, 1e-4), (DType::BF16, 2e-2)] {
         let found =
             losses_of_a_gpt(Config { device: base.device.clone(), dtype, ..homes(Tier::Host) }).unwrap();
