@@ -333,7 +333,9 @@ impl Engine {
         let away: Vec<Tier> = host.into_iter().chain(disk).collect();
         let is_limited = limits.memory_bytes.is_some() || limits.device_bytes.is_some();
         if is_limited && let Some(&first) = away.first() {
-            let moved = self.rehearse(layout, tensors, first, loss)?;
+            // The same computing in the same time: what two rehearsals differ by is chance, which must not choose.
+            let compute = observed[0].1.compute.clone();
+            let moved = Observed { compute, ..self.rehearse(layout, tensors, first, loss)? };
             observed.extend(away.into_iter().map(|home| (home, moved.clone())));
         }
         Ok(observed)

@@ -159,7 +159,8 @@ impl Search<'_> {
         }
         if vertical > 1 && self.observed.iter().any(|(_, observed)| !runs_each_once(&observed.calls)) {
             return Err(Error::Configuration(
-                "micro-batches cannot run vertically through a segment that runs twice, because its gradients would be                  summed in another order: leave vertical out"
+                "micro-batches cannot run vertically through a segment that runs twice, because its gradients would be \
+                 summed in another order: leave vertical out"
                     .into(),
             ));
         }
@@ -224,11 +225,15 @@ impl Search<'_> {
         if policy.admit {
             plan = self.admit_groups(&make, plan, placements);
         }
+        let can_move = self.limits.placement == Placement::Auto && self.has_disk;
+        if can_move && let Some(whole) = self.whole_streams(&make, &plan, policy.order) {
+            plan = whole;
+        }
         if !plan.fits() {
             return Err(plan.too_small());
         }
         (self.check)(&plan)?;
-        if self.limits.placement != Placement::Auto || !self.has_disk {
+        if !can_move {
             return Ok(plan);
         }
         // What brings all masters to the device frees the slots that they passed through, so there may be room again.
@@ -241,6 +246,42 @@ impl Search<'_> {
         }
     }
 
+    /// The streams of `order` that have no home when gradients pass through from the backward to the update are left out.
+    fn moving(&self, plan: &Plan, order: [Stream; 4]) -> impl Iterator<Item = Stream> {
+        let vertical = plan.depths().vertical;
+        let passes = gradient_passes_through(plan.calls(), self.accumulate, vertical, self.clip.is_some());
+        order.into_iter().filter(move |&stream| stream != Stream::Gradient || !passes)
+    }
+
+    /// The tier in memory that a stream is brought to.
+    fn near(&self, stream: Stream) -> Tier {
+        // On the CPU device, memory is memory: parameters that stay on the device need no slot to pass through.
+        match stream == Stream::Master && self.limits.device.holds_masters() {
+            true => Tier::Device,
+            false => Tier::Host,
+        }
+    }
+
+    /// As many whole streams in memory as fit. The buffers that a stream passes through on its way to disk are gone only when
+    /// all of it is in memory, so the room for its last groups may be these buffers', which no group alone would find.
+    fn whole_streams(
+        &self,
+        make: &dyn Fn(Vec<GroupPlacement>) -> Plan,
+        plan: &Plan,
+        order: [Stream; 4],
+    ) -> Option<Plan> {
+        let mut placements = plan.placements().to_vec();
+        let mut found = None;
+        for stream in self.moving(plan, order) {
+            for placement in placements.iter_mut().filter(|placement| placement.home(stream) == Tier::Disk) {
+                placement.set_home(stream, self.near(stream));
+            }
+            // Not the first that does not fit is the last: with a later stream, more buffers are gone.
+            found = Some(make(placements.clone())).filter(Plan::fits).or(found);
+        }
+        found
+    }
+
     /// Gives out what `plan` leaves of the limits by arithmetic; the plan that comes of it is counted in full.
     fn bring_closer(
         &self,
@@ -248,19 +289,15 @@ impl Search<'_> {
         plan: &Plan,
         order: [Stream; 4],
     ) -> Plan {
-        let (layout, holds_masters) = (&self.layout, self.limits.device.holds_masters());
+        let layout = &self.layout;
         let resident = layout.resident();
         let mut placements = plan.placements().to_vec();
         let mut left = Room::of(&self.limits, plan);
         let mut moved = vec![];
-        let vertical = plan.depths().vertical;
-        let passes = gradient_passes_through(plan.calls(), self.accumulate, vertical, self.clip.is_some());
-        for stream in order.into_iter().filter(|&stream| stream != Stream::Gradient || !passes) {
+        for stream in self.moving(plan, order) {
             for group in std::iter::once(resident).chain(0..resident) {
                 let bytes = home_bytes(layout, stream.elements(layout, group));
-                // On the CPU device, memory is memory: parameters that stay on the device need no slot to pass through.
-                let in_slot = stream == Stream::Master && holds_masters;
-                let tier = if in_slot { Tier::Device } else { Tier::Host };
+                let tier = self.near(stream);
                 if placements[group].home(stream) == Tier::Disk && left.take(tier, bytes) {
                     placements[group].set_home(stream, tier);
                     moved.push((group, stream));
@@ -417,8 +454,8 @@ mod tests {
     /// Bytes of one group's parameters in f32.
     const GROUP_BYTES: u64 = 4 * 8 * ALIGNMENT_ELEMENTS as u64;
 
-    /// A plan for a device with memory of its own, of which `device_bytes` are granted.
-    fn plan(working_bytes: Option<u64>, device_bytes: Option<u64>, clip: Option<f64>) -> Result<Plan> {
+    /// Searches with `change` to a search whose limits are none, on a machine whose bus, host and disk are what is slow.
+    fn search(working_bytes: Option<u64>, change: impl FnOnce(&mut Search)) -> Result<Plan> {
         let group = |index: usize| {
             let table = vec![(index, format!("p.{index}"), vec![8 * ALIGNMENT_ELEMENTS], true, true)];
             Group::new(format!("h.{index}"), index == GROUPS, table)
@@ -428,7 +465,7 @@ mod tests {
         let call = |group| Call { group, boundary_elements: 0, boundary_moves: false };
         let limits = Limits {
             memory_bytes: None,
-            device_bytes,
+            device_bytes: None,
             placement: Placement::Auto,
             boundaries: None,
             slots: None,
@@ -438,27 +475,37 @@ mod tests {
         };
         let calls = (0..GROUPS).map(call).collect();
         let observed = Observed { calls, working_bytes, parked_bytes: 0, compute: Compute::none(GROUPS) };
-        let search = Search {
+        let mut search = Search {
             layout,
             limits,
             adamw: AdamW::default(),
             accumulate: 1,
-            clip,
+            clip: Some(1.0),
             has_disk: false,
             ranks: 1,
             observed: vec![(Tier::Device, observed)],
             check: &|_| Ok(()),
         };
-        // The bus and the host are what is slow.
-        let (bus, host) = (1e9, 1e9);
+        change(&mut search);
+        let slow = 1e9;
         let machine = Machine {
-            upload_bytes_per_s: bus,
-            download_bytes_per_s: bus,
-            optimizer_bytes_per_s: host,
+            disk_read_bytes_per_s: slow,
+            disk_write_bytes_per_s: slow,
+            upload_bytes_per_s: slow,
+            download_bytes_per_s: slow,
+            optimizer_bytes_per_s: slow,
             device_memory_bytes_per_s: Some(1e12),
             ..Machine::default()
         };
         search.best(&machine)
+    }
+
+    /// A plan for a device with memory of its own, of which `device_bytes` are granted.
+    fn plan(working_bytes: Option<u64>, device_bytes: Option<u64>, clip: Option<f64>) -> Result<Plan> {
+        search(working_bytes, |search| {
+            search.clip = clip;
+            search.limits.device_bytes = device_bytes;
+        })
     }
 
     fn on_device(plan: &Plan) -> usize {
@@ -493,5 +540,21 @@ mod tests {
     fn a_device_that_is_too_small_is_told_apart_from_a_host_that_is() {
         let error = plan(Some(0), Some(GROUP_BYTES), None).unwrap_err();
         assert!(matches!(error, Error::BudgetTooSmall { tier: Tier::Device, .. }), "{error}");
+    }
+
+    #[test]
+    fn what_just_fits_into_memory_stays_there_though_the_way_to_disk_would_take_more() {
+        let on_cpu = |placement, memory_bytes| {
+            search(Some(0), |search| {
+                search.has_disk = true;
+                search.limits.device = DeviceKind { dtype: DType::F32, apart: false };
+                (search.limits.placement, search.limits.memory_bytes) = (placement, memory_bytes);
+            })
+            .unwrap()
+        };
+        let near = GroupPlacement { master: Tier::Device, ..GroupPlacement::all(Tier::Host) };
+        let bytes = on_cpu(Placement::Each(near), None).memory_bytes();
+        assert_eq!(on_cpu(Placement::Auto, Some(bytes)).placements(), [near; GROUPS + 1]);
+        assert_ne!(on_cpu(Placement::Auto, Some(bytes - 4096)).placements(), [near; GROUPS + 1]);
     }
 }

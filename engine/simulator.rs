@@ -23,6 +23,9 @@ pub use measurement::measure;
 /// Bytes that the optimizer reads and writes a parameter: four runs of f32 are read, three are written.
 const UPDATE_BYTES_PER_ELEMENT: f64 = 28.0;
 const F32_BYTES: f64 = 4.0;
+/// Steps that are costed. The first finds all queues empty, and the second leaves more under way than it found where updates
+/// go on into the next step; from the third on, a step leaves what it finds.
+const STEPS: u64 = 3;
 
 /// Time that one compute operation takes the training thread.
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
@@ -124,9 +127,9 @@ enum Cost {
 }
 
 impl Simulator<'_> {
-    /// The steady state of steps that run `schedule` one after another: the second of two.
+    /// The steady state of steps that run `schedule` one after another: the last of [`STEPS`].
     pub fn forecast(&self, schedule: &[Operation]) -> Forecast {
-        let trace = self.run(&[schedule, schedule]);
+        let trace = self.run(&[schedule; STEPS as usize]);
         // A step returns when its norm is known and the training thread has gone through it.
         let end_s = |step: u64| {
             let of_step = |event: &&TraceEvent| {
@@ -135,7 +138,7 @@ impl Simulator<'_> {
             };
             trace.events.iter().filter(of_step).map(|event| event.end_s).fold(0.0, f64::max)
         };
-        let (from_s, until_s) = (end_s(1), end_s(2));
+        let (from_s, until_s) = (end_s(STEPS - 1), end_s(STEPS));
         let step_s = until_s - from_s;
         let busy_s: Vec<(Queue, f64)> = Queue::ALL
             .into_iter()
@@ -146,7 +149,7 @@ impl Simulator<'_> {
             .collect();
         let busiest = busy_s.iter().max_by(|a, b| a.1.total_cmp(&b.1));
         let waited_s: f64 =
-            trace.events.iter().filter(|event| event.step == 2).map(|event| event.waited_s).sum();
+            trace.events.iter().filter(|event| event.step == STEPS).map(|event| event.waited_s).sum();
         let moved = |writes: bool| -> u64 {
             let moves = schedule.iter().filter_map(|operation| match self.cost(operation) {
                 Cost::Transfer { write, bytes } if write == writes => Some(bytes as u64),
@@ -250,9 +253,9 @@ fn crossing_bytes(arrangement: &Arrangement, bytes: f64) -> f64 {
     if device.apart { bytes * device.element_bytes() as f64 / F32_BYTES } else { bytes }
 }
 
-/// Seconds of the second step in which the training thread works: in operations, and in the user's own code between them.
+/// Seconds of the last step in which the training thread works: in operations, and in the user's own code between them.
 fn computing_s(trace: &Trace, from_s: f64) -> f64 {
-    let of_step = trace.events.iter().filter(|event| event.step == 2);
+    let of_step = trace.events.iter().filter(|event| event.step == STEPS);
     let computing = of_step.filter(|event| event.operation.queue() == Queue::Compute);
     let mut previous_end_s = from_s;
     let mut working_s = 0.0;
