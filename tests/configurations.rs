@@ -6,7 +6,7 @@ mod configuration;
 #[path = "../fuzz/harness/mutation.rs"]
 mod mutation;
 
-use ferrozero::command::{TrainArguments, TrainSettings};
+use ferrozero::command::{RunArguments, TrainArguments, TrainSettings};
 use std::path::Path;
 
 /// Changes of each stored text.
@@ -29,7 +29,8 @@ fn a_file_that_is_refused_is_named() {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("fuzz/corpus/configuration");
     let accepted = ["all", "object", "small"];
     for (name, _) in mutation::corpus(&folder) {
-        let arguments = TrainArguments { config: Some(folder.join(&name)), ..TrainArguments::default() };
+        let run = RunArguments { config: Some(folder.join(&name)), ..RunArguments::default() };
+        let arguments = TrainArguments { run, ..TrainArguments::default() };
         match TrainSettings::resolve(&arguments, None) {
             Ok(_) => assert!(accepted.contains(&name.as_str()), "{name} was accepted"),
             Err(error) => {

@@ -209,6 +209,68 @@ fn a_run_that_was_stopped_goes_on_to_the_weights_of_one_that_was_not() {
     assert_eq!(metadata.metadata().as_ref().unwrap()["format"], "pt");
 }
 
+/// Options of `train` that have nothing to do with its own model, its own data or its sample.
+#[test]
+fn the_options_of_train_are_there_and_a_file_has_them_too() {
+    let help = |command: &str| {
+        let mut program = Command::new(env!("CARGO_BIN_EXE_ferrozero"));
+        String::from_utf8(program.args([command, "--help"]).output().unwrap().stdout).unwrap()
+    };
+    let (train, finetune) = (help("train"), help("finetune"));
+    let options = |help: &str| -> Vec<String> {
+        let lines = help.lines().map(str::trim_start).filter(|line| line.starts_with('-'));
+        let names = lines.filter_map(|line| line.split_whitespace().find(|word| word.starts_with("--")));
+        names.map(str::to_owned).collect()
+    };
+    let of_finetune = options(&finetune);
+    let missing: Vec<_> =
+        options(&train).into_iter().filter(|option| !of_finetune.contains(option)).collect();
+    assert_eq!(missing, ["--layers", "--hidden", "--heads", "--sample"]);
+    assert!(train.contains("[default: 384MiB]") && finetune.contains("[default: 2GiB]"), "{finetune}");
+
+    let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    model_and_text(folder.path());
+    let config = "data = 'text.txt'\nout = 'out'\nseq = 16\nsteps = 9\nlr = 0.01\nmemory = '64MiB'\n\
+                  dir = 'run'\nstripe = ['other']\nthreads = 1\naccumulate = 1\nwarmup = 2\n";
+    std::fs::write(folder.path().join("finetune.toml"), config).unwrap();
+    let run = |options: &str| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_ferrozero"));
+        let options = format!("finetune model --config finetune.toml --json {options}");
+        command.current_dir(folder.path()).args(options.split(' ')).output().unwrap()
+    };
+    let steps = objects(&expect_success(&run("--steps 4")));
+    assert_eq!(steps.len(), 5, "the command line is over the file");
+    // The second of two steps of warming up has the highest rate.
+    assert_eq!((&steps[0]["lr"], &steps[1]["lr"]), (&0.005.into(), &0.01.into()));
+    assert!(folder.path().join("other/stripe.json").exists(), "states are on both disks");
+    // Of a run that goes on, its own settings are under those of the file.
+    std::fs::write(folder.path().join("finetune.toml"), "dir = 'run'\n").unwrap();
+    assert_eq!(objects(&expect_success(&run("--resume --steps 6")))[0]["step"], 5);
+    std::fs::write(folder.path().join("finetune.toml"), "layers = 2\n").unwrap();
+    let error = String::from_utf8(run("--data text.txt --out out").stderr).unwrap();
+    assert!(error.contains("finetune.toml") && error.contains("unknown field `layers`"), "{error}");
+}
+
+#[test]
+fn evaluations_without_a_better_one_are_counted_over_a_resume() {
+    let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    model_and_text(folder.path());
+    // Without learning no evaluation is better than the first.
+    let run = |options: &str| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_ferrozero"));
+        let fixed = FIXED.replace("--lr 0.01", "--lr 0 --eval-every 2 --patience 3 --json --out out");
+        let arguments = format!("{fixed} {options}");
+        let output = command.current_dir(folder.path()).args(arguments.split(' ')).output().unwrap();
+        objects(&expect_success(&output))
+    };
+    let last = |objects: Vec<Value>| objects.last().unwrap()["step"].as_u64().unwrap();
+    assert_eq!(last(run("--dir whole --steps 20")), 6);
+    assert_eq!(last(run("--dir parts --steps 5")), 5, "two evaluations");
+    assert_eq!(last(run("--dir parts --steps 20 --resume")), 6, "the third");
+    assert_eq!(last(run("--dir parts --steps 20 --resume")), 6, "nothing is left to do");
+    assert_eq!(last(run("--dir parts --steps 20 --resume --patience 4")), 8);
+}
+
 #[test]
 fn chats_need_a_template_and_the_line_that_is_wrong_is_named() {
     let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();

@@ -1,8 +1,8 @@
 //! `ferrozero config`: what a file of settings means, and what a file may hold.
 
-use super::settings::{TrainSettings, read_document};
-use super::{CommandResult, deepspeed};
-use std::path::PathBuf;
+use super::settings::{Settings, read_document, schema};
+use super::{CommandResult, FinetuneSettings, TrainSettings, deepspeed};
+use std::path::{Path, PathBuf};
 
 /// What can be asked of settings.
 #[derive(Debug, clap::Subcommand)]
@@ -11,23 +11,45 @@ pub enum Config {
     Explain {
         /// JSON or TOML
         file: PathBuf,
+        /// The command that it is for
+        #[arg(long = "for", value_enum, default_value_t)]
+        command: Trains,
     },
     /// Write the JSON schema of a file of settings.
-    Schema,
+    Schema {
+        /// The command that it is for
+        #[arg(long = "for", value_enum, default_value_t)]
+        command: Trains,
+    },
+}
+
+/// A command that trains.
+#[derive(Debug, Clone, Copy, Default, clap::ValueEnum)]
+pub enum Trains {
+    #[default]
+    Train,
+    Finetune,
 }
 
 /// Tells.
 pub fn run(config: Config) -> CommandResult {
     match config {
-        Config::Schema => {
-            println!("{}", serde_json::to_string_pretty(&schemars::schema_for!(TrainSettings))?);
+        Config::Schema { command } => {
+            let schema = match command {
+                Trains::Train => schema::<TrainSettings>()?,
+                Trains::Finetune => schema::<FinetuneSettings>()?,
+            };
+            println!("{}", serde_json::to_string_pretty(&schema)?);
             Ok(())
         }
-        Config::Explain { file } => explain(&file),
+        Config::Explain { file, command: Trains::Train } => explain::<TrainSettings>(&file, "train"),
+        Config::Explain { file, command: Trains::Finetune } => {
+            explain::<FinetuneSettings>(&file, "finetune MODEL")
+        }
     }
 }
 
-fn explain(file: &std::path::Path) -> CommandResult {
+fn explain<S: Settings>(file: &Path, command: &str) -> CommandResult {
     let document = read_document(file)?;
     if deepspeed::is_deepspeed(&document) {
         let mapping = deepspeed::map(&document)
@@ -39,10 +61,10 @@ fn explain(file: &std::path::Path) -> CommandResult {
         }
         println!("\nas settings of ferrozero:");
         println!("{}", serde_json::to_string_pretty(&mapping.settings)?);
-        println!("\nnext: ferrozero train --config {}", file.display());
+        println!("\nnext: ferrozero {command} --config {}", file.display());
         return Ok(());
     }
-    let settings = TrainSettings::of_file(file)?;
+    let settings = S::of_file(file)?;
     println!("{}: settings of ferrozero; those that it leaves out have their defaults", file.display());
     println!("{}", serde_json::to_string_pretty(&settings)?);
     Ok(())

@@ -79,6 +79,7 @@ Memory and time of computing are estimated from the model's shape. `ferrozero tr
 pub const CONFIG: &str = "\
 Examples:
   ferrozero config explain ds_config.json
+  ferrozero config explain --for finetune finetune.toml
   ferrozero config schema > train.schema.json";
 
 pub const COMPLETIONS: &str = "\

@@ -17,10 +17,12 @@ mod train;
 
 use crate::error::Error;
 use clap::{CommandFactory, Parser, Subcommand};
+use finetune::{FinetuneArguments, FinetuneSettings};
 use std::process::ExitCode;
 use tracing_subscriber::EnvFilter;
 
-pub use settings::{Reporting, TrainArguments, TrainSettings};
+pub use settings::{Reporting, RunArguments, RunSettings, Settings};
+pub use train::{TrainArguments, TrainSettings};
 
 /// Trains models that are larger than the memory of the machine that trains them.
 #[derive(Debug, Parser)]
@@ -36,11 +38,11 @@ enum Command {
     ///
     /// Without options: about 38 million parameters at byte level, on the sources of cargo's packages, in 384 MiB of
     /// memory, in about three minutes.
-    #[command(after_help = help::TRAIN, args_override_self = true)]
+    #[command(after_help = help::TRAIN, args_override_self = true, defer(settings::with_defaults::<TrainSettings>))]
     Train(Box<TrainArguments>),
     /// Train a model further that others have trained, on prompts and answers or on text.
-    #[command(after_help = help::FINETUNE)]
-    Finetune(Box<finetune::FinetuneArguments>),
+    #[command(after_help = help::FINETUNE, args_override_self = true, defer(settings::with_defaults::<FinetuneSettings>))]
+    Finetune(Box<FinetuneArguments>),
     /// Continue a text with a model that others have trained, which may be larger than memory.
     #[command(after_help = help::GENERATE)]
     Generate(Box<pretrained::GenerateArguments>),

@@ -1,132 +1,89 @@
-//! Settings of a training run: defaults, then a resumed run's, then a file's, then the command line's.
+//! What commands that train have in common: their options and settings.
 
-use super::{configuration, deepspeed};
+mod layers;
+
+pub use layers::{Settings, read_document};
+pub(super) use layers::{resolve, resolve_run, schema, with_defaults};
+
+use super::configuration;
 use crate::byte_size::ByteSize;
-use crate::error::{Error, Result};
-use crate::models::gpt::GptConfig;
+use crate::error::Result;
+use crate::learning_rate::LearningRate;
+use crate::simulator::Machine;
+use crate::{AdamW, Config};
 use candle_core::DType;
 use serde::{Deserialize, Serialize};
-use serde_json::Value;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
-/// Options of `ferrozero train`.
+/// Options of every command that trains. What none is given for is [`RunSettings`]'s.
 #[derive(Debug, Clone, Default, clap::Args, Serialize)]
-pub struct TrainArguments {
+pub struct RunArguments {
     /// JSON or TOML file with settings: the names of these options, with _ for -; or a ds_config.json of DeepSpeed's
     #[arg(long, value_name = "FILE")]
     #[serde(skip)]
     pub config: Option<PathBuf>,
-    /// Text file, or folder with text files [default: the sources and documents of cargo's packages]
-    #[arg(long, value_name = "PATH")]
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub data: Option<PathBuf>,
-    /// Hugging Face tokenizer [default: every byte is a token]
-    #[arg(long, value_name = "tokenizer.json")]
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub tokenizer: Option<PathBuf>,
-    /// Optimizer steps in all [default: 100]
+    /// Tokens of a sequence
     #[arg(long)]
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub steps: Option<u64>,
-    /// Transformer blocks [default: 12]
-    #[arg(long)]
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub layers: Option<usize>,
-    /// Width of the model [default: 512]
-    #[arg(long)]
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub hidden: Option<usize>,
-    /// Attention heads [default: 8]
-    #[arg(long)]
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub heads: Option<usize>,
-    /// Tokens of a sequence [default: 128]
-    #[arg(long)]
-    #[serde(skip_serializing_if = "Option::is_none")]
     pub seq: Option<usize>,
-    /// Sequences of a micro-batch [default: 4]
+    /// Sequences of a micro-batch
     #[arg(long)]
-    #[serde(skip_serializing_if = "Option::is_none")]
     pub batch: Option<usize>,
-    /// Micro-batches of a step [default: 1]
+    /// Micro-batches of a step
     #[arg(long)]
-    #[serde(skip_serializing_if = "Option::is_none")]
     pub accumulate: Option<usize>,
-    /// Device that computes: cpu, cuda or cuda:NUMBER [default: cpu]
+    /// Device that computes: cpu, cuda or cuda:NUMBER
     #[arg(long)]
-    #[serde(skip_serializing_if = "Option::is_none")]
     pub device: Option<String>,
-    /// Type of parameters, gradients and activations on a CUDA device; masters and moments stay f32 [default: f32]
+    /// Type of parameters, gradients and activations on a CUDA device; masters and moments stay f32
     #[arg(long)]
-    #[serde(skip_serializing_if = "Option::is_none")]
     pub dtype: Option<ComputeType>,
-    /// Memory of the host that the run may use, on the CPU device in all, as 512MiB or 16GiB [default: 384MiB]
+    /// Memory of the host that the run may use, on the CPU device in all, as 512MiB or 16GiB
     #[arg(long, value_name = "SIZE")]
-    #[serde(skip_serializing_if = "Option::is_none")]
     pub memory: Option<ByteSize>,
-    /// Memory that the device may use: on the CPU device a part of --memory [default: not limited]
+    /// Memory that the device may use [default: on the CPU device no limit but --memory, on a CUDA device nine tenths of what is free]
     #[arg(long, value_name = "SIZE")]
-    #[serde(skip_serializing_if = "Option::is_none")]
     pub device_memory: Option<ByteSize>,
-    /// Folder of the run, whose state is the checkpoint [default: ferrozero-run]
+    /// Folder of the run, whose state is the checkpoint
     #[arg(long)]
-    #[serde(skip_serializing_if = "Option::is_none")]
     pub dir: Option<PathBuf>,
     /// One more folder, on another disk, for a part of the states; may be given several times
     #[arg(long, value_name = "DIR")]
-    #[serde(skip_serializing_if = "Vec::is_empty")]
     pub stripe: Vec<PathBuf>,
     /// Keep states once and not twice on disk: a kill between two commits then loses the run
     #[arg(long)]
-    #[serde(skip_serializing_if = "std::ops::Not::not")]
     pub in_place: bool,
-    /// Seed of initial values and of the data's order [default: 1]
+    /// Seed of initial values and of the data's order
     #[arg(long)]
-    #[serde(skip_serializing_if = "Option::is_none")]
     pub seed: Option<u64>,
-    /// Highest learning rate; it falls along a cosine [default: 0.001]
+    /// Highest learning rate; it rises at first and falls along a cosine
     #[arg(long)]
-    #[serde(skip_serializing_if = "Option::is_none")]
     pub lr: Option<f64>,
-    /// Learning rate at the end, as a share of the highest; 1 for a rate that does not fall [default: 0.1]
+    /// Learning rate at the end, as a share of the highest; 1 for a rate that does not fall
     #[arg(long)]
-    #[serde(skip_serializing_if = "Option::is_none")]
     pub lr_floor: Option<f64>,
-    /// Steps in which the learning rate rises [default: 10]
+    /// Largest gradient norm that is not scaled down, 0 for no clipping
     #[arg(long)]
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub warmup: Option<u64>,
-    /// Largest gradient norm that is not scaled down, 0 for no clipping [default: 1]
-    #[arg(long)]
-    #[serde(skip_serializing_if = "Option::is_none")]
     pub clip: Option<f64>,
-    /// Weight decay of matrices [default: 0.1]
+    /// Weight decay of matrices
     #[arg(long)]
-    #[serde(skip_serializing_if = "Option::is_none")]
     pub weight_decay: Option<f64>,
-    /// Decay of AdamW's first moment [default: 0.9]
+    /// Decay of AdamW's first moment
     #[arg(long)]
-    #[serde(skip_serializing_if = "Option::is_none")]
     pub beta1: Option<f64>,
-    /// Decay of its second moment [default: 0.99]
+    /// Decay of its second moment
     #[arg(long)]
-    #[serde(skip_serializing_if = "Option::is_none")]
     pub beta2: Option<f64>,
-    /// What is added to the root of the second moment [default: 0.00000001]
+    /// What is added to the root of the second moment
     #[arg(long)]
-    #[serde(skip_serializing_if = "Option::is_none")]
     pub epsilon: Option<f64>,
-    /// Steps between two evaluations, 0 for one at the end only [default: 0]
+    /// Steps between two evaluations, 0 for one at the end only
     #[arg(long)]
-    #[serde(skip_serializing_if = "Option::is_none")]
     pub eval_every: Option<u64>,
-    /// Steps between two commits, 0 for one at the end only [default: 20]
+    /// Steps between two commits, 0 for one at the end only
     #[arg(long)]
-    #[serde(skip_serializing_if = "Option::is_none")]
     pub commit_every: Option<u64>,
     /// Threads of the optimizer [default: one a processor]
     #[arg(long)]
-    #[serde(skip_serializing_if = "Option::is_none")]
     pub threads: Option<usize>,
     /// Go on from the last commit in --dir, with its settings where no others are given
     #[arg(long)]
@@ -136,10 +93,6 @@ pub struct TrainArguments {
     #[command(flatten)]
     #[serde(skip)]
     pub reporting: Reporting,
-    /// Tokens of the text that is generated at the end, 0 for none [default: 80]
-    #[arg(long)]
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub sample: Option<usize>,
 }
 
 /// Options of commands that train: what they write down, and where.
@@ -178,7 +131,7 @@ impl ComputeType {
     /// Candle's name of it, for a device of the command line's.
     ///
     /// # Errors
-    /// [`Error::Configuration`] for a type that commands do not compute with there.
+    /// [`Error::Configuration`](crate::Error::Configuration) for a type that commands do not compute with there.
     pub fn on(self, device: &str) -> Result<DType> {
         if device == "cpu" && self != Self::F32 {
             return Err(configuration(
@@ -199,17 +152,11 @@ impl ComputeType {
     }
 }
 
-/// Settings that a run goes by, all of them known.
+/// Settings of every run that trains, all of them known.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, schemars::JsonSchema)]
-#[serde(deny_unknown_fields, default)]
-#[expect(missing_docs, reason = "each field is the option of the same name, documented at TrainArguments")]
-pub struct TrainSettings {
-    pub data: Option<PathBuf>,
-    pub tokenizer: Option<PathBuf>,
-    pub steps: u64,
-    pub layers: usize,
-    pub hidden: usize,
-    pub heads: usize,
+#[serde(default)]
+#[expect(missing_docs, reason = "each field is the option of the same name, documented at RunArguments")]
+pub struct RunSettings {
     pub seq: usize,
     pub batch: usize,
     pub accumulate: usize,
@@ -223,7 +170,6 @@ pub struct TrainSettings {
     pub seed: u64,
     pub lr: f64,
     pub lr_floor: f64,
-    pub warmup: u64,
     pub clip: f64,
     pub weight_decay: f64,
     pub beta1: f64,
@@ -232,18 +178,11 @@ pub struct TrainSettings {
     pub eval_every: u64,
     pub commit_every: u64,
     pub threads: Option<usize>,
-    pub sample: usize,
 }
 
-impl Default for TrainSettings {
+impl Default for RunSettings {
     fn default() -> Self {
         Self {
-            data: None,
-            tokenizer: None,
-            steps: 100,
-            layers: 12,
-            hidden: 512,
-            heads: 8,
             seq: 128,
             batch: 4,
             accumulate: 1,
@@ -257,7 +196,6 @@ impl Default for TrainSettings {
             seed: 1,
             lr: 1e-3,
             lr_floor: 0.1,
-            warmup: 10,
             clip: 1.0,
             weight_decay: 0.1,
             beta1: 0.9,
@@ -266,128 +204,38 @@ impl Default for TrainSettings {
             eval_every: 0,
             commit_every: 20,
             threads: None,
-            sample: 80,
         }
     }
 }
 
-/// Largest size of any kind: their products are still numbers of bytes.
-const SIZE_MAX: usize = 1 << 20;
-const THREADS_MAX: usize = 4096;
-/// A petabyte of state.
-const PARAMETERS_MAX: u128 = 1 << 46;
-
-/// Puts the members of `upper` over those of `lower`.
-fn overlay(lower: &mut Value, upper: Value) {
-    if let (Value::Object(lower), Value::Object(upper)) = (lower, upper) {
-        lower.extend(upper);
-    }
-}
-
-/// A file as it is, JSON or, by its name, TOML.
+/// Refuses a size that is none, or too large to compute with.
 ///
 /// # Errors
-/// [`Error::File`], and [`Error::Configuration`] with line and column of what cannot be read.
-pub fn read_document(path: &Path) -> Result<Value> {
-    let text =
-        std::fs::read_to_string(path).map_err(|source| Error::File { path: path.to_owned(), source })?;
-    let wrong =
-        |kind: &str, error: String| configuration(format!("{} is not valid {kind}: {error}", path.display()));
-    match path.extension().is_some_and(|extension| extension == "toml") {
-        true => toml::from_str(&text).map_err(|error| wrong("TOML", error.to_string())),
-        false => serde_json::from_str(&text).map_err(|error| wrong("JSON", error.to_string())),
+/// [`Error::Configuration`](crate::Error::Configuration) naming the size.
+pub(super) fn check_sizes(sizes: &[(&str, usize)]) -> Result<()> {
+    if let Some((name, _)) = sizes.iter().find(|(_, size)| *size == 0) {
+        return Err(configuration(format!("{name} must be at least 1")));
     }
+    if let Some((name, size)) = sizes.iter().find(|(_, size)| *size > SIZE_MAX) {
+        return Err(configuration(format!("{name} is {size} and must be at most {SIZE_MAX}")));
+    }
+    Ok(())
 }
 
-/// The settings in a file, which may be a configuration of DeepSpeed's.
-fn read_file(path: &Path) -> Result<Value> {
-    let mut value = read_document(path)?;
-    if deepspeed::is_deepspeed(&value) {
-        let mapping =
-            deepspeed::map(&value).map_err(|error| configuration(format!("{}: {error}", path.display())))?;
-        value = Value::Object(mapping.settings);
-    }
-    // Checked on its own, so that an error is known to be the file's.
-    serde_json::from_value::<TrainSettings>(value.clone())
-        .map_err(|error| configuration(format!("{}: {error}", path.display())))?;
-    Ok(value)
-}
-
-impl TrainSettings {
-    /// Brings the layers together. `resumed` are the settings of the run that is resumed.
-    ///
+impl RunSettings {
     /// # Errors
-    /// [`Error::Configuration`] and [`Error::File`].
-    pub fn resolve(arguments: &TrainArguments, resumed: Option<Value>) -> Result<Self> {
-        let json = |error: serde_json::Error| configuration(error.to_string());
-        let mut value = serde_json::to_value(Self::default()).map_err(json)?;
-        overlay(&mut value, resumed.unwrap_or_default());
-        if let Some(path) = &arguments.config {
-            overlay(&mut value, read_file(path)?);
-        }
-        overlay(&mut value, serde_json::to_value(arguments).map_err(json)?);
-        let settings: Self = serde_json::from_value(value).map_err(json)?;
-        settings.check()?;
-        Ok(settings)
-    }
-
-    /// The settings of a file, over the defaults.
-    ///
-    /// # Errors
-    /// As [`Self::resolve`].
-    pub fn of_file(path: &Path) -> Result<Self> {
-        Self::resolve(&TrainArguments { config: Some(path.to_owned()), ..Default::default() }, None)
-    }
-
-    /// Folder of the run, before a checkpoint in it is known.
-    ///
-    /// # Errors
-    /// As [`Self::resolve`].
-    pub fn folder(arguments: &TrainArguments) -> Result<PathBuf> {
-        if let Some(dir) = &arguments.dir {
-            return Ok(dir.clone());
-        }
-        let from_file = arguments.config.as_deref().map(read_file).transpose()?;
-        let from_file = from_file.as_ref().and_then(|value| value.get("dir")?.as_str());
-        Ok(from_file.map_or(Self::default().dir, PathBuf::from))
-    }
-
-    fn check(&self) -> Result<()> {
-        let sizes = [
-            ("steps", self.steps as usize),
-            ("layers", self.layers),
-            ("hidden", self.hidden),
-            ("heads", self.heads),
+    /// [`Error::Configuration`](crate::Error::Configuration) naming what cannot be.
+    pub(super) fn check(&self) -> Result<()> {
+        check_sizes(&[
             ("seq", self.seq),
             ("batch", self.batch),
             ("accumulate", self.accumulate),
             ("threads", self.threads.unwrap_or(1)),
-        ];
-        if let Some((name, _)) = sizes.iter().find(|(_, size)| *size == 0) {
-            return Err(configuration(format!("{name} must be at least 1")));
-        }
-        if let Some((name, size)) = sizes[1..].iter().find(|(_, size)| *size > SIZE_MAX) {
-            return Err(configuration(format!("{name} is {size} and must be at most {SIZE_MAX}")));
-        }
+        ])?;
         if self.threads.is_some_and(|threads| threads > THREADS_MAX) {
             return Err(configuration(format!("threads must be at most {THREADS_MAX}")));
         }
-        let [layers, hidden, seq] = [self.layers, self.hidden, self.seq].map(|size| size as u128);
-        if 12 * layers * hidden * hidden + seq * hidden > PARAMETERS_MAX {
-            let (layers, hidden) = (self.layers, self.hidden);
-            return Err(configuration(format!(
-                "a model of layers = {layers} and hidden = {hidden} has more parameters than any disk holds"
-            )));
-        }
-        if !self.hidden.is_multiple_of(self.heads) {
-            let (hidden, heads) = (self.hidden, self.heads);
-            return Err(configuration(format!("hidden ({hidden}) must be a multiple of heads ({heads})")));
-        }
         self.dtype.on(&self.device)?;
-        if self.warmup > self.steps {
-            let (warmup, steps) = (self.warmup, self.steps);
-            return Err(configuration(format!("warmup ({warmup}) must not be more than steps ({steps})")));
-        }
         let shares = [
             ("lr_floor", self.lr_floor, 1.0),
             ("beta1", self.beta1, 1.0 - f64::EPSILON),
@@ -409,99 +257,65 @@ impl TrainSettings {
         Ok(())
     }
 
-    /// Sizes of the model.
-    pub fn model(&self, vocabulary: usize) -> GptConfig {
-        GptConfig {
-            vocabulary,
-            layers: self.layers,
-            hidden: self.hidden,
-            heads: self.heads,
-            sequence: self.seq,
+    /// What the engine is told. The device is opened.
+    ///
+    /// # Errors
+    /// [`Error::Configuration`](crate::Error::Configuration) for a device that is not there or does not compute in the type.
+    pub(super) fn config(&self, resume: bool) -> Result<Config> {
+        let device = crate::open_device(&self.device)?;
+        Ok(Config {
+            machine: Machine::probed(&self.dir, &device),
+            device,
+            dtype: self.dtype.on(&self.device)?,
+            memory_bytes: Some(self.memory.0),
+            device_memory_bytes: self.device_memory.map(|size| size.0),
+            directory: Some(self.dir.clone()),
+            stripes: self.stripe.clone(),
+            in_place: self.in_place,
+            resume,
+            accumulate: self.accumulate,
+            clip: (self.clip > 0.0).then_some(self.clip),
+            seed: self.seed,
+            threads: self.threads,
+            ..Config::default()
+        })
+    }
+
+    pub(super) fn adamw(&self) -> AdamW {
+        AdamW {
+            weight_decay: self.weight_decay,
+            beta1: self.beta1,
+            beta2: self.beta2,
+            epsilon: self.epsilon,
+            ..AdamW::default()
         }
     }
-}
 
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn resolve_file(text: &str, arguments: TrainArguments) -> Result<TrainSettings> {
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("train.json");
-        std::fs::write(&path, text).unwrap();
-        TrainSettings::resolve(&TrainArguments { config: Some(path), ..arguments }, None)
+    /// The learning rate of a run of so many steps, which rises over the first `warmup` of them.
+    ///
+    /// # Errors
+    /// [`Error::Configuration`](crate::Error::Configuration) for a rise that is longer than the run.
+    pub(super) fn rate(&self, warmup: u64, steps: u64) -> Result<LearningRate> {
+        check_warmup(warmup, steps)?;
+        let floor = self.lr_floor * self.lr;
+        Ok(LearningRate::WarmupCosine { peak: self.lr, warmup, steps, floor })
     }
 
-    #[test]
-    fn the_command_line_is_over_the_file_which_is_over_the_resumed_run() {
-        let resumed = serde_json::json!({ "layers": 3, "hidden": 64, "seed": 9 });
-        let folder = tempfile::tempdir().unwrap();
-        let config = Some(folder.path().join("train.json"));
-        std::fs::write(config.as_ref().unwrap(), r#"{ "hidden": 96, "seq": 32, "memory": "1GiB" }"#).unwrap();
-        let arguments = TrainArguments { config, seq: Some(48), ..Default::default() };
-        let settings = TrainSettings::resolve(&arguments, Some(resumed)).unwrap();
-        let expected = TrainSettings {
-            layers: 3,
-            seed: 9,
-            hidden: 96,
-            memory: ByteSize(1 << 30),
-            seq: 48,
-            ..TrainSettings::default()
-        };
-        assert_eq!(settings, expected);
-    }
-
-    #[test]
-    fn a_file_is_json_or_toml_or_deepspeeds() {
-        let folder = tempfile::tempdir().unwrap();
-        let of = |name: &str, text: &str| {
-            let path = folder.path().join(name);
-            std::fs::write(&path, text).unwrap();
-            TrainSettings::of_file(&path)
-        };
-        let expected = TrainSettings { batch: 2, lr: 0.5, ..TrainSettings::default() };
-        assert_eq!(of("a.json", r#"{ "batch": 2, "lr": 0.5 }"#).unwrap(), expected);
-        assert_eq!(of("a.toml", "batch = 2\nlr = 0.5\n").unwrap(), expected);
-        let deepspeed =
-            r#"{ "train_micro_batch_size_per_gpu": 2, "optimizer": { "params": { "lr": 0.5 } } }"#;
-        let expected = TrainSettings {
-            beta2: 0.999,
-            lr_floor: 1.0,
-            warmup: 0,
-            clip: 0.0,
-            weight_decay: 0.0,
-            ..expected
-        };
-        assert_eq!(of("ds_config.json", deepspeed).unwrap(), expected);
-        let error =
-            of("b.json", r#"{ "zero_optimization": { "stage": 3, "mics_shard_size": 4 } }"#).unwrap_err();
-        let error = error.to_string();
-        assert!(error.contains("b.json") && error.contains("zero_optimization.mics_shard_size"), "{error}");
-        assert!(of("b.toml", "batch = ").unwrap_err().to_string().contains("not valid TOML"));
-    }
-
-    #[test]
-    fn what_is_wrong_is_named() {
-        let wrong = |text, part: &str| {
-            let error = resolve_file(text, TrainArguments::default()).unwrap_err().to_string();
-            assert!(error.contains(part), "{text}: {error}");
-        };
-        wrong("{ \"layer\": 3 }", "unknown field `layer`");
-        wrong("{ \"layer\": 3 }", "train.json");
-        wrong("{ \"layers\": \"three\" }", "three");
-        wrong("{ \"memory\": \"lots\" }", "512MiB");
-        wrong("{ \"layers\": 3", "not valid JSON");
-        wrong("{ \"heads\": 7 }", "multiple of heads (7)");
-        wrong("{ \"steps\": 0 }", "steps");
-        wrong("{ \"lr\": -1 }", "lr");
-        wrong("{ \"batch\": 18446744073709551615 }", "batch");
-        wrong("{ \"threads\": 1000000 }", "threads");
-        wrong("{ \"layers\": 1000000, \"hidden\": 1000000 }", "more parameters than any disk holds");
-        wrong("{ \"beta2\": 1.0 }", "beta2");
-        wrong("{ \"lr_floor\": 2 }", "lr_floor");
-        wrong("{ \"epsilon\": 0 }", "epsilon");
-        wrong("{ \"warmup\": 1000 }", "warmup (1000)");
-        let missing = TrainArguments { config: Some("nowhere.json".into()), ..Default::default() };
-        assert!(TrainSettings::resolve(&missing, None).unwrap_err().to_string().contains("nowhere.json"));
+    /// Tokens of a step.
+    pub(super) fn tokens(&self) -> u64 {
+        (self.accumulate * self.batch * self.seq) as u64
     }
 }
+
+/// # Errors
+/// [`Error::Configuration`](crate::Error::Configuration) for a learning rate that rises for longer than the run.
+pub(super) fn check_warmup(warmup: u64, steps: u64) -> Result<()> {
+    match warmup > steps {
+        true => Err(configuration(format!("warmup ({warmup}) must not be more than steps ({steps})"))),
+        false => Ok(()),
+    }
+}
+
+/// Largest size of any kind: their products are still numbers of bytes.
+const SIZE_MAX: usize = 1 << 20;
+const THREADS_MAX: usize = 4096;

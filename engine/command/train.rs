@@ -1,18 +1,20 @@
 //! `ferrozero train`.
 
+mod settings;
+
+pub use settings::{TrainArguments, TrainSettings};
+
 use super::CommandResult;
 use super::journal::{About, Journal};
 use super::output::{Output, quoted};
-use super::settings::{TrainArguments, TrainSettings};
+use super::settings::resolve_run;
 use crate::data::{Corpus, Dataset, TokenFile};
 use crate::generate::{Sampling, generate};
-use crate::learning_rate::LearningRate;
 use crate::models::gpt::{Block, Gpt};
 use crate::plan::Bytes;
 use crate::run_log::Summary;
-use crate::simulator::Machine;
 use crate::tokenizer::Tokenizer;
-use crate::{AdamW, Config, Engine, Segment, Trainer};
+use crate::{Engine, Segment, Trainer};
 use candle_core::DType;
 use serde_json::{Value, json};
 use std::sync::Arc;
@@ -34,13 +36,8 @@ struct Run {
 
 /// Trains as the arguments say.
 pub fn run(arguments: TrainArguments) -> CommandResult {
-    let mut output = Output::new(&arguments.reporting);
-    let resumed = match arguments.resume {
-        true => Some(Engine::committed(&TrainSettings::folder(&arguments)?)?),
-        false => None,
-    };
-    let stored = |key: &str| resumed.as_ref().and_then(|user| user.get(key)).cloned();
-    let settings = TrainSettings::resolve(&arguments, stored("settings"))?;
+    let mut output = Output::new(&arguments.run.reporting);
+    let (settings, committed): (TrainSettings, _) = resolve_run(&arguments, &arguments.run)?;
     let tokenizer = match &settings.tokenizer {
         Some(path) => Tokenizer::from_file(path)?,
         None => Tokenizer::Bytes,
@@ -49,21 +46,21 @@ pub fn run(arguments: TrainArguments) -> CommandResult {
         Some(path) => Corpus::from_path(path)?,
         None => Corpus::of_cargo_registry()?,
     };
-    let tokens = TokenFile::encode(&corpus, &tokenizer, &settings.dir)?;
-    let data = Dataset::new(tokens, settings.seed, settings.batch, settings.seq)?;
+    let tokens = TokenFile::encode(&corpus, &tokenizer, &settings.run.dir)?;
+    let data = Dataset::new(tokens, settings.run.seed, settings.run.batch, settings.run.seq)?;
     output.say(format_args!("data: {} tokens from {}", data.len(), corpus.source));
     let fingerprint = data.fingerprint().to_owned();
-    if stored("data").is_some_and(|stored| stored != *fingerprint) {
+    if committed.get("data").is_some_and(|stored| *stored != fingerprint) {
         output.say("notice: the data is not the data of the run that is resumed");
     }
     let stop = stop_flag()?;
-    let (model, trainer) = prepare(&settings, &arguments, &tokenizer, &data, &output)?;
+    let (model, trainer) = prepare(&settings, arguments.run.resume, &tokenizer, &data, &output)?;
     let about = About {
         model: format!("GPT, {} blocks of width {}", settings.layers, settings.hidden),
         steps: settings.steps,
-        tokens: (settings.accumulate * settings.batch * settings.seq) as u64,
+        tokens: settings.run.tokens(),
         settings: serde_json::to_value(&settings)?,
-        reporting: &arguments.reporting,
+        reporting: &arguments.run.reporting,
     };
     let journal = Journal::begin(&trainer, about, &output)?;
     output.start(trainer.steps(), settings.steps)?;
@@ -85,39 +82,16 @@ pub(super) fn stop_flag() -> CommandResult<Arc<AtomicBool>> {
 
 fn prepare(
     settings: &TrainSettings,
-    arguments: &TrainArguments,
+    resume: bool,
     tokenizer: &Tokenizer,
     data: &Dataset,
     output: &Output,
 ) -> CommandResult<(Gpt<Segment<Block>>, Trainer)> {
-    let device = crate::open_device(&settings.device)?;
-    let engine = Engine::new(Config {
-        machine: Machine::probed(&settings.dir, &device),
-        device,
-        dtype: settings.dtype.on(&settings.device)?,
-        memory_bytes: Some(settings.memory.0),
-        device_memory_bytes: settings.device_memory.map(|size| size.0),
-        directory: Some(settings.dir.clone()),
-        stripes: settings.stripe.clone(),
-        in_place: settings.in_place,
-        resume: arguments.resume,
-        accumulate: settings.accumulate,
-        clip: (settings.clip > 0.0).then_some(settings.clip),
-        seed: settings.seed,
-        threads: settings.threads,
-        ..Config::default()
-    })?;
+    let engine = Engine::new(settings.run.config(resume)?)?;
     let config = settings.model(tokenizer.vocabulary());
     let model =
         Gpt::new(&config, engine.var_builder(), |vb, _| engine.segment(vb, |vb| Block::new(&config, vb)))?;
-    let adamw = AdamW {
-        weight_decay: settings.weight_decay,
-        beta1: settings.beta1,
-        beta2: settings.beta2,
-        epsilon: settings.epsilon,
-        ..AdamW::default()
-    };
-    let plan = engine.plan(adamw, || {
+    let plan = engine.plan(settings.run.adamw(), || {
         let batch = data.train_batch(0, 0, 1)?;
         model.loss(&batch.inputs, &batch.targets)
     })?;
@@ -131,32 +105,27 @@ impl Run {
     fn train(&mut self, stop: &AtomicBool) -> CommandResult {
         let Self { settings, .. } = self;
         let steps = settings.steps;
-        let rate = LearningRate::WarmupCosine {
-            peak: settings.lr,
-            warmup: settings.warmup,
-            steps,
-            floor: settings.lr_floor * settings.lr,
-        };
-        let tokens = (settings.accumulate * settings.batch * settings.seq) as u64;
+        let rate = settings.run.rate(settings.warmup, steps)?;
+        let tokens = settings.run.tokens();
         let mut last = None;
         while self.trainer.steps() < steps && !stop.load(atomic::Ordering::SeqCst) {
             let step = self.trainer.steps();
             self.trainer.set_learning_rate(rate.at(step));
             let Self { data, model, settings, .. } = self;
             let report = self.trainer.step(|micro_batch| {
-                let batch = data.train_batch(step, micro_batch, settings.accumulate)?;
+                let batch = data.train_batch(step, micro_batch, settings.run.accumulate)?;
                 model.loss(&batch.inputs, &batch.targets)
             })?;
             self.output.step(&report, tokens, steps);
             let is_due = |every: u64| every > 0 && report.step.is_multiple_of(every) && report.step < steps;
             let mut validation_loss = None;
-            if is_due(self.settings.eval_every) {
+            if is_due(self.settings.run.eval_every) {
                 let loss = self.validate()?;
                 self.output.say(format_args!("step {}: validation loss {loss:.4}", report.step));
                 validation_loss = Some(loss);
             }
             self.journal.step(&report, validation_loss, &self.trainer, &self.output)?;
-            if is_due(self.settings.commit_every) {
+            if is_due(self.settings.run.commit_every) {
                 let document = self.document()?;
                 self.trainer.commit_behind(document)?;
             }
@@ -187,9 +156,9 @@ impl Run {
 
     fn sample(&mut self) -> CommandResult<String> {
         let prompt = self.tokenizer.encode(b"fn main() {\n")?;
-        let sampling = Sampling { temperature: 0.7, seed: self.settings.seed };
+        let sampling = Sampling { temperature: 0.7, seed: self.settings.run.seed };
         let Self { model, trainer, settings, .. } = self;
-        let tokens = generate(&prompt, settings.sample, settings.seq, sampling, |tokens| {
+        let tokens = generate(&prompt, settings.sample, settings.run.seq, sampling, |tokens| {
             let logits = trainer.evaluate(|| model.next_logits(tokens));
             logits.map_err(candle_core::Error::wrap)
         })?;
@@ -243,7 +212,7 @@ impl Run {
                 measured.written_bytes_per_day / 1e12
             ));
         }
-        say(format_args!("  checkpoint                    {}", self.settings.dir.display()));
+        say(format_args!("  checkpoint                    {}", self.settings.run.dir.display()));
         say(format_args!("  digest of the weights         {digest}"));
         if !text.is_empty() {
             say(format_args!("  sample: {text}"));
@@ -256,7 +225,7 @@ impl Run {
             ..measured
         };
         self.journal.finish(summary, &self.output)?;
-        let dir = quoted(self.settings.dir.display());
+        let dir = quoted(self.settings.run.dir.display());
         match steps < self.settings.steps {
             true => self.output.next(format_args!("ferrozero train --resume --dir {dir}")),
             false => self.output.next(format_args!("ferrozero report {dir} -o report.html")),

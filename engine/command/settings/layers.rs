@@ -1,0 +1,159 @@
+//! How settings come together: defaults, then a resumed run's, then a file's, then the command line's.
+
+use super::super::{CommandResult, configuration, deepspeed};
+use super::{RunArguments, RunSettings};
+use crate::Engine;
+use crate::error::{Error, Result};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use serde_json::Value;
+use std::path::{Path, PathBuf};
+
+/// A file as it is, JSON or, by its name, TOML.
+///
+/// # Errors
+/// [`Error::File`], and [`Error::Configuration`] with line and column of what cannot be read.
+pub fn read_document(path: &Path) -> Result<Value> {
+    let text =
+        std::fs::read_to_string(path).map_err(|source| Error::File { path: path.to_owned(), source })?;
+    let wrong =
+        |kind: &str, error: String| configuration(format!("{} is not valid {kind}: {error}", path.display()));
+    match path.extension().is_some_and(|extension| extension == "toml") {
+        true => toml::from_str(&text).map_err(|error| wrong("TOML", error.to_string())),
+        false => serde_json::from_str(&text).map_err(|error| wrong("JSON", error.to_string())),
+    }
+}
+
+/// Settings of a command that trains: its own beside a [`RunSettings`], in one object.
+pub trait Settings: Default + Serialize + DeserializeOwned + schemars::JsonSchema {
+    /// Those that it shares with others.
+    fn run(&self) -> &RunSettings;
+
+    /// Refuses what cannot be.
+    ///
+    /// # Errors
+    /// [`Error::Configuration`] naming it.
+    fn check(&self) -> Result<()>;
+
+    /// The settings of a file, over the defaults.
+    ///
+    /// # Errors
+    /// As [`resolve`].
+    fn of_file(path: &Path) -> Result<Self> {
+        resolve(&Value::Null, Some(path), None)
+    }
+}
+
+fn to_value(settings: &impl Serialize) -> Result<Value> {
+    serde_json::to_value(settings).map_err(|error| configuration(error.to_string()))
+}
+
+/// Puts the members of `upper` over those of `lower`.
+fn overlay(lower: &mut Value, upper: Value) {
+    if let (Value::Object(lower), Value::Object(upper)) = (lower, upper) {
+        lower.extend(upper);
+    }
+}
+
+/// Reads settings, of which those that are missing have their defaults.
+fn parse<S: Settings>(value: Value) -> Result<S> {
+    let known = to_value(&S::default())?;
+    if let (Value::Object(found), Value::Object(known)) = (&value, &known)
+        && let Some(key) = found.keys().find(|key| !known.contains_key(*key))
+    {
+        let known: Vec<_> = known.keys().map(|key| format!("`{key}`")).collect();
+        return Err(configuration(format!("unknown field `{key}`, expected one of {}", known.join(", "))));
+    }
+    serde_json::from_value(value).map_err(|error| configuration(error.to_string()))
+}
+
+/// The settings in a file, which may be a configuration of DeepSpeed's.
+fn read_file<S: Settings>(path: &Path) -> Result<Value> {
+    let mut value = read_document(path)?;
+    let of_file = |error: Error| configuration(format!("{}: {error}", path.display()));
+    if deepspeed::is_deepspeed(&value) {
+        value = Value::Object(deepspeed::map(&value).map_err(of_file)?.settings);
+    }
+    // Checked on its own, so that an error is known to be the file's.
+    parse::<S>(value.clone()).map_err(of_file)?;
+    Ok(value)
+}
+
+/// Brings the layers together. `arguments` are those of the command line, null where none was given, and `resumed` the settings
+/// of the run that is resumed.
+///
+/// # Errors
+/// [`Error::Configuration`] and [`Error::File`].
+pub fn resolve<S: Settings>(
+    arguments: &impl Serialize,
+    config: Option<&Path>,
+    resumed: Option<Value>,
+) -> Result<S> {
+    let mut value = to_value(&S::default())?;
+    overlay(&mut value, resumed.unwrap_or_default());
+    if let Some(path) = config {
+        overlay(&mut value, read_file::<S>(path)?);
+    }
+    let mut given = to_value(arguments)?;
+    if let Value::Object(given) = &mut given {
+        let is_given = |value: &Value| {
+            !(value.is_null() || *value == Value::Bool(false) || value.as_array().is_some_and(Vec::is_empty))
+        };
+        given.retain(|_, value| is_given(value));
+    }
+    overlay(&mut value, given);
+    let settings: S = parse(value)?;
+    settings.check()?;
+    Ok(settings)
+}
+
+/// The settings of a command, and what the commit that it goes on from says of its run: null where it begins.
+///
+/// # Errors
+/// As [`resolve`], and those of the commit.
+pub fn resolve_run<S: Settings>(arguments: &impl Serialize, run: &RunArguments) -> CommandResult<(S, Value)> {
+    let config = run.config.as_deref();
+    if !run.resume {
+        return Ok((resolve(arguments, config, None)?, Value::Null));
+    }
+    // The folder, before a checkpoint in it is known.
+    let folder = match &run.dir {
+        Some(dir) => dir.clone(),
+        None => {
+            let from_file = config.map(read_file::<S>).transpose()?.unwrap_or_default();
+            from_file["dir"].as_str().map_or_else(|| S::default().run().dir.clone(), PathBuf::from)
+        }
+    };
+    let committed = Engine::committed(&folder)?;
+    let settings = resolve(arguments, config, committed.get("settings").cloned())?;
+    Ok((settings, committed))
+}
+
+/// The JSON schema of a file of settings.
+///
+/// # Errors
+/// None that this program can cause.
+pub fn schema<S: Settings>() -> Result<Value> {
+    let mut schema = schemars::schema_for!(S).to_value();
+    let defaults = to_value(&S::default())?;
+    for (key, property) in schema["properties"].as_object_mut().into_iter().flatten() {
+        // Those of the command, where the shared ones have others.
+        property["default"] = defaults[key].clone();
+    }
+    schema["additionalProperties"] = false.into();
+    Ok(schema)
+}
+
+/// Adds to the help of a command's options what they are if none is given.
+pub fn with_defaults<S: Settings>(command: clap::Command) -> clap::Command {
+    let defaults = to_value(&S::default()).unwrap_or_default();
+    command.mut_args(|argument| {
+        let default = match defaults.get(argument.get_id().as_str()) {
+            Some(Value::String(text)) => text.clone(),
+            Some(number @ Value::Number(_)) => number.to_string(),
+            _ => return argument,
+        };
+        let help = argument.get_help().map(ToString::to_string).unwrap_or_default();
+        argument.help(format!("{help} [default: {default}]"))
+    })
+}
