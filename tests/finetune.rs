@@ -70,9 +70,20 @@ fn losses(output: &str) -> Vec<f32> {
 
 #[test]
 fn adapters_are_trained_beside_frozen_weights_and_written_as_peft_reads_them() {
+    adapters_of("llama", "q_proj,down_proj", false);
+}
+
+/// Its matrices lie as the transposes of what is trained; of two layers of one name, one has an adapter.
+#[test]
+fn adapters_of_gpt2_are_those_of_layers_that_lie_transposed() {
+    adapters_of("gpt2", "c_attn,mlp.c_proj", true);
+}
+
+/// Two layers of each of two blocks have adapters.
+fn adapters_of(family: &str, targets: &str, transposed: bool) {
     let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
-    model_and_text(folder.path());
-    let lora = ["--lora-rank", "4", "--lora-alpha", "8", "--lora-targets", "q_proj,down_proj"];
+    model_of(family, folder.path());
+    let lora = ["--lora-rank", "4", "--lora-alpha", "8", "--lora-targets", targets];
     let run = |options: &[&str]| expect_success(&finetune(folder.path(), &[&lora, options].concat()));
     let output = run(&["--out", "adapters", "--dir", "run"]);
     let steps = losses(&output);
@@ -87,7 +98,7 @@ fn adapters_are_trained_beside_frozen_weights_and_written_as_peft_reads_them() {
     let mut changed = 0;
     for (name, (shape, old)) in &before {
         let adapter = |part: &str| {
-            let layer = name.strip_suffix("weight").unwrap();
+            let layer = name.strip_suffix("weight")?;
             adapters.get(&format!("base_model.model.{layer}lora_{part}.weight"))
         };
         let (Some((a_shape, a)), Some((b_shape, b))) = (adapter("A"), adapter("B")) else {
@@ -95,13 +106,15 @@ fn adapters_are_trained_beside_frozen_weights_and_written_as_peft_reads_them() {
             continue;
         };
         changed += 1;
+        let (outputs, inputs) = if transposed { (shape[1], shape[0]) } else { (shape[0], shape[1]) };
         assert_eq!(
             (a_shape.as_slice(), b_shape.as_slice()),
-            ([4, shape[1]].as_slice(), [shape[0], 4].as_slice())
+            ([4, inputs].as_slice(), [outputs, 4].as_slice())
         );
         for (index, (old, new)) in old.iter().zip(&after[name].1).enumerate() {
             let (row, column) = (index / shape[1], index % shape[1]);
-            let product: f32 = (0..4).map(|rank| b[4 * row + rank] * a[rank * shape[1] + column]).sum();
+            let (output, input) = if transposed { (column, row) } else { (row, column) };
+            let product: f32 = (0..4).map(|rank| b[4 * output + rank] * a[rank * inputs + input]).sum();
             assert!((old + 2.0 * product - new).abs() < 1e-6, "{name}[{row}, {column}]");
         }
         assert!(b.iter().any(|&value| value != 0.0), "{name} was not trained");
@@ -110,16 +123,31 @@ fn adapters_are_trained_beside_frozen_weights_and_written_as_peft_reads_them() {
     let configuration = std::fs::read_to_string(folder.path().join("adapters/adapter_config.json")).unwrap();
     let configuration: Value = serde_json::from_str(&configuration).unwrap();
     assert_eq!((&configuration["r"], &configuration["peft_type"]), (&4.into(), &"LORA".into()));
+    assert_eq!(configuration["fan_in_fan_out"], transposed);
+    assert_eq!(configuration["target_modules"], serde_json::json!(targets.split(',').collect::<Vec<_>>()));
 }
 
 #[test]
-fn layers_that_are_not_there_get_no_adapter_and_that_is_said() {
-    let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
-    model_and_text(folder.path());
-    let output = finetune(folder.path(), &["--out", "out", "--lora-rank", "4", "--lora-targets", "c_attn"]);
-    let error = String::from_utf8_lossy(&output.stderr);
-    assert!(!output.status.success() && error.contains("c_attn"), "{error}");
-    assert!(!folder.path().join("out").exists());
+fn a_target_that_is_misspelled_is_named_with_those_that_there_are() {
+    for (family, layers) in
+        [("llama", ["self_attn.q_proj", "mlp.down_proj"]), ("gpt2", ["attn.c_attn", "mlp.c_proj"])]
+    {
+        let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+        model_of(family, folder.path());
+        let [right, other] = layers;
+        let refused = |targets: &str| {
+            let output =
+                finetune(folder.path(), &["--out", "out", "--lora-rank", "4", "--lora-targets", targets]);
+            assert!(!output.status.success(), "{targets}");
+            String::from_utf8_lossy(&output.stderr).into_owned()
+        };
+        // Neither hidden by one that is right, nor found within a name.
+        for wrong in ["v_porj", "proj"] {
+            let error = refused(&format!("{right},{wrong}"));
+            assert!(error.contains(&format!("ends with {wrong};")) && error.contains(other), "{error}");
+        }
+        assert!(!folder.path().join("out").exists());
+    }
 }
 
 /// Also GPT-2's matrices, which lie there as the transposes of what is trained.

@@ -75,6 +75,7 @@ pub fn run(arguments: FinetuneArguments) -> CommandResult {
     let text = settings.data.clone().ok_or_else(|| missing("say what to learn from with --data FILE"))?;
     let out = settings.out.clone().ok_or_else(|| missing("say where the result goes with --out DIR"))?;
     let pretrained = Pretrained::open(path, settings.run.seq)?;
+    let adapting = settings.adapting(&pretrained)?;
     let tokenizer = pretrained.tokenizer(settings.tokenizer.as_deref())?;
     let end = ends(&pretrained.configuration).first().copied();
     let chat = chat_template(&pretrained)?;
@@ -85,7 +86,6 @@ pub fn run(arguments: FinetuneArguments) -> CommandResult {
     if committed.get("data").is_some_and(|stored| stored != data.fingerprint()) {
         output.say("notice: the data is not the data of the run that is resumed");
     }
-    let adapting = settings.adapting();
     let (model, trainer) = prepare(&settings, run.resume, &pretrained, &adapting, &data, &output)?;
     let stop = stop_flag()?;
     let about = About {
@@ -136,13 +136,6 @@ fn prepare(
         model.loss(&batch.inputs, &batch.targets, Some(&all))
     })?;
     output.say(&plan);
-    if adapting.rank > 0 && !plan.layout().parameters().iter().any(|(name, _)| Adapting::is_adapter(name)) {
-        let targets = adapting.targets.join(", ");
-        return Err(configuration(format!(
-            "no layer of this model has an adapter: --lora-targets {targets}"
-        ))
-        .into());
-    }
     let trainer = engine.trainer(plan)?;
     output.say_notices(&trainer);
     Ok((model, trainer))
@@ -226,7 +219,7 @@ impl Run {
         let measured = self.journal.summary(&self.trainer)?;
         let Self { settings, pretrained, tokenizer, adapting, trainer, output, out, .. } = self;
         match settings.writes_adapters() {
-            true => write::write_adapters(&pretrained.path, adapting, trainer, out)?,
+            true => write::write_adapters(pretrained, adapting, trainer, out)?,
             false => write::write_model(pretrained, adapting, trainer, tokenizer, out)?,
         }
         let summary = Summary {

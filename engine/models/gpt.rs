@@ -2,6 +2,7 @@
 //! modules. B: batch, T: tokens of a sequence, C: hidden width, V: vocabulary.
 
 use super::cache::LayerCache;
+use super::linear::{Adapting, Linear};
 use candle_core::{Module, Result, Tensor};
 use candle_nn::{Init, VarBuilder};
 use ferrozero_kernels::ops;
@@ -57,29 +58,8 @@ impl Norm {
     }
 }
 
-/// A linear layer with a bias; the weight is [out, in].
-struct Linear {
-    weight: Tensor,
-    bias: Tensor,
-}
-
-impl Linear {
-    fn new(inputs: usize, outputs: usize, stdev: f64, vb: VarBuilder) -> Result<Self> {
-        Ok(Self {
-            weight: vb.get_with_hints((outputs, inputs), "weight", normal(stdev))?,
-            bias: vb.get_with_hints(outputs, "bias", Init::Const(0.0))?,
-        })
-    }
-
-    fn forward(&self, xs: &Tensor) -> Result<Tensor> {
-        ops::linear(xs, &self.weight, Some(&self.bias))
-    }
-
-    /// The end of a block.
-    fn close(&self, residual: &Tensor, xs: &Tensor) -> Result<Tensor> {
-        ops::closing_linear(residual, xs, &self.weight, Some(&self.bias))
-    }
-}
+/// Last parts of the names of a block's linear layers, which may have adapters.
+pub(super) const LINEAR_LAYERS: [&str; 4] = ["attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"];
 
 /// One transformer block: attention and a two-layer perceptron, each with a norm before and a residual around it.
 pub struct Block {
@@ -98,17 +78,28 @@ impl Block {
     /// # Errors
     /// What the `VarBuilder` says.
     pub fn new(config: &GptConfig, vb: VarBuilder) -> Result<Self> {
+        Self::adapted(config, &Adapting::default(), vb)
+    }
+
+    /// As [`Self::new`], with adapters beside the linear layers that get one.
+    ///
+    /// # Errors
+    /// What the `VarBuilder` says.
+    pub fn adapted(config: &GptConfig, adapting: &Adapting, vb: VarBuilder) -> Result<Self> {
         let c = config.hidden;
         // Residual branches add up over the layers; GPT-2 scales their last layers down accordingly.
         let residual = 0.02 / (2.0 * config.layers as f64).sqrt();
-        let (attn, mlp) = (vb.pp("attn"), vb.pp("mlp"));
+        let linear = |inputs, outputs, stdev, name: &str| {
+            Linear::new(inputs, outputs, true, normal(stdev), adapting, vb.pp(name))
+        };
+        let [c_attn, c_proj, c_fc, mlp_c_proj] = LINEAR_LAYERS;
         Ok(Self {
             ln_1: Norm::new(c, vb.pp("ln_1"))?,
-            c_attn: Linear::new(c, 3 * c, 0.02, attn.pp("c_attn"))?,
-            c_proj: Linear::new(c, c, residual, attn.pp("c_proj"))?,
+            c_attn: linear(c, 3 * c, 0.02, c_attn)?,
+            c_proj: linear(c, c, residual, c_proj)?,
             ln_2: Norm::new(c, vb.pp("ln_2"))?,
-            c_fc: Linear::new(c, 4 * c, 0.02, mlp.pp("c_fc"))?,
-            mlp_c_proj: Linear::new(4 * c, c, residual, mlp.pp("c_proj"))?,
+            c_fc: linear(c, 4 * c, 0.02, c_fc)?,
+            mlp_c_proj: linear(4 * c, c, residual, mlp_c_proj)?,
             heads: config.heads,
         })
     }

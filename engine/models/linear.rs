@@ -1,6 +1,7 @@
 //! A linear layer, with an adapter of low rank beside it where one is asked for.
 
-use candle_core::{Result, Tensor};
+use crate::error::Error;
+use candle_core::Tensor;
 use candle_nn::{Init, VarBuilder};
 use ferrozero_kernels::ops;
 use serde::{Deserialize, Serialize};
@@ -12,7 +13,7 @@ pub struct Adapting {
     pub rank: usize,
     /// The adapters' outputs are multiplied with `alpha / rank`.
     pub alpha: f64,
-    /// Last parts of the names of the layers that get one, as `q_proj`.
+    /// Ends of the names of the layers that get one, as `q_proj` or `mlp.c_proj`.
     pub targets: Vec<String>,
 }
 
@@ -28,8 +29,24 @@ impl Adapting {
 
     /// Whether the layer of a name has an adapter.
     fn adapts(&self, layer: &str) -> bool {
-        let last = layer.rsplit('.').next().unwrap_or(layer);
-        self.rank > 0 && self.targets.iter().any(|target| target == last)
+        self.rank > 0 && self.targets.iter().any(|target| is_named(layer, target))
+    }
+
+    /// Adapters for those of a model's linear `layers` that `targets` name, or for all of them if none is named.
+    ///
+    /// # Errors
+    /// [`Error::Configuration`] for a target that names no layer.
+    pub(super) fn of(rank: usize, alpha: f64, targets: &[String], layers: &[&str]) -> Result<Self, Error> {
+        if let Some(unknown) =
+            targets.iter().find(|target| !layers.iter().any(|layer| is_named(layer, target)))
+        {
+            return Err(Error::Configuration(format!(
+                "--lora-targets: no layer of this model has a name that ends with {unknown}; there are {}",
+                layers.join(", ")
+            )));
+        }
+        let all = || layers.iter().map(|layer| (*layer).to_owned()).collect();
+        Ok(Self { rank, alpha, targets: if targets.is_empty() { all() } else { targets.to_vec() } })
     }
 
     /// Names of the adapter's two matrices [rank, in] and [out, rank] beside the weight of a name, if it is a weight.
@@ -42,6 +59,11 @@ impl Adapting {
     pub fn is_adapter(name: &str) -> bool {
         name.ends_with(LORA_A) || name.ends_with(LORA_B)
     }
+}
+
+/// Whether a layer's name is `target` or ends with it, as PEFT compares them.
+fn is_named(layer: &str, target: &str) -> bool {
+    layer.strip_suffix(target).is_some_and(|before| before.is_empty() || before.ends_with('.'))
 }
 
 /// `xs·weightᵀ + bias`, and with an adapter `+ alpha/rank·xs·aᵀ·bᵀ`.
@@ -64,7 +86,7 @@ impl Linear {
         init: Init,
         adapting: &Adapting,
         vb: VarBuilder,
-    ) -> Result<Self> {
+    ) -> candle_core::Result<Self> {
         let make_bias = || vb.get_with_hints(outputs, "bias", Init::Const(0.0));
         let adapter = match adapting.adapts(&vb.prefix()) {
             false => None,
@@ -88,7 +110,7 @@ impl Linear {
     ///
     /// # Errors
     /// What the operations say.
-    pub fn forward(&self, xs: &Tensor) -> Result<Tensor> {
+    pub fn forward(&self, xs: &Tensor) -> candle_core::Result<Tensor> {
         let ys = ops::linear(xs, &self.weight, self.bias.as_ref())?;
         match &self.adapter {
             None => Ok(ys),
@@ -103,7 +125,7 @@ impl Linear {
     ///
     /// # Errors
     /// What the operations say.
-    pub fn close(&self, residual: &Tensor, xs: &Tensor) -> Result<Tensor> {
+    pub fn close(&self, residual: &Tensor, xs: &Tensor) -> candle_core::Result<Tensor> {
         match self.adapter {
             None => ops::closing_linear(residual, xs, &self.weight, self.bias.as_ref()),
             Some(_) => residual + self.forward(xs)?,

@@ -13,6 +13,17 @@ use candle_core::{Module, Result, Tensor};
 use candle_nn::{Init, VarBuilder};
 use ferrozero_kernels::ops;
 
+/// Last parts of the names of a layer's linear layers, which may have adapters.
+pub(super) const LINEAR_LAYERS: [&str; 7] = [
+    "self_attn.q_proj",
+    "self_attn.k_proj",
+    "self_attn.v_proj",
+    "self_attn.o_proj",
+    "mlp.gate_proj",
+    "mlp.up_proj",
+    "mlp.down_proj",
+];
+
 /// Initial weights of linear layers.
 pub(super) const WEIGHTS: Init = Init::Randn { mean: 0.0, stdev: 0.02 };
 

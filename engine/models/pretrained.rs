@@ -142,7 +142,7 @@ impl Pretrained {
     /// The model with its blocks as segments of an engine, whose configuration has [`Self::weights`] as initial values.
     ///
     /// # Errors
-    /// What the engine says of parameters and segments, and [`Error::Unsupported`] for adapters on GPT-2.
+    /// What the engine says of parameters and segments.
     pub fn build(
         &self,
         engine: &Engine,
@@ -150,9 +150,8 @@ impl Pretrained {
     ) -> Result<LanguageModel<Segment<llama::Block>, Segment<gpt::Block>>> {
         self.build_with(
             engine.var_builder(),
-            adapting,
             |vb, layer, config| engine.segment(vb, |vb| llama::Block::new(config, layer, adapting, vb)),
-            |vb, config| engine.segment(vb, |vb| gpt::Block::new(config, vb)),
+            |vb, config| engine.segment(vb, |vb| gpt::Block::adapted(config, adapting, vb)),
             |vb, config| {
                 let sizes = (config.hidden, config.vocabulary);
                 let tiled = || TiledLinear::new(engine, sizes, self.head_tiles, false, llama::WEIGHTS, vb);
@@ -164,12 +163,11 @@ impl Pretrained {
     /// The model as plain candle, with parameters of any `VarBuilder`.
     ///
     /// # Errors
-    /// What the `VarBuilder` says, and [`Error::Unsupported`] for adapters on GPT-2.
+    /// What the `VarBuilder` says.
     pub fn build_plain(&self, vb: VarBuilder<'static>) -> Result<LanguageModel<llama::Block, gpt::Block>> {
         let none = Adapting::default();
         self.build_with(
             vb,
-            &none,
             |vb, layer, config| Ok(llama::Block::new(config, layer, &none, vb)?),
             |vb, config| Ok(gpt::Block::new(config, vb)?),
             |_, _| Ok(None),
@@ -179,7 +177,6 @@ impl Pretrained {
     fn build_with<L, G: Module>(
         &self,
         vb: VarBuilder<'static>,
-        adapting: &Adapting,
         llama_block: impl Fn(VarBuilder<'static>, usize, &LlamaConfig) -> Result<L>,
         gpt_block: impl Fn(VarBuilder<'static>, &GptConfig) -> Result<G>,
         tiled_head: impl FnOnce(VarBuilder<'static>, &LlamaConfig) -> Result<Option<TiledLinear>>,
@@ -189,13 +186,31 @@ impl Pretrained {
                 let (block, head) = (|vb, layer| llama_block(vb, layer, config), |vb| tiled_head(vb, config));
                 Ok(LanguageModel::Llama(Llama::new(config, vb, block, head)?))
             }
-            Family::Gpt2(_) if adapting.rank > 0 => Err(Error::Unsupported(
-                "adapters are implemented for Llama-like models, not for GPT-2".into(),
-            )),
             Family::Gpt2(config) => {
                 Ok(LanguageModel::Gpt2(Gpt::new(config, vb, |vb, _| gpt_block(vb, config))?))
             }
         }
+    }
+
+    /// Adapters of a rank and a factor beside the layers that `targets` name by the ends of their names, or beside all linear layers of
+    /// the blocks if there are none.
+    ///
+    /// # Errors
+    /// [`Error::Configuration`] for a target that the model has not, with those that it has.
+    pub fn adapting(&self, rank: usize, alpha: f64, targets: &[String]) -> Result<Adapting> {
+        Adapting::of(rank, alpha, targets, self.linear_layers())
+    }
+
+    fn linear_layers(&self) -> &'static [&'static str] {
+        match self.family {
+            Family::Llama(_) => &llama::LINEAR_LAYERS,
+            Family::Gpt2(_) => &gpt::LINEAR_LAYERS,
+        }
+    }
+
+    /// Whether linear layers lie as [in, out] in the file that transformers loads, which PEFT calls `fan_in_fan_out`.
+    pub fn is_transposed(&self) -> bool {
+        matches!(self.family, Family::Gpt2(_))
     }
 
     /// Name of a parameter in the file that transformers loads, and whether it lies there as its transpose.

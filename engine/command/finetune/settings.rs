@@ -5,6 +5,7 @@ use super::super::settings::{RunArguments, RunSettings, Settings, check_sizes};
 use crate::byte_size::ByteSize;
 use crate::error::Result;
 use crate::models::linear::Adapting;
+use crate::models::pretrained::Pretrained;
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
 
@@ -42,8 +43,7 @@ pub struct FinetuneArguments {
     /// The adapters' outputs are multiplied with this over the rank
     #[arg(long)]
     pub lora_alpha: Option<f64>,
-    /// Layers that get an adapter, by the last part of their names
-    /// [default: q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj]
+    /// Layers that get an adapter, by the ends of their names, as q_proj,v_proj [default: all linear layers of the blocks]
     #[arg(long, value_delimiter = ',')]
     pub lora_targets: Vec<String>,
     /// Write the whole model with its adapters in its weights, and not the adapters in the format of PEFT
@@ -76,7 +76,6 @@ pub struct FinetuneSettings {
 
 impl Default for FinetuneSettings {
     fn default() -> Self {
-        let targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"];
         Self {
             data: None,
             out: None,
@@ -87,7 +86,7 @@ impl Default for FinetuneSettings {
             patience: 0,
             lora_rank: 0,
             lora_alpha: 16.0,
-            lora_targets: targets.map(str::to_owned).to_vec(),
+            lora_targets: vec![],
             lora_merge: false,
             run: RunSettings {
                 seq: 256,
@@ -117,7 +116,7 @@ impl Settings for FinetuneSettings {
             return Err(configuration("epochs and steps must be above 0".into()));
         }
         if self.lora_rank > 0 {
-            check_sizes(&[("lora_rank", self.lora_rank), ("lora_targets", self.lora_targets.len())])?;
+            check_sizes(&[("lora_rank", self.lora_rank)])?;
         }
         match self.lora_alpha.is_finite() {
             true => Ok(()),
@@ -134,9 +133,12 @@ impl FinetuneSettings {
         self.steps.unwrap_or_else(of_epochs)
     }
 
-    /// Which layers get adapters.
-    pub fn adapting(&self) -> Adapting {
-        Adapting { rank: self.lora_rank, alpha: self.lora_alpha, targets: self.lora_targets.clone() }
+    /// Which layers of a model get adapters.
+    ///
+    /// # Errors
+    /// [`Error::Configuration`](crate::Error::Configuration) for a target that the model has not.
+    pub fn adapting(&self, model: &Pretrained) -> Result<Adapting> {
+        model.adapting(self.lora_rank, self.lora_alpha, &self.lora_targets)
     }
 
     /// Whether the result is adapters alone.
@@ -172,7 +174,7 @@ mod tests {
             (r#"{ "layers": 2 }"#, "unknown field `layers`"),
             (r#"{ "epochs": 0 }"#, "epochs"),
             (r#"{ "lr": -1 }"#, "lr is -1"),
-            (r#"{ "lora_rank": 4, "lora_targets": [] }"#, "lora_targets"),
+            (r#"{ "lora_rank": 1048577 }"#, "lora_rank"),
         ] {
             let error = of(text).unwrap_err().to_string();
             assert!(error.contains(part), "{text}: {error}");

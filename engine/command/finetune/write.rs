@@ -7,8 +7,10 @@ use crate::export::{Take, export_safetensors};
 use crate::models::linear::Adapting;
 use crate::models::pretrained::Pretrained;
 use crate::tokenizer::Tokenizer;
+use crate::work::internal;
 use candle_core::{Device, Tensor};
 use serde_json::{Value, json};
+use std::collections::BTreeMap;
 use std::path::Path;
 
 /// Files beside the weights that transformers reads, if they are there.
@@ -28,23 +30,38 @@ fn failed(path: &Path) -> impl FnOnce(std::io::Error) -> Error + use<> {
 }
 
 /// Writes a folder that PEFT loads: the adapters, and what they belong to.
-pub fn write_adapters(model: &Path, adapting: &Adapting, trainer: &Trainer, out: &Path) -> CommandResult {
-    const PREFIX: &str = "base_model.model.";
+pub fn write_adapters(
+    pretrained: &Pretrained,
+    adapting: &Adapting,
+    trainer: &Trainer,
+    out: &Path,
+) -> CommandResult {
     std::fs::create_dir_all(out).map_err(failed(out))?;
     let adapters = trainer.parameters().into_iter().filter(|(name, _)| Adapting::is_adapter(name));
-    let adapters: Vec<_> = adapters.map(|(name, shape)| (format!("{PREFIX}{name}"), shape)).collect();
-    export_safetensors(&out.join("adapter_model.safetensors"), &adapters, &|name, take| {
-        trainer.show(name.strip_prefix(PREFIX).unwrap_or(name), take)
+    // By their names in the file. Adapters of layers that lie as [in, out] are [rank, in] and [out, rank] too.
+    let adapters: BTreeMap<_, _> = adapters
+        .map(|(name, shape)| {
+            let (stored, _) = pretrained.stored_name(&name);
+            (format!("base_model.model.{stored}"), (name, shape))
+        })
+        .collect();
+    let shapes: Vec<_> =
+        adapters.iter().map(|(stored, (_, shape))| (stored.clone(), shape.clone())).collect();
+    export_safetensors(&out.join("adapter_model.safetensors"), &shapes, &|stored, take| {
+        let found = adapters.get(stored);
+        let (name, _) = found.ok_or_else(|| internal("an adapter without its name in the file"))?;
+        trainer.show(name, take)
     })?;
     let configuration = json!({
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": model,
+        "base_model_name_or_path": pretrained.path,
         "r": adapting.rank,
         "lora_alpha": adapting.alpha,
         "lora_dropout": 0.0,
         "target_modules": adapting.targets,
         "bias": "none",
+        "fan_in_fan_out": pretrained.is_transposed(),
         "inference_mode": true,
     });
     let path = out.join("adapter_config.json");
@@ -109,13 +126,14 @@ pub fn write_model(
     let show = |wanted: &str, take: &mut Take| {
         let found = stored.iter().find(|(name, ..)| name == wanted);
         let (_, _, name, shape, transposed) =
-            found.ok_or_else(|| crate::work::internal("a parameter without its name in the file"))?;
+            found.ok_or_else(|| internal("a parameter without its name in the file"))?;
+        let merged = merged(trainer, adapting, name, shape)?;
         if *transposed {
-            let (values, columns) = (trainer.parameter(name)?, shape[1]);
+            let (values, columns) = (merged.map_or_else(|| trainer.parameter(name), Ok)?, shape[1]);
             let mut turned = (0..columns).map(|column| values.iter().skip(column).step_by(columns));
             return turned.try_for_each(|column| take(&column.copied().collect::<Vec<f32>>()));
         }
-        match merged(trainer, adapting, name, shape)? {
+        match merged {
             Some(values) => take(&values),
             None => trainer.show(name, take),
         }
