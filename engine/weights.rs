@@ -227,9 +227,12 @@ impl Weights {
         let file_bytes = file.metadata().map_err(failed)?.len();
         let shared: Arc<Path> = path.into();
         let mut tensors = HashMap::new();
-        for (stored, info) in &content.tensor_infos {
+        // In the order of the file, so that of a file that was cut short the first tensor that is lost is named.
+        let mut infos: Vec<_> = content.tensor_infos.iter().collect();
+        infos.sort_by_key(|(stored, info)| (info.offset, *stored));
+        for (stored, info) in infos {
+            let damaged = |reason: String| Error::Weights { path: path.to_owned(), reason };
             let Some((name, arrangement)) = naming(stored) else { continue };
-            let start_byte = content.tensor_data_offset + info.offset;
             let encoding = match info.ggml_dtype {
                 GgmlDType::F32 => Encoding::Plain(DType::F32),
                 GgmlDType::F16 => Encoding::Plain(DType::F16),
@@ -237,12 +240,23 @@ impl Weights {
                 blocks => Encoding::Blocks(blocks),
             };
             let (block_elements, block_bytes) = encoding.block();
-            let end_byte = start_byte + (info.shape.elem_count() / block_elements * block_bytes) as u64;
+            let elements = info.shape.dims().iter().try_fold(1_usize, |all, &size| all.checked_mul(size));
+            let blocks = elements.filter(|elements| elements.is_multiple_of(block_elements));
+            let bytes = blocks.and_then(|elements| (elements / block_elements).checked_mul(block_bytes));
+            let start_byte = content.tensor_data_offset.checked_add(info.offset);
+            let place = start_byte.zip(bytes).and_then(|(start_byte, bytes)| {
+                Some((start_byte, start_byte.checked_add(u64::try_from(bytes).ok()?)?))
+            });
+            let Some((start_byte, end_byte)) = place else {
+                let (shape, dtype) = (&info.shape, info.ggml_dtype);
+                return Err(damaged(format!(
+                    "{stored} of shape {shape:?} cannot be of type {dtype:?} where it is"
+                )));
+            };
             if end_byte > file_bytes {
-                let reason = format!(
+                return Err(damaged(format!(
                     "it has {file_bytes} bytes and {end_byte} are needed for {stored}: it was cut short"
-                );
-                return Err(Error::Weights { path: path.to_owned(), reason });
+                )));
             }
             let tensor = StoredTensor {
                 path: shared.clone(),
@@ -252,7 +266,9 @@ impl Weights {
                 encoding,
                 arrangement,
             };
-            tensors.insert(name, tensor);
+            if tensors.insert(name.clone(), tensor).is_some() {
+                return Err(damaged(format!("{stored} is {name}, which it has already by another name")));
+            }
         }
         Ok(Self { source: path.to_owned(), tensors })
     }

@@ -314,22 +314,149 @@ fn a_file_alone_is_fine_tuned_on_chats_and_its_folder_goes_on() {
     assert!(figures["tokens_per_s"].as_f64().unwrap() > 0.0);
 }
 
-/// A copy of a file with `factors` for the frequencies of a head's pairs.
-fn with_factors(path: &Path, factors: &[f32]) -> PathBuf {
+/// A copy of a file whose tensors were changed.
+fn with_tensors(path: &Path, change: impl Fn(&mut Vec<(String, QTensor)>)) -> PathBuf {
     let mut file = File::open(path).unwrap();
     let content = gguf_file::Content::read(&mut file).unwrap();
     let mut tensors: Vec<_> = content
         .tensor_infos
         .keys()
-        .map(|name| (name.as_str(), content.tensor(&mut file, name, &Device::Cpu).unwrap()))
+        .map(|name| (name.clone(), content.tensor(&mut file, name, &Device::Cpu).unwrap()))
         .collect();
-    let factors = Tensor::new(factors, &Device::Cpu).unwrap();
-    tensors.push(("rope_freqs.weight", QTensor::quantize(&factors, GgmlDType::F32).unwrap()));
+    change(&mut tensors);
     let metadata: Vec<_> = content.metadata.iter().map(|(key, value)| (key.as_str(), value)).collect();
-    let tensors: Vec<_> = tensors.iter().map(|(name, tensor)| (*name, tensor)).collect();
-    let target = path.with_file_name("factors.gguf");
+    let tensors: Vec<_> = tensors.iter().map(|(name, tensor)| (name.as_str(), tensor)).collect();
+    let target = path.with_file_name("changed.gguf");
     gguf_file::write(&mut File::create(&target).unwrap(), &metadata, &tensors).unwrap();
     target
+}
+
+fn vector(values: &[f32]) -> QTensor {
+    QTensor::quantize(&Tensor::new(values, &Device::Cpu).unwrap(), GgmlDType::F32).unwrap()
+}
+
+/// A copy of a file with `factors` for the frequencies of a head's pairs.
+fn with_factors(path: &Path, factors: &[f32]) -> PathBuf {
+    with_tensors(path, |tensors| tensors.push(("rope_freqs.weight".into(), vector(factors))))
+}
+
+/// What is said of a file that is no model.
+fn refusal(path: &Path) -> String {
+    let opened = Pretrained::open(path, 16).and_then(|pretrained| {
+        let config = Config { initial_values: Some(pretrained.weights.clone()), ..Config::default() };
+        let engine = Engine::new(config)?;
+        let model = pretrained.build(&engine, &Adapting::default())?;
+        let tokens = Tensor::new(&[[5u32, 80]], &Device::Cpu)?;
+        engine.plan(AdamW::default(), || model.loss(&tokens, &tokens, None)).map(drop)
+    });
+    opened.unwrap_err().to_string()
+}
+
+#[test]
+fn a_file_that_was_cut_short_is_refused_with_the_first_tensor_that_is_lost() {
+    let folder = tempfile::tempdir().unwrap();
+    let (path, cut) = (folder.path().join("model.gguf"), folder.path().join("cut.gguf"));
+    write_model(&path, &[]);
+    let bytes = std::fs::read(&path).unwrap();
+    let refused = |length: usize| {
+        std::fs::write(&cut, &bytes[..length]).unwrap();
+        let error = Pretrained::open(&cut, 16).unwrap_err().to_string();
+        assert!(error.contains("cut.gguf"), "{length} bytes: {error}");
+        error
+    };
+    let content = gguf_file::Content::read(&mut File::open(&path).unwrap()).unwrap();
+    let data = content.tensor_data_offset as usize;
+    let mut ends: Vec<_> = content
+        .tensor_infos
+        .iter()
+        .map(|(name, info)| {
+            (data + info.offset as usize, data + info.offset as usize + 4 * info.shape.elem_count(), name)
+        })
+        .collect();
+    ends.sort();
+    assert_eq!(ends.len(), 11);
+    for (start, end, name) in ends {
+        for length in [start, start + 1, end - 1] {
+            let error = refused(length);
+            assert!(error.contains(&format!("needed for {name}:")), "{length} of {start} to {end}: {error}");
+        }
+    }
+    for length in (0..data).step_by(61) {
+        refused(length);
+    }
+}
+
+#[test]
+fn tensors_that_are_missing_left_over_or_of_another_shape_are_named() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("model.gguf");
+    write_model(&path, &[]);
+    let missing =
+        refusal(&with_tensors(&path, |tensors| tensors.retain(|(name, _)| name != "blk.0.ffn_up.weight")));
+    assert!(missing.contains("it has no model.layers.0.mlp.up_proj.weight"), "{missing}");
+    let embedding =
+        refusal(&with_tensors(&path, |tensors| tensors.retain(|(name, _)| name != "token_embd.weight")));
+    assert!(embedding.contains("it has no token_embd.weight"), "{embedding}");
+    for name in ["blk.0.attn_gate.weight", "blk.1.attn_q.weight", "adapter"] {
+        let left = refusal(&with_tensors(&path, |tensors| tensors.push((name.into(), vector(&[1.0; 32])))));
+        let known =
+            if name == "blk.1.attn_q.weight" { "model.layers.1.self_attn.q_proj.weight" } else { name };
+        assert!(left.contains(&format!("it has {known}, which")), "{left}");
+    }
+    let shape = refusal(&with_tensors(&path, |tensors| {
+        for (_, tensor) in tensors.iter_mut().filter(|(name, _)| name == "output_norm.weight") {
+            *tensor = vector(&[1.0; WIDTH / 2]);
+        }
+    }));
+    assert!(shape.contains("model.norm.weight has the shape [8]"), "{shape}");
+}
+
+#[test]
+fn windows_are_those_that_the_metadata_tell_of() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("model.gguf");
+    let window = |tokens: u32| ("llama.attention.sliding_window", Value::U32(tokens));
+    write_model(&path, &[]);
+    let plain = logits(&path);
+    // A window that holds the text is none.
+    for (tokens, is_plain) in [(0, true), (16, true), (3, false)] {
+        write_model(&path, &[window(tokens)]);
+        assert_eq!(logits(&path) == plain, is_plain, "{tokens}");
+    }
+    let configuration = Pretrained::open(&path, 16).unwrap().configuration;
+    assert_eq!(
+        (&configuration["model_type"], &configuration["sliding_window"]),
+        (&"mistral".into(), &3.into())
+    );
+
+    let pattern = |kind: &str, layers: &[bool]| {
+        let layers = Value::Array(layers.iter().map(|slides| Value::Bool(*slides)).collect());
+        let own = |key: &str, value: Value| (format!("{kind}.{key}"), value);
+        let changes = [
+            ("general.architecture".to_owned(), Value::String(kind.into())),
+            own("block_count", Value::U32(2)),
+            own("context_length", Value::U32(64)),
+            own("embedding_length", Value::U32(WIDTH as u32)),
+            own("feed_forward_length", Value::U32(24)),
+            own("attention.head_count", Value::U32(2)),
+            own("attention.layer_norm_rms_epsilon", Value::F32(1e-5)),
+            own("attention.sliding_window", Value::U32(3)),
+            own("attention.sliding_window_pattern", layers),
+        ];
+        let changes: Vec<_> = changes.iter().map(|(key, value)| (key.as_str(), value.clone())).collect();
+        write_model(&path, &changes);
+        Pretrained::open(&path, 16).map(|pretrained| pretrained.configuration)
+    };
+    let some = pattern("qwen2", &[true, false]).unwrap();
+    assert_eq!(some["layer_types"], serde_json::json!(["sliding_attention", "full_attention"]));
+    assert_eq!((&some["use_sliding_window"], &some["sliding_window"]), (&true.into(), &3.into()));
+    assert!(pattern("qwen3", &[false, false]).unwrap()["sliding_window"].is_null());
+    assert_eq!(pattern("llama", &[true, true]).unwrap()["sliding_window"], 3);
+    let error = pattern("llama", &[true, false]).unwrap_err().to_string();
+    assert!(
+        error.contains("model.gguf") && error.contains("llama.attention.sliding_window_pattern"),
+        "{error}"
+    );
 }
 
 /// Logits of the token after a text.
@@ -353,7 +480,7 @@ fn frequencies_are_divided_by_the_factors_that_a_file_carries() {
     write_model(&path, &[linear.clone(), ("llama.rope.scaling.factor", Value::F32(4.0))]);
     let stretched = logits(&path);
     let error = Pretrained::open(&with_factors(&path, &[4.0; 4]), 16).unwrap_err().to_string();
-    assert!(error.contains("factors.gguf") && error.contains("rope.scaling.type"), "{error}");
+    assert!(error.contains("changed.gguf") && error.contains("rope.scaling.type"), "{error}");
 
     write_model(&path, &[]);
     let plain = logits(&path);

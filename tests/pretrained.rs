@@ -359,7 +359,7 @@ fn what_is_wrong_with_weights_is_named() {
     assert!(missing.to_string().contains("it has no model.layers.2."), "{missing}");
     let extra = configure("\"num_hidden_layers\": 2", "\"num_hidden_layers\": 1");
     assert!(extra.to_string().contains("it has model.layers.1."), "{extra}");
-    let unknown = configure("\"llama3\"", "\"dynamic\"");
+    let unknown = configure("\"llama3\"", "\"proportional\"");
     assert!(matches!(unknown, Error::Unsupported(_)), "{unknown}");
 }
 

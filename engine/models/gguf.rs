@@ -48,6 +48,7 @@ pub(super) fn configuration(path: &Path, content: &Content) -> Result<Value> {
         found.ok_or_else(|| damaged(format!("it has no {name}")))
     };
     let vocabulary = rows("token_embd.weight")?;
+    let window = window(path, content, architecture)?;
     if architecture == "gpt2" {
         let positions = rows("position_embd.weight")?;
         return Ok(json!({
@@ -93,13 +94,16 @@ pub(super) fn configuration(path: &Path, content: &Content) -> Result<Value> {
         })),
         (None, scaling) => scaling,
     };
-    Ok(json!({
-        "architectures": [match architecture.as_str() {
-            "qwen2" => "Qwen2ForCausalLM",
-            "qwen3" => "Qwen3ForCausalLM",
-            _ => "LlamaForCausalLM",
-        }],
-        "model_type": architecture,
+    let (class, kind) = match architecture.as_str() {
+        "qwen2" => ("Qwen2ForCausalLM", "qwen2"),
+        "qwen3" => ("Qwen3ForCausalLM", "qwen3"),
+        // Llama with a window is Mistral, whose files say that they are Llama's.
+        _ if window.is_some() => ("MistralForCausalLM", "mistral"),
+        _ => ("LlamaForCausalLM", "llama"),
+    };
+    let mut configuration = json!({
+        "architectures": [class],
+        "model_type": kind,
         "vocab_size": vocabulary,
         "hidden_size": size("embedding_length"),
         "num_hidden_layers": size("block_count"),
@@ -115,7 +119,59 @@ pub(super) fn configuration(path: &Path, content: &Content) -> Result<Value> {
         "bos_token_id": token("bos"),
         "eos_token_id": token("eos"),
         "tie_word_embeddings": !content.tensor_infos.contains_key("output.weight"),
-    }))
+    });
+    match window {
+        Some(Window { tokens, .. }) if kind == "mistral" => configuration["sliding_window"] = tokens.into(),
+        Some(Window { tokens, layers }) => {
+            configuration["use_sliding_window"] = true.into();
+            configuration["sliding_window"] = tokens.into();
+            configuration["max_window_layers"] = 0.into();
+            let kind = |slides: bool| if slides { "sliding_attention" } else { "full_attention" };
+            let kinds = layers.map(|layers| layers.into_iter().map(kind).collect::<Vec<_>>());
+            configuration["layer_types"] = json!(kinds);
+        }
+        // Left out, Mistral's would be transformers' default.
+        None => {}
+    }
+    Ok(configuration)
+}
+
+/// A sliding window.
+struct Window {
+    /// Tokens that one sees, itself included.
+    tokens: u64,
+    /// Whether each layer has it; none: all have.
+    layers: Option<Vec<bool>>,
+}
+
+/// The window that the metadata tell of, if there is one.
+fn window(path: &Path, content: &Content, architecture: &str) -> Result<Option<Window>> {
+    let key = format!("{architecture}.attention.sliding_window");
+    let refused = |reason: String| Error::Unsupported(format!("{}: {reason}", path.display()));
+    let Some(found) = content.metadata.get(&key) else { return Ok(None) };
+    let tokens = found.to_u64().map_err(|error| Error::Weights {
+        path: path.to_owned(),
+        reason: format!("{key} is no number of tokens: {error}"),
+    })?;
+    if tokens == 0 {
+        return Ok(None);
+    }
+    if architecture == "gpt2" {
+        return Err(refused(format!("{key} is {tokens}, and windows are not implemented for GPT-2")));
+    }
+    let key = format!("{key}_pattern");
+    let Some(pattern) = content.metadata.get(&key) else { return Ok(Some(Window { tokens, layers: None })) };
+    let layers: Option<Vec<bool>> =
+        pattern.to_vec().ok().and_then(|layers| layers.iter().map(|layer| layer.to_bool().ok()).collect());
+    match layers {
+        Some(layers) if layers.iter().all(|slides| *slides) => Ok(Some(Window { tokens, layers: None })),
+        Some(layers) if !layers.contains(&true) => Ok(None),
+        Some(layers) if architecture != "llama" => Ok(Some(Window { tokens, layers: Some(layers) })),
+        Some(_) => {
+            Err(refused(format!("{key}: windows in some layers are implemented for qwen2 and qwen3 only")))
+        }
+        None => Err(refused(format!("{key} is implemented as a list of truth values, one a layer"))),
+    }
 }
 
 /// What the frequency of each pair of a head is divided by: how the converter of Llama 3.1 and later keeps their stretched angles.

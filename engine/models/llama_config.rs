@@ -123,7 +123,7 @@ impl LlamaConfig {
             sequence,
             windows,
             epsilon: reader.number("rms_norm_eps", Some(1e-6))?,
-            rope: Rope::read(&reader)?,
+            rope: Rope::read(&reader, sequence)?,
             tied: reader.flag("tie_word_embeddings", false)?,
             query_key_value_bias: bias || qwen2,
             output_bias: bias && !qwen2,

@@ -96,7 +96,7 @@ impl Pretrained {
         let configuration = gguf::configuration(path, &content)?;
         let family = Family::of(&configuration, &path.display().to_string(), sequence)?;
         // The converter of Llama's checkpoints turns rows for another form of rotation; those of other families are as they were.
-        let interleaved = configuration["model_type"] == "llama";
+        let interleaved = matches!(configuration["model_type"].as_str(), Some("llama" | "mistral"));
         let naming = |name: &str| match &family {
             Family::Llama(config) => {
                 gguf::llama_parameter_name(name, interleaved.then_some(config.head_width))

@@ -51,7 +51,7 @@ pub enum RopeScaling {
         /// Factor on cosines and sines: the square root of the paper's temperature, over which attention is made.
         attention: f64,
     },
-    /// Each pair by a factor of its own (LongRoPE, Ding et al., arXiv 2402.13753), here the same ones for every length.
+    /// Each pair by a factor of its own, which LongRoPE has two sets of, for short and for long sequences (Ding et al., arXiv 2402.13753).
     Factors {
         /// The factor of each pair.
         factors: Vec<f64>,
@@ -61,15 +61,17 @@ pub enum RopeScaling {
 }
 
 impl Rope {
-    /// Reads it. Newer configurations keep everything of the angles in one object, older ones beside it.
-    pub(super) fn read(reader: &Reader) -> Result<Self> {
+    /// Reads it for sequences of so many tokens, at most those that the model is made for: where the stretch depends on the length, as
+    /// transformers stretches a text of that length. Newer configurations keep everything of the angles in one object, older ones
+    /// beside it.
+    pub(super) fn read(reader: &Reader, sequence: usize) -> Result<Self> {
         let value = ["rope_parameters", "rope_scaling"].iter().find_map(|key| reader.present(key));
         let rope = value.map(|value| Reader { value, source: reader.source });
         let theta = match &rope {
             Some(rope) if rope.present("rope_theta").is_some() => rope.number("rope_theta", None)?,
             _ => reader.number("rope_theta", Some(10_000.0))?,
         };
-        let scaling = rope.map_or(Ok(RopeScaling::None), |rope| scaling(&rope, reader))?;
+        let scaling = rope.map_or(Ok(RopeScaling::None), |rope| scaling(&rope, reader, sequence))?;
         Ok(Self { theta, scaling })
     }
 
@@ -126,10 +128,12 @@ impl Rope {
 }
 
 /// `model` is the configuration around `rope`.
-fn scaling(rope: &Reader, model: &Reader) -> Result<RopeScaling> {
+fn scaling(rope: &Reader, model: &Reader, sequence: usize) -> Result<RopeScaling> {
     let kind = rope.present("rope_type").or_else(|| rope.present("type")).and_then(Value::as_str);
     match kind.unwrap_or("default") {
         "default" => Ok(RopeScaling::None),
+        // It begins to stretch behind the length that the model is made for, beyond which no sequence here goes.
+        "dynamic" => Ok(RopeScaling::None),
         "linear" => Ok(RopeScaling::Linear { factor: rope.number("factor", None)? }),
         "llama3" => Ok(RopeScaling::Llama3 {
             factor: rope.number("factor", None)?,
@@ -157,23 +161,29 @@ fn scaling(rope: &Reader, model: &Reader) -> Result<RopeScaling> {
             })
         }
         "longrope" => {
-            if rope.present("short_factor") != rope.present("long_factor") {
-                return Err(Error::Unsupported(format!(
-                    "{}: rope type \"longrope\" is implemented where short_factor and long_factor are the same",
-                    rope.source
-                )));
-            }
-            let factors = rope.present("long_factor").and_then(Value::as_array).and_then(|factors| {
+            let (short, long) = ("short_factor", "long_factor");
+            let original = || rope.number("original_max_position_embeddings", None);
+            let is_one = rope.present(short) == rope.present(long);
+            let key = if is_one || sequence as f64 > original()? { long } else { short };
+            let factors = rope.present(key).and_then(Value::as_array).and_then(|factors| {
                 let above_0 = |factor: &f64| factor.is_finite() && *factor > 0.0;
                 factors.iter().map(|factor| factor.as_f64().filter(above_0)).collect()
             });
+            let attention = match rope.present("attention_factor") {
+                Some(_) => rope.number("attention_factor", None)?,
+                None => {
+                    let (original, longest) = (original()?, model.number("max_position_embeddings", None)?);
+                    let factor = (longest / original).max(1.0);
+                    (1.0 + factor.ln() / original.ln()).sqrt()
+                }
+            };
             Ok(RopeScaling::Factors {
-                factors: factors.ok_or_else(|| rope.wrong("long_factor", "a list of numbers above 0"))?,
-                attention: rope.number("attention_factor", None)?,
+                factors: factors.ok_or_else(|| rope.wrong(key, "a list of numbers above 0"))?,
+                attention,
             })
         }
         other => Err(Error::Unsupported(format!(
-            "{}: rope type {other:?} is not implemented; default, linear, llama3, yarn and longrope are",
+            "{}: rope type {other:?} is not implemented; default, linear, dynamic, llama3, yarn and longrope are",
             rope.source
         ))),
     }
@@ -185,8 +195,13 @@ mod tests {
     use serde_json::json;
 
     fn rope(scaling: Value) -> Result<Rope> {
-        let value = json!({ "rope_theta": 500_000.0, "rope_scaling": scaling });
-        Rope::read(&Reader { value: &value, source: "config.json" })
+        rope_for(scaling, 64)
+    }
+
+    fn rope_for(scaling: Value, sequence: usize) -> Result<Rope> {
+        let value =
+            json!({ "rope_theta": 500_000.0, "max_position_embeddings": 256, "rope_scaling": scaling });
+        Rope::read(&Reader { value: &value, source: "config.json" }, sequence)
     }
 
     #[test]
@@ -211,7 +226,35 @@ mod tests {
         for (found, expected) in found.frequencies(32).iter().zip(&expected) {
             assert!((found / expected - 1.0).abs() < 1e-6, "{found} for {expected}");
         }
-        assert!(matches!(of(&factors, &[1.0]), Err(Error::Unsupported(_))));
         assert!(of(&[0.0], &[0.0]).unwrap_err().to_string().contains("long_factor is [0.0]"));
+    }
+
+    #[test]
+    fn factors_are_those_of_the_sequences_length() {
+        let scaling = |original: Value| {
+            json!({
+                "rope_type": "longrope", "short_factor": [1.0, 2.0], "long_factor": [4.0, 8.0],
+                "original_max_position_embeddings": original,
+            })
+        };
+        let of = |sequence| rope_for(scaling(64.into()), sequence).unwrap();
+        let frequencies = |factors: [f32; 2]| {
+            let plain = rope(Value::Null).unwrap().frequencies(4);
+            plain.iter().zip(factors).map(|(plain, factor)| plain / factor).collect::<Vec<_>>()
+        };
+        assert_eq!(of(64).frequencies(4), frequencies([1.0, 2.0]));
+        assert_eq!(of(65).frequencies(4), frequencies([4.0, 8.0]));
+        // √(1 + ln 4 / ln 64), whatever the length.
+        for sequence in [64, 65] {
+            assert!((of(sequence).magnitude() - (4.0_f64 / 3.0).sqrt()).abs() < 1e-12);
+        }
+        let error = rope_for(scaling(Value::Null), 64).unwrap_err().to_string();
+        assert!(error.contains("original_max_position_embeddings"), "{error}");
+    }
+
+    #[test]
+    fn a_dynamic_stretch_begins_behind_the_length_that_a_model_is_made_for() {
+        let dynamic = rope_for(json!({ "rope_type": "dynamic", "factor": 4.0 }), 256).unwrap();
+        assert_eq!(dynamic, rope(Value::Null).unwrap());
     }
 }
