@@ -58,10 +58,7 @@ impl Examples {
         let mut append = |parts: &[Part], is_chat: bool| {
             let (prefix, end) = if is_chat { (&[][..], None) } else { (&prefix[..], end) };
             let mut tokens = prefix.to_vec();
-            for (text, learnt) in parts {
-                let mark = if *learnt { COUNTED } else { 0 };
-                tokens.extend(tokenizer.encode(text.as_bytes())?.into_iter().map(|token| token | mark));
-            }
+            tokens.extend(marked_tokens(tokenizer, parts)?);
             tokens.extend(end.map(|token| token | COUNTED));
             writer.append(&tokens)
         };
@@ -168,6 +165,26 @@ impl Examples {
     }
 }
 
+/// Tokens of the text that the parts are together, cut as the model will see it cut: what a tokenizer makes of a text depends on what is
+/// before and behind it. Those that stand for something of a part that is to be learnt are marked, as transformers' masks of the
+/// assistant's tokens are made; of a token over the border of two parts, the whole is learnt.
+fn marked_tokens(tokenizer: &Tokenizer, parts: &[Part]) -> Result<Vec<u32>, DataError> {
+    let mut text = String::new();
+    let mut learnt = vec![];
+    for (part, is_learnt) in parts {
+        let first = text.len();
+        text.push_str(part);
+        learnt.extend((*is_learnt && !part.is_empty()).then_some(first..text.len()));
+    }
+    let marked = tokenizer.encode_with_places(&text)?.into_iter().map(|(token, place)| {
+        // A token that stands for nothing is that of the character which follows it.
+        let end = place.end.max(place.start + 1);
+        let is_learnt = learnt.iter().any(|part| place.start < part.end && part.start < end);
+        if is_learnt { token | COUNTED } else { token }
+    });
+    Ok(marked.collect())
+}
+
 /// The parts of an example, and whether it is a chat.
 fn parts_of(value: &Value, chat: Option<&ChatTemplate>) -> Result<(Vec<Part>, bool), String> {
     let text = |key: &str| value.get(key).and_then(Value::as_str).map(str::to_owned);
@@ -249,12 +266,46 @@ mod tests {
                 .map(|token| (token & !COUNTED, token & COUNTED != 0))
                 .collect::<Vec<_>>()
         };
-        let prompt = first(r#"{"prompt": "a", "completion": "b"}"#);
+        let prompt = first(r#"{"prompt": "a ", "completion": "b"}"#);
         assert_eq!(prompt, [(7, false), (1, false), (2, true), (0, true)]);
         assert_eq!(first(r#"{"text": "a b"}"#), [(7, false), (1, true), (2, true), (0, true)]);
         let chat =
             r#"{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}"#;
         assert_eq!(first(chat), [(1, false), (2, true), (1, false), (2, true)]);
+    }
+
+    #[test]
+    fn an_example_is_cut_as_one_text_and_a_token_over_the_border_is_learnt() {
+        // Two letters are joined, in front of which a text has a mark, as SentencePiece puts it.
+        let json = serde_json::json!({
+            "version": "1.0",
+            "normalizer": { "type": "Prepend", "prepend": "▁" },
+            "model": {
+                "type": "BPE", "vocab": { "▁": 0, "a": 1, "b": 2, "c": 3, "bc": 4, "▁a": 5, "é": 6 },
+                "merges": ["b c", "▁ a"],
+            },
+        });
+        let tokenizer = Tokenizer::from_json(json.to_string().as_bytes(), Path::new("x.json")).unwrap();
+        let tokens = |parts: &[(&str, bool)]| -> Vec<(u32, bool)> {
+            let parts: Vec<Part> = parts.iter().map(|(text, learnt)| ((*text).to_owned(), *learnt)).collect();
+            let marked = marked_tokens(&tokenizer, &parts).unwrap();
+            let text: String = parts.into_iter().map(|(text, _)| text).collect();
+            let bare: Vec<u32> = marked.iter().map(|token| token & !COUNTED).collect();
+            assert_eq!(bare, tokenizer.encode(text.as_bytes()).unwrap(), "{text}");
+            marked.into_iter().map(|token| (token & !COUNTED, token & COUNTED != 0)).collect()
+        };
+        assert_eq!(tokens(&[("ab", false), ("ca", true)]), [(5, false), (4, true), (1, true)]);
+        assert_eq!(
+            tokens(&[("a", false), ("a", true)]),
+            [(5, false), (1, true)],
+            "one mark at the beginning"
+        );
+        // Places are bytes, of which é has two.
+        assert_eq!(
+            tokens(&[("éa", false), ("é", true), ("b", false), ("", true), ("c", false)]),
+            [(0, false), (6, false), (1, false), (6, true), (4, false)]
+        );
+        assert_eq!(tokens(&[("a\0", false), ("a", true)]), [(5, false), (5, true)], "documents stay apart");
     }
 
     #[test]

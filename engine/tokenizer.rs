@@ -1,6 +1,7 @@
 //! How text becomes tokens, and tokens text.
 
 use crate::data::DataError;
+use std::ops::Range;
 use std::path::Path;
 use tokenizers::Tokenizer as HuggingFaceTokenizer;
 
@@ -77,6 +78,26 @@ impl Tokenizer {
                 Ok(tokens)
             }
         }
+    }
+
+    /// The tokens that [`Self::encode`] finds in a text, each with the bytes of the text that it stands for. A token that stands for a part of
+    /// a character has the whole character's.
+    ///
+    /// # Errors
+    /// As [`Self::encode`].
+    pub fn encode_with_places(&self, text: &str) -> Result<Vec<(u32, Range<usize>)>, DataError> {
+        let Self::HuggingFace(tokenizer) = self else {
+            return Ok(text.bytes().enumerate().map(|(at, byte)| (u32::from(byte), at..at + 1)).collect());
+        };
+        let mut tokens = vec![];
+        let mut first = 0;
+        for document in text.split('\0') {
+            let encoded = tokenizer.encode(document, false).map_err(unencodable)?;
+            let places = encoded.get_offsets().iter().map(|(start, end)| first + start..first + end);
+            tokens.extend(encoded.get_ids().iter().copied().zip(places));
+            first += document.len() + 1;
+        }
+        Ok(tokens)
     }
 
     /// Tokens that the tokenizer puts before a text, as Llama's puts the beginning of one; [`Self::encode`] leaves them out.
