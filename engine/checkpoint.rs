@@ -2,7 +2,7 @@
 
 use crate::arrangement::GroupPlacement;
 use crate::error::{Error, Result};
-use crate::export::{Take, export_safetensors};
+use crate::export::{Take, export_safetensors, in_order};
 use crate::layout::{Group, Layout};
 use crate::schedule::Stream;
 use crate::stores::{self, ParameterRow, Progress};
@@ -204,7 +204,7 @@ impl Checkpoint {
     /// # Errors
     /// [`Error::File`] and what reading finds.
     pub fn export_safetensors(&self, path: &Path) -> Result<()> {
-        export_safetensors(path, &self.layout.parameters(), &|name, take| self.show(name, take))
+        export_safetensors(path, &self.layout.parameters(), &|name, put| self.show(name, &mut in_order(put)))
     }
 }
 
@@ -258,14 +258,14 @@ impl Making {
         Ok(Self { layout, rows, store })
     }
 
-    /// Writes all states, with master parameters as `values` answers them by name and moments of zero, and commits.
-    pub(crate) fn finish(self, values: impl Fn(&str) -> Result<Vec<f32>>) -> Result<()> {
+    /// Writes all states, with master parameters as `fill` gives them, by name and from an element on, and moments of zero, and
+    /// commits. In memory is a piece at a time.
+    pub(crate) fn finish(self, fill: impl Fn(&str, usize, &mut [f32]) -> Result<()>) -> Result<()> {
         let bytes = padded_bytes(self.store.piece_bytes());
         let budget = Budget::new(Tier::Host, bytes as u64);
         let arena = Arena::new(&budget, bytes)?;
         let mut lease = arena.lease(bytes)?;
         for (index, group) in self.layout.groups.iter().enumerate() {
-            let mut current: Option<(usize, Vec<f32>)> = None;
             for stream in Stream::STATE {
                 let elements = stream.elements(&self.layout, index);
                 let Some(extent) = self.store.extent(&stores::extent_name(group, stream)) else { continue };
@@ -273,13 +273,8 @@ impl Making {
                     lease.as_f32_mut().fill(0.0);
                     let runs = group.runs(self.layout.piece_range(elements, piece));
                     for run in runs.filter(|_| stream == Stream::Master) {
-                        if current.as_ref().is_none_or(|(entry, _)| *entry != run.entry) {
-                            current = Some((run.entry, values(&group.table[run.entry].name)?));
-                        }
-                        if let Some((_, values)) = &current {
-                            lease.as_f32_mut()[run.piece_start..run.piece_start + run.elements]
-                                .copy_from_slice(&values[run.entry_start..run.entry_start + run.elements]);
-                        }
+                        let out = &mut lease.as_f32_mut()[run.piece_start..run.piece_start + run.elements];
+                        fill(&group.table[run.entry].name, run.entry_start, out)?;
                     }
                     lease = self.write(extent, piece, lease)?;
                 }

@@ -3,33 +3,49 @@
 use crate::checkpoint::Making;
 use crate::error::{Error, Result};
 use crate::stores::{ParameterRow, RESIDENT};
+use crate::weights::decode;
 use crate::work::internal;
+use candle_core::DType;
 use ferrozero_offload::StoreOptions;
-use half::{bf16, f16};
 use safetensors::tensor::{Dtype, Metadata, TensorInfo};
 use std::collections::HashMap;
 use std::fs::File;
-use std::io::{self, BufWriter, Read, Write};
+use std::io::{self, Read};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 /// Takes some values of a parameter.
 pub(crate) type Take<'a> = dyn FnMut(&[f32]) -> Result<()> + 'a;
-/// Shows all values of the parameter of a name in order, some at a time.
-pub(crate) type Show<'a> = dyn Fn(&str, &mut Take) -> Result<()> + 'a;
+/// Puts some values of a parameter from the element of a number on.
+pub(crate) type Put<'a> = dyn FnMut(usize, &[f32]) -> Result<()> + 'a;
+/// Puts every value of the parameter of a name once, some at a time, in any order.
+pub(crate) type PutAll<'a> = dyn Fn(&str, &mut Put) -> Result<()> + 'a;
 
-/// Writes `parameters`, names and shapes, to a safetensors file in f32, in the memory that `show` needs. The file appears whole or
+/// Puts values that are taken in order.
+pub(crate) fn in_order(put: &mut Put) -> impl FnMut(&[f32]) -> Result<()> {
+    let mut first = 0;
+    move |values| {
+        put(first, values)?;
+        first += values.len();
+        Ok(())
+    }
+}
+
+/// Values that are converted at a time.
+const PUT_ELEMENTS: usize = 64 * 1024;
+
+/// Writes `parameters`, names and shapes, to a safetensors file in f32, in the memory that `put_all` needs. The file appears whole or
 /// not at all.
 ///
 /// # Errors
-/// [`Error::File`] and what `show` answers.
+/// [`Error::File`] and what `put_all` answers.
 pub(crate) fn export_safetensors(
     path: &Path,
     parameters: &[(String, Vec<usize>)],
-    show: &Show,
+    put_all: &PutAll,
 ) -> Result<()> {
     let partial = path.with_extension("safetensors.partial");
-    let written = write_safetensors(path, &partial, parameters, show);
+    let written = write_safetensors(path, &partial, parameters, put_all);
     let written = written.and_then(|()| std::fs::rename(&partial, path).map_err(failed(path)));
     if written.is_err() {
         let _ = std::fs::remove_file(&partial);
@@ -46,7 +62,7 @@ fn write_safetensors(
     path: &Path,
     partial: &Path,
     parameters: &[(String, Vec<usize>)],
-    show: &Show,
+    put_all: &PutAll,
 ) -> Result<()> {
     let mut parameters: Vec<_> = parameters.iter().collect();
     parameters.sort();
@@ -66,21 +82,31 @@ fn write_safetensors(
     let mut contents = contents.map_err(failed(path))?;
     // The tensors begin at a multiple of 8.
     contents.resize(contents.len().next_multiple_of(8), b' ');
-    let mut file = BufWriter::new(File::create(partial).map_err(failed(path))?);
-    file.write_all(&(contents.len() as u64).to_le_bytes()).map_err(failed(path))?;
-    file.write_all(&contents).map_err(failed(path))?;
+    let file = File::create(partial).map_err(failed(path))?;
+    file.write_all_at(&(contents.len() as u64).to_le_bytes(), 0).map_err(failed(path))?;
+    file.write_all_at(&contents, 8).map_err(failed(path))?;
+    let mut first_byte = 8 + contents.len() as u64;
+    let mut bytes = Vec::with_capacity(4 * PUT_ELEMENTS);
     for (name, shape) in parameters {
-        let mut left = elements(shape);
-        show(name, &mut |values| {
+        let all = elements(shape);
+        let mut left = all;
+        put_all(name, &mut |first, values| {
             left = left.checked_sub(values.len()).ok_or_else(|| internal("more values than a shape says"))?;
-            let mut written = values.iter().map(|value| file.write_all(&value.to_le_bytes()));
-            written.try_for_each(|written| written).map_err(failed(path))
+            let mut place = first_byte + 4 * first as u64;
+            for values in values.chunks(PUT_ELEMENTS) {
+                bytes.clear();
+                bytes.extend(values.iter().flat_map(|value| value.to_le_bytes()));
+                file.write_all_at(&bytes, place).map_err(failed(path))?;
+                place += bytes.len() as u64;
+            }
+            Ok(())
         })?;
         if left > 0 {
             return Err(internal("fewer values than a shape says"));
         }
+        first_byte += 4 * all as u64;
     }
-    file.flush().map_err(failed(path))
+    Ok(())
 }
 
 /// A safetensors file, of which only the table of contents is in memory.
@@ -134,24 +160,34 @@ impl SafetensorsFile {
         Ok(Self { path: path.to_owned(), file, data_start, tensors })
     }
 
-    /// Elements of a tensor in f32.
-    fn values(&self, name: &str) -> Result<Vec<f32>> {
+    /// Fills `out` with the elements of a tensor from `first` on.
+    fn fill(&self, name: &str, first: usize, out: &mut [f32]) -> Result<()> {
         let damaged = |reason: String| Error::Safetensors { path: self.path.clone(), reason };
         let info = self.tensors.get(name).ok_or_else(|| damaged(format!("it has no {name}")))?;
-        let (start, end) = info.data_offsets;
-        let mut bytes = vec![0; end - start];
-        let failed = |source| Error::File { path: self.path.clone(), source };
-        self.file.read_exact_at(&mut bytes, self.data_start + start as u64).map_err(failed)?;
-        let pairs = || bytes.chunks_exact(2).map(|pair| [pair[0], pair[1]]);
-        match info.dtype {
-            Dtype::F32 => {
-                let words = bytes.chunks_exact(4);
-                Ok(words.map(|word| f32::from_le_bytes([word[0], word[1], word[2], word[3]])).collect())
-            }
-            Dtype::BF16 => Ok(pairs().map(|pair| bf16::from_le_bytes(pair).to_f32()).collect()),
-            Dtype::F16 => Ok(pairs().map(|pair| f16::from_le_bytes(pair).to_f32()).collect()),
-            other => Err(damaged(format!("{name} is of type {other:?}; F32, BF16 and F16 can be imported"))),
+        let dtype = number_type(info.dtype).ok_or_else(|| {
+            damaged(format!("{name} is of type {:?}; F32, BF16 and F16 can be imported", info.dtype))
+        })?;
+        let size = dtype.size_in_bytes();
+        let mut place = self.data_start + (info.data_offsets.0 + first * size) as u64;
+        let mut bytes = vec![0; size * out.len().min(PUT_ELEMENTS)];
+        for part in out.chunks_mut(PUT_ELEMENTS) {
+            let bytes = &mut bytes[..size * part.len()];
+            let failed = |source| Error::File { path: self.path.clone(), source };
+            self.file.read_exact_at(bytes, place).map_err(failed)?;
+            decode(dtype, bytes, part);
+            place += bytes.len() as u64;
         }
+        Ok(())
+    }
+}
+
+/// Candle's name of a type that parameters are read from.
+pub(crate) fn number_type(dtype: Dtype) -> Option<DType> {
+    match dtype {
+        Dtype::F32 => Some(DType::F32),
+        Dtype::BF16 => Some(DType::BF16),
+        Dtype::F16 => Some(DType::F16),
+        _ => None,
     }
 }
 
@@ -186,7 +222,8 @@ pub fn import_safetensors(path: &Path, directory: &Path) -> Result<()> {
         return Err(Error::Safetensors { path: path.to_owned(), reason: "it has no tensors".into() });
     }
     rows.sort_by_key(|row| (row.group == RESIDENT, number_in(&row.group), row.name.clone()));
-    Making::start(directory, rows, StoreOptions::default())?.finish(|name| source.values(name))
+    Making::start(directory, rows, StoreOptions::default())?
+        .finish(|name, first, out| source.fill(name, first, out))
 }
 
 /// The prefix of a name up to its first part that is a number.
@@ -219,9 +256,13 @@ mod tests {
             bytes.extend(header.bytes());
             bytes.extend([0; 16]);
             std::fs::write(&path, bytes).unwrap();
-            SafetensorsFile::open(&path).and_then(|file| file.values("w"))
+            SafetensorsFile::open(&path).and_then(|file| {
+                let mut values = [1.0; 3];
+                file.fill("w", 1, &mut values)?;
+                Ok(values)
+            })
         };
-        assert_eq!(open(r#"{"dtype":"F32","shape":[2,2],"data_offsets":[0,16]}"#).unwrap(), [0.0; 4]);
+        assert_eq!(open(r#"{"dtype":"F32","shape":[2,2],"data_offsets":[0,16]}"#).unwrap(), [0.0; 3]);
         for entry in [
             r#"{"dtype":"F32","shape":[2,2],"data_offsets":[16,0]}"#,
             r#"{"dtype":"F32","shape":[2,2],"data_offsets":[0,12]}"#,

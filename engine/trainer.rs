@@ -5,7 +5,7 @@ use crate::device::{BufferMemory, ComputeDevice, DeviceCounter};
 use crate::engine::Config;
 use crate::error::{Error, Result};
 use crate::executor::{Executor, Memory};
-use crate::export::{Take, export_safetensors};
+use crate::export::{Take, export_safetensors, in_order};
 use crate::loss_scale::LossScale;
 use crate::pass::{GradientSink, Mode, Passes, ScheduledPass, lock};
 use crate::plan::Plan;
@@ -553,7 +553,7 @@ impl Trainer {
     /// # Errors
     /// [`Error::File`] and errors of the tiers.
     pub fn export_safetensors(&self, path: &Path) -> Result<()> {
-        export_safetensors(path, &self.parameters(), &|name, take| self.show(name, take))
+        export_safetensors(path, &self.parameters(), &|name, put| self.show(name, &mut in_order(put)))
     }
 
     /// Counts what a CUDA device is asked for.

@@ -2,11 +2,10 @@
 //! files, or a GGUF file, whose blocks are turned into numbers as they are read.
 
 use crate::error::{Error, Result};
-use crate::export::SafetensorsFile;
+use crate::export::{SafetensorsFile, number_type};
 use candle_core::quantized::{GgmlDType, QStorage, QTensor, gguf_file};
 use candle_core::{DType, Device};
 use half::{bf16, f16};
-use safetensors::tensor::Dtype;
 use serde_json::Value;
 use std::borrow::Cow;
 use std::collections::{HashMap, HashSet};
@@ -158,7 +157,8 @@ impl StoredTensor {
     }
 }
 
-fn decode(dtype: DType, bytes: &[u8], out: &mut [f32]) {
+/// Turns numbers of a type as they lie in a file into f32.
+pub(crate) fn decode(dtype: DType, bytes: &[u8], out: &mut [f32]) {
     let words = bytes.chunks_exact(dtype.size_in_bytes());
     for (target, word) in out.iter_mut().zip(words) {
         *target = match *word {
@@ -194,14 +194,10 @@ impl Weights {
             let handle = Arc::new(file.file);
             for (stored, info) in &file.tensors {
                 let Some((name, arrangement)) = naming(stored) else { continue };
-                let dtype = match info.dtype {
-                    Dtype::F32 => DType::F32,
-                    Dtype::BF16 => DType::BF16,
-                    Dtype::F16 => DType::F16,
-                    other => {
-                        let reason = format!("{stored} is of type {other:?}; F32, BF16 and F16 can be read");
-                        return Err(Error::Weights { path, reason });
-                    }
+                let Some(dtype) = number_type(info.dtype) else {
+                    let reason =
+                        format!("{stored} is of type {:?}; F32, BF16 and F16 can be read", info.dtype);
+                    return Err(Error::Weights { path, reason });
                 };
                 let tensor = StoredTensor {
                     path: shared.clone(),

@@ -4,6 +4,7 @@ mod support;
 
 use candle_core::Tensor;
 use candle_nn::Init;
+use ferrozero::models::cache::{LayerCache, scores_bytes};
 use ferrozero::{
     AdamW, BackendChoice, Checkpoint, Config, CountingAllocator, Engine, Error, Placement, Tier,
 };
@@ -34,6 +35,8 @@ fn peaks_stay_within_the_plan_and_less_is_refused() {
     too_little_is_refused();
     more_memory_brings_more_home();
     an_export_has_no_parameter_in_memory_as_a_whole();
+    an_import_has_a_piece_in_memory();
+    a_long_prompt_has_the_scores_of_some_rows_in_memory();
 }
 
 fn config(memory_bytes: Option<u64>) -> Config {
@@ -135,10 +138,8 @@ fn an_export_has_no_parameter_in_memory_as_a_whole() {
     let directory = config.directory.as_ref().unwrap();
     let exported = |name: &str, export: &dyn Fn(&Path) -> ferrozero::Result<()>| {
         let path = directory.join(name);
-        let before = memory::current_bytes();
-        memory::reset_peak();
-        export(&path).unwrap();
-        let taken = memory::peak_bytes() - before;
+        let (written, taken) = taken_bytes(|| export(&path));
+        written.unwrap();
         assert!(taken < (4 * SIDE * SIDE / 2) as u64, "{name}: {taken} bytes");
         std::fs::read(path).unwrap()
     };
@@ -153,6 +154,43 @@ fn an_export_has_no_parameter_in_memory_as_a_whole() {
     let bytes = values.iter().flat_map(|value| value.to_le_bytes());
     assert!(file.tensor("weight").unwrap().data().iter().copied().eq(bytes));
     clean(&config);
+}
+
+/// What a call takes at most beside what was there.
+fn taken_bytes<T>(run: impl FnOnce() -> T) -> (T, u64) {
+    let before = memory::current_bytes();
+    memory::reset_peak();
+    let result = run();
+    (result, memory::peak_bytes() - before)
+}
+
+fn an_import_has_a_piece_in_memory() {
+    const SIDE: usize = 4096;
+    let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let path = folder.path().join("model.safetensors");
+    let bytes: Vec<u8> = (0..SIDE * SIDE).flat_map(|i| (i as f32).to_le_bytes()).collect();
+    let view =
+        safetensors::tensor::TensorView::new(safetensors::Dtype::F32, vec![SIDE, SIDE], &bytes).unwrap();
+    safetensors::serialize_to_file([("weight", view)], None, &path).unwrap();
+    let run = folder.path().join("run");
+    let (imported, taken) = taken_bytes(|| ferrozero::import_safetensors(&path, &run));
+    imported.unwrap();
+    assert!(taken < (bytes.len() / 4) as u64, "{taken} bytes");
+    let values = Checkpoint::open(&run).unwrap().parameter("weight").unwrap();
+    assert!(values.iter().enumerate().all(|(i, value)| *value == i as f32));
+}
+
+fn a_long_prompt_has_the_scores_of_some_rows_in_memory() {
+    let (heads, tokens, width) = (8, 2048, 8);
+    let xs =
+        Tensor::ones((1, heads, tokens, width), candle_core::DType::F32, &candle_core::Device::Cpu).unwrap();
+    let xs_bytes = (4 * heads * tokens * width) as u64;
+    let granted = scores_bytes(heads, tokens) + 4 * xs_bytes;
+    assert!(granted < (4 * heads * tokens * tokens) as u64 / 4, "less than whole scores");
+    let mut cache = LayerCache::default();
+    let (attended, taken) = taken_bytes(|| cache.attend(&xs, &xs, &xs, None));
+    assert_eq!(attended.unwrap().dims(), [1, tokens, heads * width]);
+    assert!(taken <= granted, "{taken} bytes of {granted}");
 }
 
 /// The most that a process had at once, as the kernel counts it, for each home of the states.

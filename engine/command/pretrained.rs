@@ -119,8 +119,9 @@ pub fn generate(arguments: GenerateArguments) -> CommandResult {
     }
     let sequence = longest + count;
     let pretrained = Pretrained::open(&path, sequence)?;
-    // Keys and values grow beside what the plan counts, and once more while they are copied to grow.
-    let cache_bytes = 2 * texts.len() as u64 * pretrained.cache_bytes(sequence);
+    // Keys and values grow beside what the plan counts, and once more while they are copied to grow. Texts are attended to one by one.
+    let cache_bytes =
+        2 * texts.len() as u64 * pretrained.cache_bytes(sequence) + pretrained.scores_bytes(sequence);
     let scratch = match &arguments.scratch {
         Some(folder) => tempfile::tempdir_in(folder)?,
         None => tempfile::tempdir()?,

@@ -3,6 +3,15 @@
 use candle_core::{Result, Tensor};
 use ferrozero_kernels::ops;
 
+/// Scores that exist together while a prompt is attended to, if one row of all heads has not more.
+const SCORES: usize = 1 << 20;
+
+/// Bytes in f32 that [`LayerCache::attend`] takes at most beside its arguments, its result and the keys and values: the scores of some
+/// query rows for `tokens` keys in each of `heads` query heads, the weights that they become, and what these attend to.
+pub fn scores_bytes(heads: usize, tokens: usize) -> u64 {
+    3 * 4 * SCORES.max(heads * tokens) as u64
+}
+
 /// Keys and values of one layer, of all tokens so far or of those that the next one still sees.
 #[derive(Default)]
 pub struct LayerCache {
@@ -37,7 +46,8 @@ impl LayerCache {
     }
 
     /// Attention of `queries` [B, H, T, D] of the tokens that follow, with their `keys` and `values` [B, K, T, D], over all
-    /// tokens or the last ones of a `window`, which is the same at every call: [B, T, H·D]. H is a multiple of K.
+    /// tokens or the last ones of a `window`, which is the same at every call: [B, T, H·D]. H is a multiple of K. Query rows run some at a
+    /// time, with the keys that they see, so that memory does not grow with T·S.
     ///
     /// # Errors
     /// What candle says.
@@ -52,14 +62,25 @@ impl LayerCache {
         let (keys, values) = self.followed_by(keys, values)?; // [B, K, S, D]
         let (_, k, s, _) = keys.dims4()?;
         let shared = h / k;
-        // The queries of one key head are rows of one product.
-        let scores = queries.reshape((b, k, shared * t, d))?.matmul(&keys.t()?)?;
-        let scores = scores.reshape((b, k, shared, t, s))?;
-        let weights = ops::causal_softmax(&scores, 1.0 / (d as f32).sqrt(), window)?;
-        let attended = weights.reshape((b, k, shared * t, s))?.matmul(&values)?; // [B, K, H/K·T, D]
+        let rows = (SCORES / (b * h * s).max(1)).max(1);
+        let attended = (0..t).step_by(rows).map(|first| {
+            let rows = rows.min(t - first);
+            // The last key that the first of the rows sees, and behind it those of the others.
+            let own = s - t + first;
+            let first_key = window.map_or(0, |window| (own + 1).saturating_sub(window));
+            let seen = own + rows - first_key;
+            let [keys, values] = [&keys, &values].map(|xs| xs.narrow(2, first_key, seen)); // [B, K, seen, D]
+            // The queries of one key head are rows of one product.
+            let queries = queries.narrow(2, first, rows)?.reshape((b, k, shared * rows, d))?;
+            let scores = queries.matmul(&keys?.t()?)?.reshape((b, k, shared, rows, seen))?;
+            let weights = ops::causal_softmax(&scores, 1.0 / (d as f32).sqrt(), window)?;
+            let attended = weights.reshape((b, k, shared * rows, seen))?.matmul(&values?)?; // [B, K, H/K·rows, D]
+            attended.reshape((b, h, rows, d))?.transpose(1, 2)?.reshape((b, rows, h * d))
+        });
+        let attended = Tensor::cat(&attended.collect::<Result<Vec<_>>>()?, 1)?; // [B, T, H·D]
         self.keep(keys, values, window)?;
         self.tokens += t;
-        attended.reshape((b, h, t, d))?.transpose(1, 2)?.reshape((b, t, h * d))
+        Ok(attended)
     }
 }
 
@@ -67,6 +88,30 @@ impl LayerCache {
 mod tests {
     use super::*;
     use candle_core::Device;
+
+    /// Of 2,000 tokens in 4 heads, some hundred rows run together.
+    #[test]
+    fn a_long_prompt_is_attended_to_in_parts_as_the_whole() {
+        let (tokens, heads, key_value_heads, width) = (2000, 4, 2, 4);
+        let wave = |heads: usize, step: f64| {
+            let angles = Tensor::arange(0f32, (tokens * heads * width) as f32, &Device::Cpu)?;
+            (angles * step)?.sin()?.reshape((1, tokens, heads * width))
+        };
+        let [q, k, v] = [(heads, 0.7), (key_value_heads, 1.3), (key_value_heads, 2.1)]
+            .map(|(heads, step)| wave(heads, step).unwrap());
+        let split = |xs: &Tensor| {
+            let heads = xs.dim(2)? / width;
+            xs.reshape((1, tokens, heads, width))?.transpose(1, 2)?.contiguous()
+        };
+        for window in [None, Some(300)] {
+            let expected = ops::grouped_causal_attention(&q, &k, &v, heads, key_value_heads, window).unwrap();
+            let [q, k, v] = [&q, &k, &v].map(|xs| split(xs).unwrap());
+            let found = LayerCache::default().attend(&q, &k, &v, window).unwrap();
+            let furthest = (found - expected).unwrap().abs().unwrap().flatten_all().unwrap();
+            let furthest = furthest.max(0).unwrap().to_scalar::<f32>().unwrap();
+            assert!(furthest < 1e-5, "{window:?}: {furthest}");
+        }
+    }
 
     #[test]
     fn tokens_in_parts_are_attended_to_as_all_at_once_and_only_what_is_seen_is_kept() {

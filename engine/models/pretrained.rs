@@ -1,6 +1,6 @@
 //! Models that others have trained: their configuration, where their tensors are, and the model in an engine.
 
-use super::cache::LayerCache;
+use super::cache::{LayerCache, scores_bytes};
 use super::gguf;
 use super::gguf_tokenizer;
 use super::gpt::{self, Gpt, GptConfig};
@@ -219,6 +219,15 @@ impl Pretrained {
             Family::Llama(_) => (parameter.to_owned(), false),
             Family::Gpt2(_) => (format!("{GPT2_PREFIX}{parameter}"), is_gpt2_transposed(parameter)),
         }
+    }
+
+    /// Bytes that attention takes beside what a plan counts, while a text of so many tokens is continued, in f32.
+    pub fn scores_bytes(&self, tokens: usize) -> u64 {
+        let heads = match &self.family {
+            Family::Llama(config) => config.heads,
+            Family::Gpt2(config) => config.heads,
+        };
+        scores_bytes(heads, tokens)
     }
 
     /// Bytes of keys and values for so many tokens, in f32; a layer with a window keeps those within it.
