@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""Compares forward and backward of ferrozero's fused operations on the CPU with PyTorch's.
+"""Compares forward and backward of ferrozero's fused operations on the CPU with the same composed of candle's own, and with PyTorch's.
 
 All in f32, each side in a process of its own with the same number of threads; they take turns operation by operation, so
-that both see the same machine. `block` is a pre-norm transformer block; PyTorch's is its TransformerEncoderLayer with a
+that all see the same machine. `block` is a pre-norm transformer block; PyTorch's is its TransformerEncoderLayer with a
 causal mask. A ratio of 1.0 or more means that ferrozero is at least as fast. Set-up and use, from the project's root:
 
     cargo build --release
@@ -11,11 +11,12 @@ causal mask. A ratio of 1.0 or more means that ferrozero is at least as fast. Se
 """
 
 import json
+import sys
 import time
 
 import compare_common as common
 
-OURS, TORCH = "ferrozero", "PyTorch"
+OURS, CANDLE, TORCH = "ferrozero", "candle", "PyTorch"
 SIZES = {
     "batch": (4, "sequences"),
     "seq": (256, "tokens of a sequence"),
@@ -105,28 +106,35 @@ def start_peer(arguments):
 
 
 def main():
-    options = common.parser("Fused operations on the CPU: ferrozero and PyTorch in turns.")
+    options = common.parser("Fused operations on the CPU: ferrozero, candle and PyTorch in turns.")
     for name, (size, meaning) in SIZES.items():
         options.add_argument(f"--{name}", type=int, default=size, help=meaning)
+    options.add_argument("--operations", nargs="+", choices=OPERATIONS, default=OPERATIONS, metavar="NAME", help="those to measure")
     arguments = common.parse(options)
     if any(getattr(arguments, name) < 1 for name in SIZES) or arguments.hidden % (2 * arguments.heads):
         options.error("sizes must be at least 1, and --hidden a multiple of twice the --heads")
     if arguments.serve_peer:
         return common.serve(start_peer, arguments)
 
-    command = [arguments.binary, "bench", "ops", "--serve"]
+    command = [arguments.binary, "bench", "ops"]
     for name in SIZES:
         command += [f"--{name}", getattr(arguments, name)]
-    ours = common.Server(OURS, command)
+    sides = {OURS: "ours", CANDLE: "composed"}
+    own = [common.Server(name, [*command, "--serve", side]) for name, side in sides.items()]
     peers = [(TORCH, "torch", {"OMP_NUM_THREADS": str(common.cpus())})]
     servers, unavailable = common.start_peers(peers, arguments)
-    answers = common.take_turns([ours, *servers], OPERATIONS, arguments.rounds, unavailable)
-    for server in [ours, *servers]:
+    answers = common.take_turns([*own, *servers], arguments.operations, arguments.rounds, unavailable)
+    for server in [*own, *servers]:
         if server.name in answers:
             server.finish()
-    times = {name: {each: common.median(answers[name][each]) for each in OPERATIONS} for name in answers}
-    theirs = times.get(TORCH, {})
-    ratios = {each: theirs[each]["median"] / times[OURS][each]["median"] for each in theirs}
+    if OURS not in answers:
+        sys.exit(f"{OURS}: {unavailable[OURS]}")
+    times = {name: {each: common.median(seconds) for each, seconds in answers[name].items()} for name in answers}
+    ratios = {
+        name: {each: spread["median"] / times[OURS][each]["median"] for each, spread in times[name].items()}
+        for name in times
+        if name != OURS
+    }
     versions = [server.versions for server in servers]
     if arguments.json:
         result = {
@@ -140,15 +148,17 @@ def main():
         print(json.dumps(result))
         return None
     print(f"{common.cpus()} CPUs, {common.processor()}, {', '.join(versions)}\n")
+    head = ["forward and backward", "ours", "least to most"]
+    for name in ratios:
+        head += [name, "its time / ours"]
     rows = []
-    for each in OPERATIONS:
-        spread = times[OURS][each]
+    for each, spread in times[OURS].items():
         row = [each, f"{1e3 * spread['median']:.1f} ms"]
         row.append(f"{1e3 * spread['least']:.1f} to {1e3 * spread['most']:.1f}")
-        if each in theirs:
-            row += [f"{1e3 * theirs[each]['median']:.1f} ms", f"{ratios[each]:.2f}"]
+        for name, ratio in ratios.items():
+            row += [f"{1e3 * times[name][each]['median']:.1f} ms", f"{ratio[each]:.2f}"]
         rows.append(row)
-    common.table(["forward and backward", "ours", "least to most", "PyTorch", "its time / ours"], rows)
+    common.table(head, rows)
     common.print_skipped(unavailable)
     return None
 

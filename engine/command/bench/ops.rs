@@ -42,8 +42,15 @@ pub struct OpsArguments {
     #[arg(long)]
     json: bool,
     /// Run the operation named on each line of standard input once, and write its seconds
-    #[arg(long, hide = true)]
-    serve: bool,
+    #[arg(long, hide = true, value_enum)]
+    serve: Option<Side>,
+}
+
+/// Which of the two is measured.
+#[derive(Debug, Clone, Copy, clap::ValueEnum)]
+enum Side {
+    Ours,
+    Composed,
 }
 
 type Operation = Box<dyn Fn(&[Tensor]) -> Result<Tensor>>;
@@ -235,13 +242,17 @@ pub fn run(arguments: OpsArguments) -> CommandResult {
     // As in a run, whose plan grants freed tensors their memory for the next ones.
     memory::set_cache_limit_bytes(memory::current_bytes() + KEPT_BYTES);
     let cases = cases(&arguments)?;
-    if arguments.serve {
+    if let Some(side) = arguments.serve {
         for line in std::io::stdin().lock().lines() {
             let name = line?;
             let case = cases.iter().find(|case| case.name == name);
             let case =
                 case.ok_or_else(|| configuration(format!("bench ops: there is no operation {name}")))?;
-            println!("{}", case.run(&case.ours)?);
+            let operation = match side {
+                Side::Ours => &case.ours,
+                Side::Composed => &case.composed,
+            };
+            println!("{}", case.run(operation)?);
         }
         return Ok(());
     }

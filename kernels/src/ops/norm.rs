@@ -4,6 +4,8 @@
 use candle_core::CudaStorage;
 use candle_core::{CpuStorage, CustomOp2, CustomOp3, D, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
+use std::array;
+use std::mem::MaybeUninit;
 
 #[cfg(feature = "cuda")]
 use super::cuda;
@@ -76,11 +78,7 @@ impl CustomOp3 for LayerNorm {
         let xs = elements::<f32>(Self::NAME, xs, xs_layout)?;
         let weight = elements::<f32>(Self::NAME, weight, weight_layout)?;
         let bias = elements::<f32>(Self::NAME, bias, bias_layout)?;
-        let mut out = vec![0f32; xs.len()];
-        let chunk = chunk_elements(weight.len());
-        out.par_chunks_mut(chunk)
-            .zip(xs.par_chunks(chunk))
-            .for_each(|(out, xs)| layer_norm_forward(out, xs, weight, bias, self.eps));
+        let out = forward(xs, weight.len(), |out, xs| layer_norm_forward(out, xs, weight, bias, self.eps));
         Ok((CpuStorage::F32(out), xs_layout.shape().clone()))
     }
 
@@ -109,15 +107,16 @@ impl CustomOp3 for LayerNorm {
         #[cfg(feature = "cuda")]
         if xs.device().is_cuda() {
             let (dx, d_weight, d_bias) = cuda::norm::backward(Self::NAME, xs, weight, grad, self.eps, true)?;
-            return Ok((Some(dx), hand_over(weight, d_weight)?, hand_over(bias, d_bias)?));
+            return Ok((hand_over(xs, Some(dx))?, hand_over(weight, d_weight)?, hand_over(bias, d_bias)?));
         }
-        let kernel = |dx: &mut [f32], statistics: &mut [[f32; 2]], x: &[f32], dy: &[f32], weight: &[f32]| {
-            layer_norm_backward(dx, statistics, x, dy, weight, self.eps)
-        };
-        let [dx, d_weight, d_bias] = backward(Self::NAME, xs, weight, grad, kernel)?;
+        let (dx, [d_weight, d_bias]) =
+            backward(Self::NAME, xs, weight, grad, |dx, [weight_sums, bias_sums], x, dy, weight| {
+                layer_norm_backward(dx, weight_sums, bias_sums, x, dy, weight, self.eps)
+            })?;
+        let d_xs = hand_over(xs, Some(cpu_tensor(dx, xs)?))?;
         let d_weight = hand_over(weight, Some(cpu_tensor(d_weight, weight)?))?;
         let d_bias = hand_over(bias, Some(cpu_tensor(d_bias, bias)?))?;
-        Ok((Some(cpu_tensor(dx, xs)?), d_weight, d_bias))
+        Ok((d_xs, d_weight, d_bias))
     }
 }
 
@@ -143,11 +142,7 @@ impl CustomOp2 for RmsNorm {
     ) -> Result<(CpuStorage, Shape)> {
         let xs = elements::<f32>(Self::NAME, xs, xs_layout)?;
         let weight = elements::<f32>(Self::NAME, weight, weight_layout)?;
-        let mut out = vec![0f32; xs.len()];
-        let chunk = chunk_elements(weight.len());
-        out.par_chunks_mut(chunk)
-            .zip(xs.par_chunks(chunk))
-            .for_each(|(out, xs)| rms_norm_forward(out, xs, weight, self.eps));
+        let out = forward(xs, weight.len(), |out, xs| rms_norm_forward(out, xs, weight, self.eps));
         Ok((CpuStorage::F32(out), xs_layout.shape().clone()))
     }
 
@@ -172,51 +167,73 @@ impl CustomOp2 for RmsNorm {
         #[cfg(feature = "cuda")]
         if xs.device().is_cuda() {
             let (dx, d_weight, _) = cuda::norm::backward(Self::NAME, xs, weight, grad, self.eps, false)?;
-            return Ok((Some(dx), hand_over(weight, d_weight)?));
+            return Ok((hand_over(xs, Some(dx))?, hand_over(weight, d_weight)?));
         }
-        let kernel = |dx: &mut [f32], statistics: &mut [[f32; 2]], x: &[f32], dy: &[f32], weight: &[f32]| {
-            rms_norm_backward(dx, statistics, x, dy, weight, self.eps)
-        };
-        let [dx, d_weight, _] = backward(Self::NAME, xs, weight, grad, kernel)?;
-        Ok((Some(cpu_tensor(dx, xs)?), hand_over(weight, Some(cpu_tensor(d_weight, weight)?))?))
+        let (dx, [d_weight]) = backward(Self::NAME, xs, weight, grad, |dx, [weight_sums], x, dy, weight| {
+            rms_norm_backward(dx, weight_sums, x, dy, weight, self.eps)
+        })?;
+        let d_xs = hand_over(xs, Some(cpu_tensor(dx, xs)?))?;
+        Ok((d_xs, hand_over(weight, Some(cpu_tensor(d_weight, weight)?))?))
     }
 }
 
-/// Rows whose contributions to a weight's gradient are summed before they join the total.
-const BLOCK_ROWS: usize = 64;
-/// Columns that one task sums.
-const STRIPE_COLUMNS: usize = 64;
+/// Rows of one task of the backward, whose contributions to a weight's gradient are summed before they join the total: it keeps the rounding
+/// error of long sums small, and does not depend on the number of threads.
+const BLOCK_ROWS: usize = 32;
 
-/// The gradients of input, weight and bias. `kernel(dx, statistics, x, dy, weight)` fills `dx` of a few rows, and the
-/// (mean, 1/deviation) of each, which the second pass, over columns, needs.
-fn backward(
+/// The result for rows of `width` elements; `kernel` writes every element of the rows that it is given. Nothing is written before: zeros
+/// would cost as much as the result, and one thread would write them.
+fn forward(xs: &[f32], width: usize, kernel: impl Fn(&mut [MaybeUninit<f32>], &[f32]) + Sync) -> Vec<f32> {
+    let mut out = Vec::with_capacity(xs.len());
+    let chunk = chunk_elements(width);
+    let rows = out.spare_capacity_mut()[..xs.len()].par_chunks_mut(chunk).zip(xs.par_chunks(chunk));
+    rows.for_each(|(out, xs)| kernel(out, xs));
+    // SAFETY: the capacity is that of the input, and the kernels wrote each of these elements.
+    unsafe { out.set_len(xs.len()) };
+    out
+}
+
+/// The gradients of the input, and of the weight and what else is one element a column. `kernel(dx, sums, x, dy, weight)` writes every
+/// element of `dx` of some rows, and adds their contributions to the sums, in one pass over memory.
+fn backward<const SUMS: usize>(
     op: &'static str,
     xs: &Tensor,
     weight: &Tensor,
     grad: &Tensor,
-    kernel: impl Fn(&mut [f32], &mut [[f32; 2]], &[f32], &[f32], &[f32]) + Sync,
-) -> Result<[Vec<f32>; 3]> {
+    kernel: impl Fn(&mut [MaybeUninit<f32>], [&mut [f32]; SUMS], &[f32], &[f32], &[f32]) + Sync,
+) -> Result<(Vec<f32>, [Vec<f32>; SUMS])> {
     let grad = grad.contiguous()?;
     let (x, weight, dy) = (Input::new(op, xs), Input::new(op, weight), Input::new(op, &grad));
     let (x, weight, dy) = (x.elements::<f32>()?, weight.elements::<f32>()?, dy.elements::<f32>()?);
+    if dy.len() != x.len() {
+        return Err(shapes_error(
+            op,
+            "expected a gradient of the result's shape",
+            &[xs.shape(), grad.shape()],
+        ));
+    }
     let width = weight.len();
-    let mut dx = vec![0f32; x.len()];
-    let mut statistics = vec![[0f32; 2]; x.len() / width];
-    let chunk = chunk_elements(width);
-    dx.par_chunks_mut(chunk)
-        .zip(statistics.par_chunks_mut(chunk / width))
-        .zip(x.par_chunks(chunk).zip(dy.par_chunks(chunk)))
-        .for_each(|((dx, statistics), (x, dy))| kernel(dx, statistics, x, dy, weight));
-
-    let mut d_weight = vec![0f32; width];
-    let mut d_bias = vec![0f32; width];
-    d_weight.par_chunks_mut(STRIPE_COLUMNS).zip(d_bias.par_chunks_mut(STRIPE_COLUMNS)).enumerate().for_each(
-        |(stripe, (d_weight, d_bias))| {
-            let first_column = stripe * STRIPE_COLUMNS;
-            weight_gradient(d_weight, d_bias, &statistics, x, dy, first_column, width);
-        },
-    );
-    Ok([dx, d_weight, d_bias])
+    let block = BLOCK_ROWS * width;
+    let mut dx = Vec::with_capacity(x.len());
+    let mut sums = vec![0f32; x.len().div_ceil(block) * SUMS * width]; // [blocks, SUMS, C]
+    dx.spare_capacity_mut()[..x.len()]
+        .par_chunks_mut(block)
+        .zip(sums.par_chunks_mut(SUMS * width))
+        .zip(x.par_chunks(block).zip(dy.par_chunks(block)))
+        .for_each(|((dx, sums), (x, dy))| {
+            let mut sums = sums.chunks_exact_mut(width);
+            kernel(dx, array::from_fn(|_| sums.next().unwrap_or_default()), x, dy, weight);
+        });
+    // SAFETY: the capacity is that of the input, and the kernels wrote each of these elements.
+    unsafe { dx.set_len(x.len()) };
+    let total = |sum: usize| {
+        let mut total = vec![0f32; width];
+        for block in sums.chunks_exact(SUMS * width) {
+            total.iter_mut().zip(&block[sum * width..]).for_each(|(total, sum)| *total += sum);
+        }
+        total
+    };
+    Ok((dx, array::from_fn(total)))
 }
 
 /// The mean of a row and `1/√(variance + eps)`.
@@ -235,18 +252,19 @@ fn inverse_root_mean_square(xs: &[f32], eps: f32) -> f32 {
 }
 
 vectorized! {
-    fn layer_norm_forward(out: &mut [f32], xs: &[f32], weight: &[f32], bias: &[f32], eps: f32) {
+    fn layer_norm_forward(out: &mut [MaybeUninit<f32>], xs: &[f32], weight: &[f32], bias: &[f32], eps: f32) {
         for (out, xs) in out.chunks_exact_mut(weight.len()).zip(xs.chunks_exact(weight.len())) {
             let (mean, inverse) = moments(xs, eps);
             for (((out, &x), &weight), &bias) in out.iter_mut().zip(xs).zip(weight).zip(bias) {
-                *out = (x - mean) * inverse * weight + bias;
+                out.write((x - mean) * inverse * weight + bias);
             }
         }
     }
 
     fn layer_norm_backward(
-        dx: &mut [f32],
-        statistics: &mut [[f32; 2]],
+        dx: &mut [MaybeUninit<f32>],
+        weight_sums: &mut [f32],
+        bias_sums: &mut [f32],
         xs: &[f32],
         dy: &[f32],
         weight: &[f32],
@@ -254,30 +272,35 @@ vectorized! {
     ) {
         let width = weight.len();
         let inputs = xs.chunks_exact(width).zip(dy.chunks_exact(width));
-        for ((dx, statistics), (xs, dy)) in dx.chunks_exact_mut(width).zip(statistics).zip(inputs) {
+        for (dx, (xs, dy)) in dx.chunks_exact_mut(width).zip(inputs) {
             let (mean, inverse) = moments(xs, eps);
-            *statistics = [mean, inverse];
             let mean_g = sum_by2(dy, weight, |dy, weight| dy * weight) / width as f32;
             let sum_g_x = sum_by3(dy, weight, xs, |dy, weight, x| dy * weight * ((x - mean) * inverse));
             let mean_g_x = sum_g_x / width as f32;
-            for (((dx, &x), &dy), &weight) in dx.iter_mut().zip(xs).zip(dy).zip(weight) {
-                *dx = inverse * (dy * weight - mean_g - (x - mean) * inverse * mean_g_x);
+            let sums = weight_sums.iter_mut().zip(bias_sums.iter_mut());
+            for ((((dx, &x), &dy), &weight), (weight_sum, bias_sum)) in
+                dx.iter_mut().zip(xs).zip(dy).zip(weight).zip(sums)
+            {
+                let normed = (x - mean) * inverse;
+                dx.write(inverse * (dy * weight - mean_g - normed * mean_g_x));
+                *weight_sum += dy * normed;
+                *bias_sum += dy;
             }
         }
     }
 
-    fn rms_norm_forward(out: &mut [f32], xs: &[f32], weight: &[f32], eps: f32) {
+    fn rms_norm_forward(out: &mut [MaybeUninit<f32>], xs: &[f32], weight: &[f32], eps: f32) {
         for (out, xs) in out.chunks_exact_mut(weight.len()).zip(xs.chunks_exact(weight.len())) {
             let inverse = inverse_root_mean_square(xs, eps);
             for ((out, &x), &weight) in out.iter_mut().zip(xs).zip(weight) {
-                *out = x * inverse * weight;
+                out.write(x * inverse * weight);
             }
         }
     }
 
     fn rms_norm_backward(
-        dx: &mut [f32],
-        statistics: &mut [[f32; 2]],
+        dx: &mut [MaybeUninit<f32>],
+        weight_sums: &mut [f32],
         xs: &[f32],
         dy: &[f32],
         weight: &[f32],
@@ -285,45 +308,16 @@ vectorized! {
     ) {
         let width = weight.len();
         let inputs = xs.chunks_exact(width).zip(dy.chunks_exact(width));
-        for ((dx, statistics), (xs, dy)) in dx.chunks_exact_mut(width).zip(statistics).zip(inputs) {
+        for (dx, (xs, dy)) in dx.chunks_exact_mut(width).zip(inputs) {
             let inverse = inverse_root_mean_square(xs, eps);
-            *statistics = [0.0, inverse];
             let sum_g_x = sum_by3(dy, weight, xs, |dy, weight, x| dy * weight * (x * inverse));
             let mean_g_x = sum_g_x / width as f32;
-            for (((dx, &x), &dy), &weight) in dx.iter_mut().zip(xs).zip(dy).zip(weight) {
-                *dx = inverse * (dy * weight - x * inverse * mean_g_x);
-            }
-        }
-    }
-
-    /// Adds up `dy·x̂` and `dy` over the rows, for the columns of one stripe: blocks of rows in order, which keeps the
-    /// rounding error of long sums small.
-    fn weight_gradient(
-        d_weight: &mut [f32],
-        d_bias: &mut [f32],
-        statistics: &[[f32; 2]],
-        xs: &[f32],
-        dy: &[f32],
-        first_column: usize,
-        width: usize,
-    ) {
-        let columns = d_weight.len();
-        for (block, statistics) in statistics.chunks(BLOCK_ROWS).enumerate() {
-            let mut weight_sums = [0f32; STRIPE_COLUMNS];
-            let mut bias_sums = [0f32; STRIPE_COLUMNS];
-            for (row, &[mean, inverse]) in statistics.iter().enumerate() {
-                let start = (block * BLOCK_ROWS + row) * width + first_column;
-                let inputs = xs[start..start + columns].iter().zip(&dy[start..start + columns]);
-                for ((weight_sum, bias_sum), (&x, &dy)) in weight_sums.iter_mut().zip(&mut bias_sums).zip(inputs) {
-                    *weight_sum += dy * ((x - mean) * inverse);
-                    *bias_sum += dy;
-                }
-            }
-            for (total, sum) in d_weight.iter_mut().zip(weight_sums) {
-                *total += sum;
-            }
-            for (total, sum) in d_bias.iter_mut().zip(bias_sums) {
-                *total += sum;
+            for ((((dx, &x), &dy), &weight), weight_sum) in
+                dx.iter_mut().zip(xs).zip(dy).zip(weight).zip(weight_sums.iter_mut())
+            {
+                let normed = x * inverse;
+                dx.write(inverse * (dy * weight - normed * mean_g_x));
+                *weight_sum += dy * normed;
             }
         }
     }
