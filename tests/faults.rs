@@ -148,11 +148,11 @@ fn expect_transfer_named(error: &Error, progress: &Progress, folder: &Path, case
 
 /// The file or directory that an error of the disk is about.
 fn file_of<'a>(error: &'a Error, case: &str) -> &'a Path {
-    use ferrozero_offload::Error::{Checksum, File, Piece, Transfer};
+    use ferrozero_offload::Error::{Checksum, DiskFull, File, Piece, Transfer};
     let (Error::Offload(source) | Error::Disk { source, .. }) = error else { panic!("{case}: {error:?}") };
     let source = if let Piece { source, .. } = source { source } else { source };
     match source {
-        File { path, .. } | Transfer { path, .. } | Checksum { path, .. } => path,
+        File { path, .. } | Transfer { path, .. } | Checksum { path, .. } | DiskFull { path, .. } => path,
         other => panic!("{case}: {other:?}"),
     }
 }
@@ -199,8 +199,8 @@ fn walk_lasting(
             expect_transfer_named(&error, &progress, folder.path(), &case);
         }
         let file = file_of(&error, &case);
-        let within = file.parent().and_then(|directory| directory.strip_prefix(folder.path()).ok());
-        directories.insert(within.unwrap_or_else(|| panic!("{case}: {error}")).to_owned());
+        let within = file.strip_prefix(folder.path()).unwrap_or_else(|_| panic!("{case}: {error}"));
+        directories.extend(within.parent().map(Path::to_owned));
         let (met, digest) = go_on(folder.path(), form, &case);
         assert_eq!(digest.unwrap(), expected, "{case}: {error}");
         let as_promised = match met {
@@ -235,7 +235,7 @@ fn every_lasting_failure_at_every_operation_of_a_run_is_named_and_the_last_commi
             (FaultPoint::SyncDirectory, 1),
             (FaultPoint::LoadDocument, 1),
         ] {
-            // The backends differ below the place of these faults, so that one kind suffices for the other one.
+            // Only transfers differ between the backends, so that one kind suffices for the other one.
             let backend = match kind {
                 FaultKind::InputOutput => BackendChoice::Auto,
                 _ => BackendChoice::Pool,

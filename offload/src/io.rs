@@ -5,7 +5,7 @@
 //! | [`Uring`] | io_uring: one ring thread, many requests in flight |
 //! | [`Pool`] | threads that call pread and pwrite, where io_uring is forbidden |
 //! | [`Mem`] | files in memory, for tests and for runs without a disk |
-//! | [`Faulty`] | injects failures by a script |
+//! | [`Faulty`] | damages bytes silently, by a script; what a system reports is injected in the backends |
 //! | [`Throttled`] | makes a disk slower, so that overlap can be seen on a laptop |
 
 use std::path::PathBuf;
@@ -24,7 +24,8 @@ mod ticket;
 mod uring;
 mod workers;
 
-pub(crate) use directory::Directory;
+pub(crate) use directory::{Directory, make_directory};
+pub(crate) use fault::Script;
 pub use fault::{Fault, FaultKind, FaultPlan, FaultPoint, Faulty};
 pub use mem::Mem;
 pub use pool::Pool;

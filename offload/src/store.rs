@@ -12,7 +12,8 @@ use serde::{Deserialize, Serialize};
 use crate::{
     Completion, Error, Lease, Notice,
     io::{
-        Directory, FaultPlan, Faulty, Io, Job, Mem, Pool, Request, Throttle, Throttled, Uring, Verb, Workers,
+        Directory, FaultPlan, Faulty, Io, Job, Mem, Pool, Request, Script, Throttle, Throttled, Uring, Verb,
+        Workers, make_directory,
     },
     locked, padded_bytes,
 };
@@ -63,6 +64,13 @@ impl Default for StoreOptions {
             faults: None,
             throttle: None,
         }
+    }
+}
+
+impl StoreOptions {
+    /// The failures that come in the place of system calls.
+    fn script(&self) -> Arc<Script> {
+        Arc::new(self.faults.as_ref().map(Script::below).unwrap_or_default())
     }
 }
 
@@ -129,7 +137,8 @@ impl Store {
     /// [`Error::AlreadyCommitted`], [`Error::DiskFull`] (nothing is left behind), [`Error::Locked`],
     /// [`Error::BadLayout`], or what the file system answers. Directories that were made are then removed.
     pub fn create(directory: &Path, specs: Vec<ExtentSpec>, options: StoreOptions) -> Result<Self, Error> {
-        let mut made = MadeDirectories::default();
+        let script = options.script();
+        let mut made = MadeDirectories { script: script.clone(), made: Vec::new() };
         let (directory, stripes) = match options.backend {
             BackendChoice::Memory => (directory.to_owned(), options.stripes.clone()),
             _ => {
@@ -144,7 +153,7 @@ impl Store {
             return Err(Error::BadLayout { reason });
         }
         let layout = layout_of(specs, &options)?;
-        let (io, notices) = connect(&directory, &options)?;
+        let (io, notices) = connect(&directory, &options, script)?;
         let store = Self::create_from(io, layout, notices)?;
         made.keep();
         Ok(store)
@@ -168,7 +177,7 @@ impl Store {
         if options.backend == BackendChoice::Memory || !is_there {
             return Err(Error::NoCommit { directory: directory.to_owned() });
         }
-        let (io, notices) = connect(directory, &options)?;
+        let (io, notices) = connect(directory, &options, options.script())?;
         Self::open_from(io, directory, notices)
     }
 
@@ -318,26 +327,34 @@ impl Store {
             return Ok(());
         }
         let _marking = locked(marking);
-        let path = self.io.path_of(manifest::NAME);
-        let document = {
-            let mut table = locked(table);
-            let Some(commit) = table.committed().filter(|_| !table.is_overwriting()) else { return Ok(()) };
-            table.set_overwriting(true);
-            // No write has got past here since the commit, so the latest pieces are those of the commit.
-            Manifest::encode(layout, &table, &commit, true, &path)
+        let commit = {
+            let table = locked(table);
+            table.committed().filter(|_| !table.is_overwriting())
         };
-        let marked = document.and_then(|document| self.io.save_document(manifest::NAME, &document));
-        marked.map_err(|source| {
-            let mut table = locked(table);
-            table.set_overwriting(false);
-            table.cancel_write(piece);
-            Error::Piece {
-                extent: layout.name(piece.extent).to_owned(),
-                piece: piece.number,
-                generation: table.generation(),
-                source: Box::new(source),
+        let Some(commit) = commit else { return Ok(()) };
+        let path = self.io.path_of(manifest::NAME);
+        let save = |is_overwriting| {
+            // No write has got past here since the commit, so the latest pieces are those of the commit.
+            let document = Manifest::encode(layout, &locked(table), &commit, is_overwriting, &path)?;
+            self.io.save_document(manifest::NAME, &document)
+        };
+        match save(true) {
+            Ok(()) => locked(table).note_overwriting(),
+            Err(source) => {
+                // The note may be in place all the same, as when only the directory could not be synced. Nothing is
+                // overwritten, so it is taken back. Where that fails too, the first failure is the one to tell.
+                let _ = save(false);
+                let mut table = locked(table);
+                table.cancel_write(piece);
+                return Err(Error::Piece {
+                    extent: layout.name(piece.extent).to_owned(),
+                    piece: piece.number,
+                    generation: table.generation(),
+                    source: Box::new(source),
+                });
             }
-        })
+        }
+        Ok(())
     }
 
     /// Makes everything written so far the state to come back to, together with `application`, and answers the
@@ -453,28 +470,32 @@ impl Shared {
 }
 
 /// Directories that were made for a store; removed again, if nothing else was put there, unless they are kept.
-#[derive(Default)]
-struct MadeDirectories(Vec<PathBuf>);
+struct MadeDirectories {
+    script: Arc<Script>,
+    made: Vec<PathBuf>,
+}
 
 impl MadeDirectories {
-    /// Makes a directory if it is not there yet, and answers its one absolute name.
+    /// Makes a directory, with those above it, if it is not there yet, and answers its one absolute name. A power loss
+    /// does not take it away any more.
     fn ensure(&mut self, path: &Path) -> Result<PathBuf, Error> {
-        let failed = |source| Error::File { operation: "make", path: path.to_owned(), source };
-        if !path.exists() {
-            fs::create_dir_all(path).map_err(failed)?;
-            self.0.push(path.to_owned());
+        let is_missing = |path: &&Path| !path.as_os_str().is_empty() && !path.exists();
+        let missing: Vec<_> = path.ancestors().take_while(is_missing).collect();
+        for directory in missing.into_iter().rev() {
+            self.made.push(directory.to_owned());
+            make_directory(&self.script, directory)?;
         }
-        path.canonicalize().map_err(failed)
+        path.canonicalize().map_err(|source| Error::File { operation: "make", path: path.to_owned(), source })
     }
 
     fn keep(mut self) {
-        self.0.clear();
+        self.made.clear();
     }
 }
 
 impl Drop for MadeDirectories {
     fn drop(&mut self) {
-        for path in &self.0 {
+        for path in self.made.iter().rev() {
             let _ = fs::remove_file(path.join(".lock"));
             let _ = fs::remove_dir(path);
         }
@@ -497,27 +518,30 @@ fn layout_of(specs: Vec<ExtentSpec>, options: &StoreOptions) -> Result<Layout, E
 }
 
 /// The backend that the options ask for, in its wrappers.
-fn connect(path: &Path, options: &StoreOptions) -> Result<(Arc<dyn Io>, Vec<Notice>), Error> {
-    let no_faults = FaultPlan::default();
-    let faults = options.faults.as_ref().unwrap_or(&no_faults);
+fn connect(
+    path: &Path,
+    options: &StoreOptions,
+    script: Arc<Script>,
+) -> Result<(Arc<dyn Io>, Vec<Notice>), Error> {
     let mut notices = Vec::new();
+    let lock = |script| Ok::<_, Error>(Arc::new(Directory::lock(path, script)?));
     let mut io: Arc<dyn Io> = match options.backend {
-        BackendChoice::Memory => Arc::new(Mem::new(faults)?),
-        BackendChoice::Pool => Arc::new(Pool::new(path, faults)?),
-        BackendChoice::Uring => Arc::new(Uring::new(path, faults)?),
+        BackendChoice::Memory => Arc::new(Mem::over(script)?),
+        BackendChoice::Pool => Arc::new(Pool::over(lock(script)?)?),
+        BackendChoice::Uring => Arc::new(Uring::over(lock(script)?)?),
         BackendChoice::Auto => {
-            let directory = Arc::new(Directory::lock(path)?);
-            match Uring::over(directory.clone(), faults) {
+            let directory = lock(script)?;
+            match Uring::over(directory.clone()) {
                 Ok(uring) => Arc::new(uring),
                 Err(error) => {
                     let text = format!("{error}; the disk is used through a pool of threads");
                     notices.push(Notice::new("uring-unavailable", text));
-                    Arc::new(Pool::over(directory, faults)?)
+                    Arc::new(Pool::over(directory)?)
                 }
             }
         }
     };
-    if options.faults.is_some() {
+    if let Some(faults) = &options.faults {
         io = Arc::new(Faulty::new(io, faults));
     }
     if let Some(throttle) = &options.throttle {

@@ -112,7 +112,7 @@ fn silent_damage_is_found_by_the_checksum() {
 
 #[test]
 fn data_that_is_not_made_durable_is_never_committed() {
-    for disk in disks() {
+    for disk in directories() {
         let arena = arena(1 << 20);
         committed(&disk, &arena);
         let store = Store::open_on(disk.io(&plan(FaultPoint::Sync, 1, FaultKind::InputOutput))).unwrap();
@@ -130,7 +130,7 @@ fn data_that_is_not_made_durable_is_never_committed() {
 
 #[test]
 fn a_manifest_that_could_not_be_saved_holds_up_writes_until_it_is() {
-    for disk in disks() {
+    for disk in directories() {
         let arena = arena(1 << 20);
         committed(&disk, &arena);
         let plan = plan(FaultPoint::SaveDocument, 0, FaultKind::NoSpace);
@@ -171,11 +171,6 @@ impl Form {
         1 + self.stripes
     }
 
-    /// Documents that come before the first manifest: a note in each of several directories.
-    fn notes(self) -> u64 {
-        if self.stripes == 0 { 0 } else { self.directories() as u64 }
-    }
-
     /// How the names of the files begin that hold a piece.
     fn place_of(self, disk: &Disk, piece: usize) -> String {
         let directory = match piece % self.directories() {
@@ -191,46 +186,19 @@ impl Form {
         if self.in_place { self.directories() } else { 2 * self.directories() }
     }
 
-    /// All operations of [`live`].
-    fn rows(self) -> Vec<Row> {
-        let (directories, synced) = (self.directories() as u64, self.state_files() as u64);
-        // In place, each round but the first notes that it overwrites the commit before it.
-        let marks = u64::from(self.in_place);
-        let (made, reopened) = (self.notes() + 2 + marks, 1 + marks);
-        vec![
-            (MAKING, LoadDocument, 2 * directories),
-            (MAKING, Allocate, 1),
-            (MAKING, Write, 2 * PIECES),
-            (MAKING, Read, 2 * PIECES),
-            (MAKING, Sync, 2 * synced),
-            (MAKING, SaveDocument, made),
-            (MAKING, Rename, made),
-            (MAKING, SyncDirectory, made),
-            (REOPENED, LoadDocument, 1),
-            (REOPENED, Open, 1),
-            (REOPENED, Write, PIECES),
-            (REOPENED, Read, 2 * PIECES),
-            (REOPENED, Sync, synced),
-            (REOPENED, SaveDocument, reopened),
-            (REOPENED, Rename, reopened),
-            (REOPENED, SyncDirectory, reopened),
-        ]
-    }
-
     /// What there must be after a life that ended as it did.
-    fn left(self, (part, point, _): Row, nth: u64, lived: &Lived) -> Left {
-        // When the directory of a document could not be synced, the new document is there all the same.
-        let is_document = matches!(point, SaveDocument | Rename | SyncDirectory);
-        let replaced = point == SyncDirectory && lived.error.is_some();
-        let is_note = is_document && part == MAKING && nth < self.notes();
-        let is_mark = is_document && matches!(lived.error, Some(Error::Piece { .. }));
+    fn left(self, disk: &Disk, point: FaultPoint, lived: &Lived) -> Left {
+        let Some(error) = &lived.error else { return Left::Commit(3) };
+        // When the directory of a manifest could not be synced, the new manifest is there all the same. A store of
+        // several directories notes whose they are before its first one.
+        let is_there = |directory: &Path| directory.join("manifest.json").exists();
+        let is_replaced = point == SyncDirectory && lived.is_committing && disk.path().is_some_and(is_there);
+        // Nothing is overwritten before that is noted, and where it could not be, the commit is as it was.
+        let is_mark = matches!(error, Error::Piece { source, .. } if matches!(**source, Error::File { .. }));
         match lived.committed {
-            _ if replaced && !is_note && !is_mark => Left::Commit(lived.committed + 1),
+            generation if is_replaced => Left::Commit(generation + 1),
             0 => Left::Nothing,
-            // Nothing is overwritten before that is noted.
-            generation if self.in_place && lived.has_begun && (replaced || !is_mark) => {
-                Left::Overwritten(generation)
-            }
+            generation if self.in_place && lived.has_begun && !is_mark => Left::Overwritten(generation),
             generation => Left::Commit(generation),
         }
     }
@@ -258,11 +226,31 @@ fn expect_left(disk: &Disk, arena: &Arena, left: Left, case: &str) {
     }
 }
 
-/// One part of a store's life, one kind of operation, and how many of these there are in it.
-type Row = (usize, FaultPoint, u64);
+/// One part of a store's life, and one kind of operation in it.
+type Row = (usize, FaultPoint);
 
 const MAKING: usize = 0;
 const REOPENED: usize = 1;
+
+/// All operations of [`live`].
+const ROWS: [Row; 16] = [
+    (MAKING, LoadDocument),
+    (MAKING, Allocate),
+    (MAKING, Write),
+    (MAKING, Read),
+    (MAKING, Sync),
+    (MAKING, SaveDocument),
+    (MAKING, Rename),
+    (MAKING, SyncDirectory),
+    (REOPENED, LoadDocument),
+    (REOPENED, Open),
+    (REOPENED, Write),
+    (REOPENED, Read),
+    (REOPENED, Sync),
+    (REOPENED, SaveDocument),
+    (REOPENED, Rename),
+    (REOPENED, SyncDirectory),
+];
 
 /// How far a store came.
 #[derive(Default)]
@@ -271,6 +259,8 @@ struct Lived {
     committed: u64,
     /// Whether a write was tried since the last of them.
     has_begun: bool,
+    /// Whether a commit was asked for and not answered with success.
+    is_committing: bool,
     error: Option<Error>,
 }
 
@@ -283,8 +273,9 @@ fn live(disk: &Disk, form: Form, arena: &Arena, plans: [&FaultPlan; 2]) -> Lived
             write(store, arena, piece, round)?;
         }
         read_all(store, arena, round)?;
+        lived.is_committing = true;
         lived.committed = store.commit(json!({ "round": round }))?;
-        lived.has_begun = false;
+        (lived.is_committing, lived.has_begun) = (false, false);
         Ok(())
     };
     let mut all = || -> Result<(), Error> {
@@ -315,15 +306,35 @@ fn read_all(store: &Store, arena: &Arena, round: u64) -> Result<(), Error> {
 }
 
 /// Lives once with one fault and checks what is left: a whole commit, or a store that says that it has none.
-fn live_with(disk: &Disk, form: Form, row: Row, nth: u64, kind: FaultKind) -> (Lived, Left) {
+fn live_with(disk: &Disk, form: Form, (part, point): Row, nth: u64, kind: FaultKind) -> (Lived, Left) {
     let (arena, none) = (arena(1 << 20), FaultPlan::default());
-    let plan = plan(row.1, nth, kind);
-    let plans = if row.0 == MAKING { [&plan, &none] } else { [&none, &plan] };
+    let plan = plan(point, nth, kind);
+    let plans = if part == MAKING { [&plan, &none] } else { [&none, &plan] };
     let lived = live(disk, form, &arena, plans);
-    let left = form.left(row, nth, &lived);
-    expect_left(disk, &arena, left, &format!("{form:?} {row:?} {nth} {kind:?}: {:?}", lived.error));
+    let left = form.left(disk, point, &lived);
+    expect_left(disk, &arena, left, &format!("{form:?} {part} {point:?} {nth} {kind:?}: {:?}", lived.error));
     assert_eq!(arena.free_bytes(), arena.capacity_bytes(), "every lease came back");
     (lived, left)
+}
+
+/// Injects `kind` at each operation of a kind on new disks until there is none left to fail, and shows what came of each.
+/// Answers how many there are.
+fn walk(
+    new_disk: impl Fn() -> Disk,
+    form: Form,
+    row: Row,
+    kind: FaultKind,
+    mut see: impl FnMut(&Disk, u64, Lived, Left),
+) -> u64 {
+    for nth in 0.. {
+        let disk = new_disk();
+        let (lived, left) = live_with(&disk, form, row, nth, kind);
+        if lived.error.is_none() {
+            return nth;
+        }
+        see(&disk, nth, lived, left);
+    }
+    unreachable!("there is an end to the operations of a store's life")
 }
 
 /// The file that a failure is about.
@@ -331,14 +342,20 @@ fn file_of(error: &Error) -> &Path {
     match error {
         Error::Piece { source, .. } => file_of(source),
         Error::Transfer { path, .. } | Error::File { path, .. } | Error::Checksum { path, .. } => path,
+        // The directory.
+        Error::DiskFull { path, .. } => path,
         other => panic!("{other}"),
     }
 }
 
 /// A lasting failure names the piece, where there is one, and the file, in the right directory.
-fn expect_named(disk: &Disk, form: Form, point: FaultPoint, lived: &Lived, case: &str) {
+fn expect_named(disk: &Disk, form: Form, point: FaultPoint, kind: FaultKind, lived: &Lived, case: &str) {
     let error = lived.error.as_ref().expect("the fault was told");
     let case = format!("{case}: {error}");
+    if point == Allocate {
+        let is_left = |directory: &Path| directory.join("state-a.bin").exists();
+        assert!(disk.path().is_none_or(|directory| !is_left(directory)), "{case}: something was left behind");
+    }
     match (error, point) {
         (Error::Piece { extent, piece, generation, source }, _) => {
             assert_eq!((extent.as_str(), *generation), ("h.0/master", lived.committed), "{case}");
@@ -348,42 +365,66 @@ fn expect_named(disk: &Disk, form: Form, point: FaultPoint, lived: &Lived, case:
                     assert!(path.display().to_string().starts_with(&place), "{case}: {place}");
                 }
                 // The write of a piece came before it, which could not note that it overwrites the last commit.
-                (Error::File { .. }, SaveDocument | Rename | SyncDirectory) if form.in_place => {}
+                (Error::File { .. }, SaveDocument | Sync | Rename | SyncDirectory) if form.in_place => {}
                 _ => panic!("{case}"),
             }
         }
+        // Only while the files are made is it known how many bytes there should be room for.
+        (Error::DiskFull { path, needed_bytes, .. }, Allocate | Sync | SyncDirectory) => {
+            assert!(kind == FaultKind::NoSpace && lived.committed == 0 && *needed_bytes > 0, "{case}");
+            assert!(disk.path().is_some_and(|directory| path.starts_with(directory)), "{case}");
+        }
         (Error::File { path, .. }, point) if !matches!(point, Read | Write) => {
+            assert!(kind != FaultKind::NoSpace || point != Allocate, "{case}");
             assert!(disk.path().is_none_or(|directory| path.starts_with(directory)), "{case}");
         }
         _ => panic!("{case}"),
     }
 }
 
+/// What makes new disks of each backend that can fail in this way.
+fn makers(point: FaultPoint) -> Vec<fn() -> Disk> {
+    let mut makers: Vec<fn() -> Disk> = vec![new_pool];
+    if matches!(point, Read | Write) {
+        makers.push(|| Disk::Mem(Mem::new(&FaultPlan::default()).unwrap().into()));
+    }
+    let is_uring = |disk: &Disk| matches!(disk, Disk::Uring(_));
+    if quick_disks().iter().any(is_uring) {
+        makers.push(|| Disk::Uring(tempfile::tempdir_in(quick_folder()).unwrap()));
+    }
+    makers
+}
+
+/// A disk that nothing was done to, for the pool.
+fn new_pool() -> Disk {
+    Disk::Pool(tempfile::tempdir_in(quick_folder()).unwrap())
+}
+
 fn rows() -> impl Iterator<Item = (Form, Row)> {
-    FORMS.into_iter().flat_map(|form| form.rows().into_iter().map(move |row| (form, row)))
+    FORMS.into_iter().flat_map(|form| ROWS.map(|row| (form, row)))
 }
 
 #[test]
 fn every_lasting_failure_at_every_operation_is_named_and_spares_the_last_commit() {
-    for (form, row @ (_, point, count)) in rows() {
+    for (form, row @ (part, point)) in rows() {
         for kind in [FaultKind::InputOutput, FaultKind::NoSpace, FaultKind::NoPermission] {
             let mut named = HashSet::new();
-            for nth in 0..count {
-                for disk in quick_disks() {
-                    let lived = live_with(&disk, form, row, nth, kind).0;
-                    expect_named(&disk, form, point, &lived, &format!("{form:?} {row:?} {nth} {kind:?}"));
-                    let file = lived.error.as_ref().map(file_of);
+            for new_disk in makers(point) {
+                let count = walk(new_disk, form, row, kind, |disk, nth, lived, _| {
+                    let case = format!("{form:?} {part} {point:?} {nth} {kind:?}");
+                    expect_named(disk, form, point, kind, &lived, &case);
+                    let file = lived.error.as_ref().filter(|_| lived.is_committing).map(file_of);
                     named.extend(disk.path().and_then(|own| Some(file?.strip_prefix(own).ok()?.to_owned())));
-                }
+                });
+                assert!(count > 0, "{form:?} {part} has no {point:?}");
             }
+            let is_state = |file: &&PathBuf| {
+                file.file_name().is_some_and(|name| name.to_string_lossy().starts_with("state-"))
+            };
             if point == Sync {
-                assert_eq!(named.len(), form.state_files(), "each file is named in its turn: {named:?}");
+                let states = named.iter().filter(is_state).count();
+                assert_eq!(states, form.state_files(), "each file of states is named in its turn: {named:?}");
             }
-        }
-        // The table has all operations of its kind: there is none after the last.
-        for disk in quick_disks() {
-            let (lived, left) = live_with(&disk, form, row, count, FaultKind::InputOutput);
-            assert!(lived.error.is_none() && left == Left::Commit(3), "{form:?} {row:?} has more");
         }
     }
 }
@@ -391,15 +432,18 @@ fn every_lasting_failure_at_every_operation_is_named_and_spares_the_last_commit(
 #[test]
 fn every_silent_damage_at_every_transfer_is_found_before_it_is_committed() {
     let kinds = [FaultKind::BitFlip { bit: 65_432 }, FaultKind::Stale, FaultKind::Misplaced];
-    for (form, row @ (_, _, count)) in rows().filter(|(_, row)| matches!(row.1, Read | Write)) {
-        for (kind, nth) in kinds.iter().flat_map(|&kind| (0..count).map(move |nth| (kind, nth))) {
-            for disk in quick_disks() {
-                let found = live_with(&disk, form, row, nth, kind).0.error;
-                let Some(Error::Checksum { extent, path, piece, .. }) = &found else {
-                    panic!("{form:?} {row:?} {nth} {kind:?}: {found:?}")
-                };
-                assert_eq!(extent, "h.0/master");
-                assert!(path.display().to_string().starts_with(&form.place_of(&disk, *piece)));
+    for (form, row @ (_, point)) in rows().filter(|(_, row)| matches!(row.1, Read | Write)) {
+        for kind in kinds {
+            for new_disk in makers(point) {
+                let count = walk(new_disk, form, row, kind, |disk, nth, lived, _| {
+                    let Some(Error::Checksum { extent, path, piece, .. }) = &lived.error else {
+                        panic!("{form:?} {row:?} {nth} {kind:?}: {:?}", lived.error)
+                    };
+                    assert_eq!(extent, "h.0/master");
+                    assert!(path.display().to_string().starts_with(&form.place_of(disk, *piece)));
+                });
+                let rounds = if row.0 == MAKING || point == Read { 2 } else { 1 };
+                assert_eq!(count, rounds * PIECES, "{form:?} {row:?} {kind:?}");
             }
         }
     }
@@ -410,11 +454,10 @@ fn every_silent_damage_at_every_transfer_is_found_before_it_is_committed() {
 fn all_that_faults_may_leave_is_met_in_place_a_store_that_is_refused_too() {
     for form in FORMS {
         let mut met = HashSet::new();
-        for row in form.rows() {
-            for nth in 0..row.2 {
-                let disk = Disk::Mem(Mem::new(&FaultPlan::default()).unwrap().into());
-                met.insert(live_with(&disk, form, row, nth, FaultKind::InputOutput).1);
-            }
+        for row in ROWS {
+            walk(new_pool, form, row, FaultKind::InputOutput, |_, _, _, left| {
+                met.insert(left);
+            });
         }
         let commits = [Left::Nothing, Left::Commit(1), Left::Commit(2), Left::Commit(3)];
         let overwritten = [Left::Overwritten(1), Left::Overwritten(2)];
@@ -427,7 +470,7 @@ fn all_that_faults_may_leave_is_met_in_place_a_store_that_is_refused_too() {
 fn every_passing_failure_at_every_system_call_is_ridden_out() {
     let passing = [FaultKind::Interrupted, FaultKind::Again];
     let short = [1, 4095, 4096, 4097, 8191].map(|bytes| FaultKind::Short { bytes });
-    let cases = rows().flat_map(|(form, (part, point, _))| {
+    let cases = rows().flat_map(|(form, (part, point))| {
         let moves_bytes = matches!(point, Read | Write | SaveDocument | LoadDocument);
         let kinds = passing.into_iter().chain(short.into_iter().filter(move |_| moves_bytes));
         kinds.map(move |kind| (form, part, point, kind))
@@ -437,15 +480,9 @@ fn every_passing_failure_at_every_system_call_is_ridden_out() {
         let plan = FaultPlan((0..64).map(|nth| Fault { point, nth: 2 * nth, kind }).collect());
         let lasting = FaultPlan((0..4096).map(|nth| Fault { point, nth, kind }).collect());
         let none = FaultPlan::default();
-        for disk in quick_disks() {
+        for new_disk in makers(point) {
             let plans = |plan| if part == MAKING { [plan, &none] } else { [&none, plan] };
-            let is_memory = disk.path().is_none();
-            if is_memory && (part == REOPENED || !matches!(point, Read | Write)) {
-                // Memory makes no system calls but transfers, and keeps the script that it was made with.
-                continue;
-            }
-            let of = |plan: &FaultPlan| Disk::Mem(Mem::new(plan).unwrap().into());
-            let (disk, never) = if is_memory { (of(&plan), of(&lasting)) } else { (disk, fresh_disk()) };
+            let (disk, never) = (new_disk(), new_disk());
             let arena = arena(1 << 20);
             let lived = live(&disk, form, &arena, plans(&plan));
             let case = format!("{form:?} {part} {point:?} {kind:?}");
@@ -459,9 +496,4 @@ fn every_passing_failure_at_every_system_call_is_ridden_out() {
             }
         }
     }
-}
-
-/// A disk that nothing was done to, for the pool.
-fn fresh_disk() -> Disk {
-    Disk::Pool(tempfile::tempdir_in(quick_folder()).unwrap())
 }

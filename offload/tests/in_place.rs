@@ -71,7 +71,7 @@ fn a_store_left_between_commits_is_refused_with_what_can_be_done() {
 
 #[test]
 fn nothing_is_overwritten_while_that_cannot_be_noted() {
-    for disk in disks() {
+    for disk in directories() {
         let arena = arena(1 << 20);
         let store = disk.create_with(specs(), &in_place());
         write_all(&store, &arena, 1);
@@ -95,6 +95,31 @@ fn nothing_is_overwritten_while_that_cannot_be_noted() {
         drop(store);
         expect_round(&disk.open(), &arena, piece, 2);
         assert_eq!(arena.free_bytes(), arena.capacity_bytes(), "every lease came back");
+    }
+}
+
+/// The note is in place, but may not be durable: it is taken back, since nothing was overwritten.
+#[test]
+fn a_note_that_may_not_be_durable_is_taken_back() {
+    for disk in directories() {
+        let arena = arena(1 << 20);
+        let store = disk.create_with(specs(), &in_place());
+        write_all(&store, &arena, 1);
+        store.commit(json!(null)).unwrap();
+        drop(store);
+        let fault = Fault { point: FaultPoint::SyncDirectory, nth: 0, kind: FaultKind::InputOutput };
+        let store = Store::open_on(disk.io(&FaultPlan(vec![fault]))).unwrap();
+        let piece = (store.extent("weights").unwrap(), 1);
+        let error = write(&store, &arena, piece, 2).unwrap_err();
+        assert!(matches!(error, Error::Piece { generation: 1, .. }), "{error}");
+        drop(store);
+        expect_round(&disk.open(), &arena, piece, 1);
+        // What comes to the disk's files is noted again.
+        let store = disk.open();
+        write(&store, &arena, piece, 2).unwrap();
+        drop(store);
+        let opened = Store::open_on(disk.io(&FaultPlan::default())).map(drop);
+        assert!(matches!(opened, Err(Error::Overwritten { generation: 1, .. })), "{opened:?}");
     }
 }
 

@@ -330,6 +330,34 @@ fn a_full_disk_leaves_nothing_half_made() {
 }
 
 #[test]
+fn folders_are_made_with_those_above_them_or_not_at_all() {
+    use io::{Fault, FaultKind, FaultPlan, FaultPoint};
+    let root = tempfile::tempdir().unwrap();
+    let directory = root.path().join("above/own");
+    let create = |point, nth| {
+        let fault = Fault { point, nth, kind: FaultKind::InputOutput };
+        let options = StoreOptions { faults: Some(FaultPlan(vec![fault])), ..of_pieces(4096) };
+        Store::create(&directory, state("weights", 8192), options)
+    };
+    // Both folders are made, and each becomes durable in the one above it.
+    for (point, nth, path) in [
+        (FaultPoint::Allocate, 0, "above"),
+        (FaultPoint::SyncDirectory, 0, ""),
+        (FaultPoint::Allocate, 1, "above/own"),
+        (FaultPoint::SyncDirectory, 1, "above"),
+        (FaultPoint::SyncDirectory, 2, "above/own"),
+    ] {
+        match create(point, nth).map(drop) {
+            Err(Error::File { path: named, .. }) => assert_eq!(named, root.path().join(path)),
+            other => panic!("{point:?} {nth}: {other:?}"),
+        }
+        assert_eq!(std::fs::read_dir(root.path()).unwrap().count(), 0, "{point:?} {nth}: a folder is left");
+    }
+    drop(create(FaultPoint::SyncDirectory, 3).unwrap());
+    assert!(directory.join("state-a.bin").exists());
+}
+
+#[test]
 fn a_file_system_without_direct_transfers_works_buffered() {
     let Some(mount) = Mount::new("ramfs", "mode=755") else { return };
     for backend in [BackendChoice::Pool, BackendChoice::Auto] {

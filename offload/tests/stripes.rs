@@ -175,7 +175,7 @@ fn a_first_commit_that_was_cut_off_may_be_made_again() {
         let arena = arena(2 << 20);
         drop(directories.create(backend).unwrap());
         // The notes of three directories, and then no manifest.
-        let fault = Fault { point: FaultPoint::SaveDocument, nth: 3, kind: FaultKind::InputOutput };
+        let fault = Fault { point: FaultPoint::Rename, nth: 3, kind: FaultKind::InputOutput };
         let options = StoreOptions { faults: Some(FaultPlan(vec![fault])), ..directories.options(backend) };
         let store = Store::create(&directories.own(), specs(), options).unwrap();
         write_all(&store, &arena, 1);

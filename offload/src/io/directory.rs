@@ -17,7 +17,7 @@ use std::{
 use super::{
     FileId, FileSpec, Verb,
     fault::{FaultPoint, Script},
-    progress::{Progress, retried},
+    progress::Progress,
 };
 use crate::{Error, Notice, locked};
 
@@ -34,7 +34,7 @@ pub(crate) struct Directory {
     stripe_locks: OnceLock<Vec<File>>,
     files: OnceLock<Vec<OpenFile>>,
     notices: Mutex<Vec<Notice>>,
-    script: OnceLock<Arc<Script>>,
+    script: Arc<Script>,
 }
 
 #[derive(Debug)]
@@ -55,43 +55,20 @@ impl Drop for Directory {
 }
 
 impl Directory {
-    /// Locks an existing directory.
-    pub(crate) fn lock(path: &Path) -> Result<Self, Error> {
+    /// Locks an existing directory. System calls fail as the script says.
+    pub(crate) fn lock(path: &Path, script: Arc<Script>) -> Result<Self, Error> {
         Ok(Self {
             path: path.to_owned(),
             lock: lock(path)?,
             stripe_locks: OnceLock::new(),
             files: OnceLock::new(),
             notices: Mutex::default(),
-            script: OnceLock::new(),
+            script,
         })
     }
 
-    /// System calls fail as the script says from now on.
-    pub(crate) fn inject(&self, script: Arc<Script>) {
-        // A second call keeps the first script; a backend makes only one.
-        let _ = self.script.set(script);
-    }
-
-    fn distort(&self, point: FaultPoint, result: io::Result<usize>) -> io::Result<usize> {
-        match self.script.get() {
-            Some(script) => script.distort_at(point, result),
-            None => result,
-        }
-    }
-
-    /// A system call that moves no bytes, until it is no longer interrupted.
-    fn call<T>(&self, point: FaultPoint, call: impl Fn() -> io::Result<T>) -> io::Result<T> {
-        retried(|| match self.script.get() {
-            Some(script) => script.call(point, &call),
-            None => call(),
-        })
-    }
-
-    fn sync_directory(&self, path: &Path) -> Result<(), Error> {
-        let synced = self
-            .call(FaultPoint::SyncDirectory, || File::open(path).and_then(|directory| directory.sync_all()));
-        synced.map_err(|source| Error::File { operation: "sync", path: path.to_owned(), source })
+    pub(crate) fn script(&self) -> &Arc<Script> {
+        &self.script
     }
 
     pub(crate) fn files(&self) -> &[OpenFile] {
@@ -147,9 +124,9 @@ impl Directory {
         let made = files.iter().map(|spec| self.allocate_file(spec)).collect::<Result<Vec<_>, Error>>();
         let made = made.and_then(|made| {
             for stripe in self.stripes_of(files) {
-                self.sync_directory(&stripe)?;
+                self.script.sync_directory(&stripe)?;
             }
-            self.sync_directory(&self.path)?;
+            self.script.sync_directory(&self.path)?;
             Ok(made)
         });
         let made = made.map_err(|error| {
@@ -158,7 +135,9 @@ impl Directory {
             }
             match error {
                 Error::File { source, path, .. } if is_full(&source) => {
-                    let directory = path.parent().map_or_else(|| self.path.clone(), Path::to_owned);
+                    // What could not be made or synced is a file, or the directory itself.
+                    let of_file = path.parent().filter(|_| !path.is_dir()).map(Path::to_owned);
+                    let directory = of_file.unwrap_or(path);
                     let here = files.iter().filter(|spec| self.directory_of(spec) == directory);
                     Error::DiskFull {
                         needed_bytes: here.map(|spec| spec.bytes).sum(),
@@ -187,7 +166,8 @@ impl Directory {
         for spec in files {
             let open = self.open(&spec.name, OpenOptions::new().read(true).write(true), FaultPoint::Open)?;
             let failed = |source| Error::File { operation: "inspect", path: open.path.clone(), source };
-            let found_bytes = open.file.metadata().map_err(failed)?.len();
+            let metadata = self.script.call(FaultPoint::Open, &open.path, || open.file.metadata());
+            let found_bytes = metadata.map_err(failed)?.len();
             if found_bytes < spec.bytes {
                 let path = open.path;
                 return Err(Error::TruncatedFile { path, expected_bytes: spec.bytes, found_bytes });
@@ -210,7 +190,7 @@ impl Directory {
             FaultPoint::Allocate,
         )?;
         let failed = |operation, source| Error::File { operation, path: self.path_of(&spec.name), source };
-        match self.call(FaultPoint::Allocate, || reserve_space(&open.file, spec.bytes)) {
+        match self.script.call(FaultPoint::Allocate, &open.path, || reserve_space(&open.file, spec.bytes)) {
             Ok(()) => {}
             Err(error) if error.raw_os_error() == Some(libc::EOPNOTSUPP) => {
                 open.file.set_len(spec.bytes).map_err(|source| failed("set the size of", source))?;
@@ -222,14 +202,16 @@ impl Directory {
             }
             Err(error) => return Err(failed("reserve the space of", error)),
         }
-        self.call(FaultPoint::Sync, || open.file.sync_all()).map_err(|source| failed("sync", source))?;
+        let synced = self.script.call(FaultPoint::Sync, &open.path, || open.file.sync_all());
+        synced.map_err(|source| failed("sync", source))?;
         Ok(open)
     }
 
     /// Opens past the page cache where the file system allows it.
     fn open(&self, name: &str, options: &mut OpenOptions, point: FaultPoint) -> Result<OpenFile, Error> {
         let path = self.path_of(name);
-        let direct = self.call(point, || options.clone().custom_flags(libc::O_DIRECT).open(&path));
+        let direct =
+            self.script.call(point, &path, || options.clone().custom_flags(libc::O_DIRECT).open(&path));
         let is_direct = direct.is_ok();
         let file = match direct {
             Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {
@@ -255,40 +237,43 @@ impl Directory {
 
     pub(crate) fn sync(&self, file: FileId) -> Result<(), Error> {
         let open = self.file(file)?;
-        self.call(FaultPoint::Sync, || open.file.sync_data()).map_err(|source| Error::File {
-            operation: "sync",
-            path: open.path.clone(),
-            source,
-        })
+        let synced = self.script.call(FaultPoint::Sync, &open.path, || open.file.sync_data());
+        synced.map_err(|source| Error::File { operation: "sync", path: open.path.clone(), source })
     }
 
     /// New file, sync, rename, sync of the directory: a reader finds the old document or the new one.
     pub(crate) fn save_document(&self, name: &str, bytes: &[u8]) -> Result<(), Error> {
         let (path, new_path) = (self.path_of(name), self.path_of(&format!("{name}.new")));
-        let written = self.call(FaultPoint::SaveDocument, || File::create(&new_path)).and_then(|file| {
+        let script = &self.script;
+        let made = script.call(FaultPoint::SaveDocument, &new_path, || File::create(&new_path));
+        let written = made.and_then(|file| {
             Progress::new(Verb::Write, bytes.len()).run(|done_bytes| {
-                let moved = file.write_at(&bytes[done_bytes..], done_bytes as u64);
-                self.distort(FaultPoint::SaveDocument, moved)
+                script.transfer(FaultPoint::SaveDocument, &new_path, || {
+                    file.write_at(&bytes[done_bytes..], done_bytes as u64)
+                })
             })?;
-            self.call(FaultPoint::Sync, || file.sync_all())
+            script.call(FaultPoint::Sync, &new_path, || file.sync_all())
         });
         written.map_err(|source| Error::File { operation: "write", path: new_path.clone(), source })?;
-        let replaced = self.call(FaultPoint::Rename, || fs::rename(&new_path, &path));
+        let replaced = script.call(FaultPoint::Rename, &path, || fs::rename(&new_path, &path));
         replaced.map_err(|source| Error::File { operation: "replace", path: path.clone(), source })?;
-        self.sync_directory(path.parent().unwrap_or(&self.path))
+        self.script.sync_directory(path.parent().unwrap_or(&self.path))
     }
 
     pub(crate) fn load_document(&self, name: &str) -> Result<Option<Vec<u8>>, Error> {
         let path = self.path_of(name);
-        let read = self.call(FaultPoint::LoadDocument, || File::open(&path)).and_then(|file| {
+        let script = &self.script;
+        let opened = script.call(FaultPoint::LoadDocument, &path, || File::open(&path));
+        let read = opened.and_then(|file| {
             let bytes = file.metadata()?.len();
             if bytes > DOCUMENT_BYTES_MAX {
                 return Err(io::ErrorKind::FileTooLarge.into());
             }
             let mut document = vec![0; bytes as usize];
             Progress::new(Verb::Read, document.len()).run(|done_bytes| {
-                let moved = file.read_at(&mut document[done_bytes..], done_bytes as u64);
-                self.distort(FaultPoint::LoadDocument, moved)
+                script.transfer(FaultPoint::LoadDocument, &path, || {
+                    file.read_at(&mut document[done_bytes..], done_bytes as u64)
+                })
             })?;
             Ok(document)
         });
@@ -298,6 +283,17 @@ impl Directory {
             Err(source) => Err(Error::File { operation: "read", path, source }),
         }
     }
+}
+
+/// Makes a directory, and its entry in the one above it durable. One that is there already is left as it is.
+pub(crate) fn make_directory(script: &Script, path: &Path) -> Result<(), Error> {
+    let made = script.call(FaultPoint::Allocate, path, || fs::create_dir(path));
+    match made {
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => return Ok(()),
+        made => made.map_err(|source| Error::File { operation: "make", path: path.to_owned(), source })?,
+    }
+    let above = path.parent().filter(|above| !above.as_os_str().is_empty());
+    script.sync_directory(above.unwrap_or(Path::new(".")))
 }
 
 fn lock(directory: &Path) -> Result<File, Error> {
@@ -343,4 +339,95 @@ fn available_bytes(path: &Path) -> u64 {
     // SAFETY: the call succeeded and so has filled it in.
     let statistics = unsafe { statistics.assume_init() };
     statistics.f_bavail * statistics.f_frsize
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::fault::journal::{self, Call};
+    use super::*;
+
+    fn directory(path: &Path) -> Directory {
+        Directory::lock(path, Arc::default()).unwrap()
+    }
+
+    /// What a disk that keeps nothing it was not told to, and writes what it likes before that, may do to a document
+    /// that was replaced by these calls: none where the power may go at every instant.
+    fn harm(calls: &[Call], document: &Path, new: &Path) -> Option<&'static str> {
+        let last = |calls: &[Call], point: FaultPoint, path: &Path| {
+            calls.iter().rposition(|(of, on)| *of == point && on == path)
+        };
+        for end in 0..=calls.len() {
+            let before = &calls[..end];
+            // The new name may be on the disk at once, and its bytes then have to be there already.
+            let is_renamed = last(before, FaultPoint::Rename, document).is_some();
+            let synced = last(before, FaultPoint::Sync, new);
+            let is_whole = synced.is_some() && synced > last(before, FaultPoint::SaveDocument, new);
+            if is_renamed && !is_whole {
+                return Some("a name without its bytes");
+            }
+        }
+        // At the end the new document is there to stay.
+        let renamed = last(calls, FaultPoint::Rename, document);
+        let synced = last(calls, FaultPoint::SyncDirectory, document.parent().unwrap());
+        (renamed.is_none() || synced <= renamed).then_some("the old document after the new one was promised")
+    }
+
+    #[test]
+    fn a_document_is_replaced_in_an_order_that_no_power_loss_harms_and_each_step_is_needed() {
+        let folder = tempfile::tempdir().unwrap();
+        let (document, new) = (folder.path().join("manifest.json"), folder.path().join("manifest.json.new"));
+        let directory = directory(folder.path());
+        for bytes in [&b"first"[..], b"second"] {
+            journal::take();
+            directory.save_document("manifest.json", bytes).unwrap();
+            let calls = journal::take();
+            assert_eq!(harm(&calls, &document, &new), None, "{calls:?}");
+            assert_eq!(fs::read(&document).unwrap(), bytes);
+            // The disk that stands for a real one finds each step that is left out, and the two that are exchanged.
+            for step in [FaultPoint::Sync, FaultPoint::Rename, FaultPoint::SyncDirectory] {
+                let without: Vec<_> = calls.iter().filter(|(point, _)| *point != step).cloned().collect();
+                assert_eq!(without.len() + 1, calls.len(), "{step:?} is done once");
+                assert!(harm(&without, &document, &new).is_some(), "nobody misses {step:?}");
+            }
+            for first in 1..calls.len() - 1 {
+                let mut exchanged = calls.clone();
+                exchanged.swap(first, first + 1);
+                assert!(harm(&exchanged, &document, &new).is_some(), "{exchanged:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn what_was_made_is_durable_before_it_is_answered_names_too() {
+        let folder = tempfile::tempdir().unwrap();
+        let (above, own) = (folder.path().join("above"), folder.path().join("above/own"));
+        journal::take();
+        for path in [&above, &own] {
+            make_directory(&Script::default(), path).unwrap();
+        }
+        let made = journal::take();
+        let expected = [
+            (FaultPoint::Allocate, above.clone()),
+            (FaultPoint::SyncDirectory, folder.path().to_owned()),
+            (FaultPoint::Allocate, own.clone()),
+            (FaultPoint::SyncDirectory, above),
+        ];
+        assert_eq!(made, expected, "a directory is an entry of the one above it");
+
+        let stripe = folder.path().join("stripe");
+        make_directory(&Script::default(), &stripe).unwrap();
+        make_directory(&Script::default(), &stripe).unwrap();
+        let names = ["a".into(), stripe.join("b").to_string_lossy().into_owned()];
+        let specs = names.map(|name| FileSpec { name, bytes: 8192 });
+        journal::take();
+        directory(&own).allocate_files(&specs).unwrap();
+        let calls = journal::take();
+        let last = |point, path: &Path| calls.iter().rposition(|call| *call == (point, path.to_owned()));
+        for (directory, name) in [(&own, "a"), (&stripe, "b")] {
+            let file = directory.join(name);
+            let allocated = last(FaultPoint::Allocate, &file);
+            assert!(allocated.is_some() && last(FaultPoint::Sync, &file) > allocated, "{calls:?}");
+            assert!(last(FaultPoint::SyncDirectory, directory) > allocated, "{calls:?}");
+        }
+    }
 }

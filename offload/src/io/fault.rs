@@ -1,10 +1,11 @@
 //! Failures by a script, so that every error path can be walked.
 //!
-//! Failures that a backend must ride out (interrupted, try again, short transfer) are injected below it, at its
-//! system calls. Failures that it must report or that nobody reports (broken disk, full disk, flipped bit, lost write)
-//! are injected above it, by [`Faulty`].
+//! What a system answers (broken disk, full disk, interrupted, fewer bytes than asked for) is injected below a backend, in
+//! the place of its system calls, so that it passes through all that the backend does about it. Damage that nobody
+//! reports (flipped bit, lost write) is injected above it, by [`Faulty`].
 
 use std::{
+    fs::File,
     io,
     path::{Path, PathBuf},
     sync::{
@@ -13,21 +14,21 @@ use std::{
     },
 };
 
-use super::{Completion, FileId, FileSpec, Io, OnDone, Request, Verb};
+use super::{Completion, FileId, FileSpec, Io, OnDone, Request, Verb, progress::retried};
 use crate::{Error, Notice};
 
-/// What a fault interferes with. Transient kinds count system calls, the others count verbs of [`Io`].
+/// What a fault interferes with. Damage that nobody reports counts verbs of [`Io`], all else counts system calls.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum FaultPoint {
-    /// Making the files.
+    /// Making the files, and directories for them.
     Allocate,
     /// Opening the files.
     Open,
-    /// A read; for transient kinds, a system call that reads.
+    /// A read.
     Read,
-    /// A write; for transient kinds, a system call that writes.
+    /// A write.
     Write,
-    /// Making a file's data durable.
+    /// Making a file's data durable, a new document's too.
     Sync,
     /// Reading a document.
     LoadDocument,
@@ -68,13 +69,14 @@ pub enum FaultKind {
     Stale,
     /// The bytes beside those asked for are moved, and nobody says so.
     Misplaced,
-    /// The process ends at once, before the operation, as if it had been killed.
+    /// The process ends at the system call, as if it had been killed.
     Kill,
 }
 
 impl FaultKind {
-    fn is_transient(self) -> bool {
-        matches!(self, FaultKind::Interrupted | FaultKind::Again | FaultKind::Short { .. })
+    /// Whether the transfer reports success and is none.
+    fn is_silent(self) -> bool {
+        matches!(self, FaultKind::BitFlip { .. } | FaultKind::Stale | FaultKind::Misplaced)
     }
 
     fn os_error(self) -> Option<io::Error> {
@@ -107,21 +109,21 @@ pub struct Fault {
 pub struct FaultPlan(pub Vec<Fault>);
 
 /// A plan under way: which operation of each kind is next.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub(crate) struct Script {
     faults: Vec<Fault>,
     counts: [AtomicU64; POINTS],
 }
 
 impl Script {
-    /// The transient faults of a plan: those below a backend.
+    /// What a system answers: the faults of a plan below a backend.
     pub(crate) fn below(plan: &FaultPlan) -> Self {
-        Self::of(plan, FaultKind::is_transient)
+        Self::of(plan, |kind| !kind.is_silent())
     }
 
-    /// The lasting faults of a plan: those above a backend.
+    /// What nobody reports: the faults of a plan above a backend.
     fn above(plan: &FaultPlan) -> Self {
-        Self::of(plan, |kind| !kind.is_transient())
+        Self::of(plan, FaultKind::is_silent)
     }
 
     fn of(plan: &FaultPlan, wanted: impl Fn(FaultKind) -> bool) -> Self {
@@ -147,7 +149,7 @@ impl Script {
         self.distort_at(point_of(verb), result)
     }
 
-    pub(crate) fn distort_at(&self, point: FaultPoint, result: io::Result<usize>) -> io::Result<usize> {
+    fn distort_at(&self, point: FaultPoint, result: io::Result<usize>) -> io::Result<usize> {
         match self.next(point) {
             None => result,
             Some(FaultKind::Short { bytes }) => result.map(|moved_bytes| moved_bytes.min(bytes)),
@@ -155,9 +157,38 @@ impl Script {
         }
     }
 
-    /// A system call, in whose place the script's failure comes.
-    pub(crate) fn call<T>(&self, point: FaultPoint, call: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
-        self.next(point).and_then(FaultKind::os_error).map_or_else(call, Err)
+    /// A system call that transfers bytes of a document.
+    pub(crate) fn transfer(
+        &self,
+        point: FaultPoint,
+        path: &Path,
+        call: impl FnOnce() -> io::Result<usize>,
+    ) -> io::Result<usize> {
+        record(point, path);
+        self.distort_at(point, call())
+    }
+
+    /// A system call that moves no bytes, until it is no longer interrupted. The script's failure comes in its place.
+    pub(crate) fn call<T>(
+        &self,
+        point: FaultPoint,
+        path: &Path,
+        call: impl Fn() -> io::Result<T>,
+    ) -> io::Result<T> {
+        retried(|| {
+            if let Some(error) = self.next(point).and_then(FaultKind::os_error) {
+                return Err(error);
+            }
+            record(point, path);
+            call()
+        })
+    }
+
+    /// Makes the names in a directory durable.
+    pub(crate) fn sync_directory(&self, path: &Path) -> Result<(), Error> {
+        let sync = || File::open(path).and_then(|directory| directory.sync_all());
+        let synced = self.call(FaultPoint::SyncDirectory, path, sync);
+        synced.map_err(|source| Error::File { operation: "sync", path: path.to_owned(), source })
     }
 }
 
@@ -168,64 +199,31 @@ fn point_of(verb: Verb) -> FaultPoint {
     }
 }
 
-/// An [`Io`] that fails as planned and otherwise passes everything on.
+/// An [`Io`] that damages silently what a plan says, and otherwise passes everything on.
 pub struct Faulty {
     inner: Arc<dyn Io>,
     script: Script,
-    /// Names by file number, for error messages.
-    names: std::sync::OnceLock<Vec<String>>,
 }
 
 impl Faulty {
-    /// Injects the lasting faults of `plan`. Give the transient ones to the backend itself.
+    /// Injects the silent faults of `plan`. Give the plan to the backend itself too, for all others.
     pub fn new(inner: Arc<dyn Io>, plan: &FaultPlan) -> Self {
-        Self { inner, script: Script::above(plan), names: std::sync::OnceLock::new() }
-    }
-
-    fn remember(&self, files: &[FileSpec]) {
-        let _ = self.names.set(files.iter().map(|spec| spec.name.clone()).collect());
-    }
-
-    fn path(&self, file: FileId) -> PathBuf {
-        let name = self.names.get().and_then(|names| names.get(file.0));
-        self.inner.path_of(name.map_or("", String::as_str))
-    }
-
-    /// Fails as planned, or answers the silent fault that is planned.
-    fn check(
-        &self,
-        point: FaultPoint,
-        operation: &'static str,
-        path: PathBuf,
-    ) -> Result<Option<FaultKind>, Error> {
-        let kind = self.script.next(point);
-        match kind.and_then(FaultKind::os_error) {
-            Some(source) => Err(Error::File { operation, path, source }),
-            None => Ok(kind),
-        }
+        Self { inner, script: Script::above(plan) }
     }
 }
 
 impl Io for Faulty {
     fn allocate_files(&self, files: &[FileSpec]) -> Result<(), Error> {
-        self.remember(files);
-        self.check(FaultPoint::Allocate, "allocate", self.path(FileId(0)))?;
         self.inner.allocate_files(files)
     }
 
     fn open_files(&self, files: &[FileSpec]) -> Result<(), Error> {
-        self.remember(files);
-        self.check(FaultPoint::Open, "open", self.path(FileId(0)))?;
         self.inner.open_files(files)
     }
 
     fn submit(&self, mut request: Request, on_done: OnDone) {
         let verb = request.verb();
         let Some(kind) = self.script.next(point_of(verb)) else { return self.inner.submit(request, on_done) };
-        if let Some(source) = kind.os_error() {
-            let error = request.error(self.path(request.file()), source);
-            return on_done(request.complete(Err(error)));
-        }
         match (kind, verb) {
             (FaultKind::BitFlip { bit }, Verb::Read) => {
                 let length_bytes = request.length_bytes();
@@ -256,31 +254,26 @@ impl Io for Faulty {
     }
 
     fn sync(&self, file: FileId) -> Result<(), Error> {
-        match self.check(FaultPoint::Sync, "sync", self.path(file))? {
+        match self.script.next(FaultPoint::Sync) {
             Some(FaultKind::Stale) => Ok(()),
             _ => self.inner.sync(file),
         }
     }
 
     fn save_document(&self, name: &str, bytes: &[u8]) -> Result<(), Error> {
-        let path = || self.inner.path_of(name);
-        let silent = self.check(FaultPoint::SaveDocument, "write", path())?;
-        self.check(FaultPoint::Rename, "replace", path())?;
-        match silent {
+        match self.script.next(FaultPoint::SaveDocument) {
             Some(FaultKind::BitFlip { bit }) => {
                 let mut damaged = bytes.to_vec();
                 flip(&mut damaged, bit);
-                self.inner.save_document(name, &damaged)?;
+                self.inner.save_document(name, &damaged)
             }
-            Some(FaultKind::Stale) => {}
-            _ => self.inner.save_document(name, bytes)?,
+            Some(FaultKind::Stale) => Ok(()),
+            _ => self.inner.save_document(name, bytes),
         }
-        let directory = Path::new(name).parent().map_or("".into(), Path::to_string_lossy);
-        self.check(FaultPoint::SyncDirectory, "sync", self.inner.path_of(&directory)).map(drop)
     }
 
     fn load_document(&self, name: &str) -> Result<Option<Vec<u8>>, Error> {
-        let silent = self.check(FaultPoint::LoadDocument, "read", self.inner.path_of(name))?;
+        let silent = self.script.next(FaultPoint::LoadDocument);
         let mut document = self.inner.load_document(name)?;
         if let (Some(FaultKind::BitFlip { bit }), Some(bytes)) = (silent, &mut document) {
             flip(bytes, bit);
@@ -301,5 +294,34 @@ fn flip(bytes: &mut [u8], bit: usize) {
     let bit = bit % (bytes.len() * 8).max(1);
     if let Some(byte) = bytes.get_mut(bit / 8) {
         *byte ^= 1 << (bit % 8);
+    }
+}
+
+#[cfg(not(test))]
+fn record(_point: FaultPoint, _path: &Path) {}
+
+#[cfg(test)]
+use journal::record;
+
+/// The system calls of a thread on files and directories, in order, for tests of what must come before what.
+#[cfg(test)]
+pub(crate) mod journal {
+    use super::{FaultPoint, Path, PathBuf};
+    use std::cell::RefCell;
+
+    /// What was done, and with which file or directory: of a rename, the new name.
+    pub(crate) type Call = (FaultPoint, PathBuf);
+
+    thread_local! {
+        static CALLS: RefCell<Vec<Call>> = const { RefCell::new(Vec::new()) };
+    }
+
+    pub(super) fn record(point: FaultPoint, path: &Path) {
+        CALLS.with_borrow_mut(|calls| calls.push((point, path.to_owned())));
+    }
+
+    /// The calls since the last time.
+    pub(crate) fn take() -> Vec<Call> {
+        CALLS.take()
     }
 }

@@ -13,7 +13,8 @@ use super::{
 };
 use crate::{Error, Notice, locked};
 
-/// An [`Io`] whose files are in memory and live as long as it does. Another store can be opened on the same one.
+/// An [`Io`] whose files are in memory and live as long as it does. Another store can be opened on the same one. Of its
+/// operations only transfers can be made to fail.
 #[derive(Debug)]
 pub struct Mem {
     contents: Arc<Mutex<Contents>>,
@@ -30,11 +31,16 @@ struct Contents {
 impl Mem {
     /// No files yet. Transfers fail as `faults` says.
     pub fn new(faults: &FaultPlan) -> Result<Self, Error> {
-        Ok(Self {
-            contents: Arc::default(),
-            script: Arc::new(Script::below(faults)),
-            workers: Workers::spawn("ferrozero-mem", 1)?,
-        })
+        Self::over(Arc::new(Script::below(faults)))
+    }
+
+    pub(crate) fn over(script: Arc<Script>) -> Result<Self, Error> {
+        Ok(Self { contents: Arc::default(), script, workers: Workers::spawn("ferrozero-mem", 1)? })
+    }
+
+    /// The same files with other faults, as when a directory is opened again.
+    pub fn reopen(&self, faults: &FaultPlan) -> Result<Self, Error> {
+        Ok(Self { contents: self.contents.clone(), ..Self::new(faults)? })
     }
 }
 

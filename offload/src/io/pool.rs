@@ -17,20 +17,17 @@ const THREADS: usize = 4;
 #[derive(Debug)]
 pub struct Pool {
     directory: Arc<Directory>,
-    script: Arc<Script>,
     workers: Workers,
 }
 
 impl Pool {
     /// Locks `directory`, which must exist. System calls fail as `faults` says.
     pub fn new(directory: &Path, faults: &FaultPlan) -> Result<Self, Error> {
-        Self::over(Arc::new(Directory::lock(directory)?), faults)
+        Self::over(Arc::new(Directory::lock(directory, Arc::new(Script::below(faults)))?))
     }
 
-    pub(crate) fn over(directory: Arc<Directory>, faults: &FaultPlan) -> Result<Self, Error> {
-        let script = Arc::new(Script::below(faults));
-        directory.inject(script.clone());
-        Ok(Self { directory, script, workers: Workers::spawn("ferrozero-pool", THREADS)? })
+    pub(crate) fn over(directory: Arc<Directory>) -> Result<Self, Error> {
+        Ok(Self { directory, workers: Workers::spawn("ferrozero-pool", THREADS)? })
     }
 }
 
@@ -44,9 +41,9 @@ impl Io for Pool {
     }
 
     fn submit(&self, mut request: Request, on_done: OnDone) {
-        let (directory, script) = (self.directory.clone(), self.script.clone());
+        let directory = self.directory.clone();
         self.workers.run(move || {
-            let result = transfer(&directory, &script, &mut request);
+            let result = transfer(&directory, &mut request);
             on_done(request.complete(result));
         });
     }
@@ -72,7 +69,7 @@ impl Io for Pool {
     }
 }
 
-fn transfer(directory: &Directory, script: &Script, request: &mut Request) -> Result<(), Error> {
+fn transfer(directory: &Directory, request: &mut Request) -> Result<(), Error> {
     let open = directory.file(request.file())?;
     let (verb, offset_bytes) = (request.verb(), request.offset_bytes());
     let progress = Progress::new(verb, request.length_bytes());
@@ -82,7 +79,7 @@ fn transfer(directory: &Directory, script: &Script, request: &mut Request) -> Re
             Verb::Read => open.file.read_at(&mut request.buffer_mut()[done_bytes..], at),
             Verb::Write => open.file.write_at(&request.buffer()[done_bytes..], at),
         };
-        script.distort(verb, result)
+        directory.script().distort(verb, result)
     });
     moved.map_err(|source| request.error(open.path.clone(), source))
 }

@@ -35,7 +35,6 @@ use ring::{Ring, Submission};
 #[derive(Debug)]
 pub struct Uring {
     directory: Arc<Directory>,
-    script: Arc<Script>,
     /// The ring until its thread starts, which is when the files are known.
     idle: Mutex<Option<Idle>>,
     running: OnceLock<Running>,
@@ -56,14 +55,12 @@ impl Uring {
     /// # Errors
     /// [`Error::UringUnavailable`] where the system has no io_uring or forbids it; [`Error::Locked`].
     pub fn new(directory: &Path, faults: &FaultPlan) -> Result<Self, Error> {
-        Self::over(Arc::new(Directory::lock(directory)?), faults)
+        Self::over(Arc::new(Directory::lock(directory, Arc::new(Script::below(faults)))?))
     }
 
-    pub(crate) fn over(directory: Arc<Directory>, faults: &FaultPlan) -> Result<Self, Error> {
+    pub(crate) fn over(directory: Arc<Directory>) -> Result<Self, Error> {
         let ring = IoUring::new(shape::ENTRIES).map_err(|source| Error::UringUnavailable { source })?;
-        let script = Arc::new(Script::below(faults));
-        directory.inject(script.clone());
-        Ok(Self { directory, script, idle: Mutex::new(Some(Idle(ring))), running: OnceLock::new() })
+        Ok(Self { directory, idle: Mutex::new(Some(Idle(ring))), running: OnceLock::new() })
     }
 
     /// Hands the ring, with the files that are now open, to its thread.
@@ -76,8 +73,8 @@ impl Uring {
         let waker = Waker::new().map_err(unavailable)?;
         let sleeper = waker.try_clone().map_err(unavailable)?;
         let (sender, submissions) = unbounded();
-        let (directory, script) = (self.directory.clone(), self.script.clone());
-        let run = move || Ring::new(ring, shape, directory, script, submissions, sleeper).run();
+        let directory = self.directory.clone();
+        let run = move || Ring::new(ring, shape, directory, submissions, sleeper).run();
         let spawned = thread::Builder::new().name("ferrozero-uring".to_owned()).spawn(run);
         let thread = Some(spawned.map_err(|source| Error::Thread { source })?);
         let _ = self.running.set(Running { submissions: Some(sender), waker, thread });

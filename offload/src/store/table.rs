@@ -104,9 +104,9 @@ impl Table {
         self.is_overwriting
     }
 
-    /// Notes whether the last commit is being overwritten in place.
-    pub(super) fn set_overwriting(&mut self, is_overwriting: bool) {
-        self.is_overwriting = is_overwriting;
+    /// Notes that the last commit is being overwritten in place, until the next one is made.
+    pub(super) fn note_overwriting(&mut self) {
+        self.is_overwriting = true;
     }
 
     pub(super) fn traffic(&self) -> Traffic {

@@ -33,6 +33,11 @@ pub fn quick_folder() -> PathBuf {
     if tempfile::tempdir_in(&memory).is_ok() { memory } else { std::env::temp_dir() }
 }
 
+/// Those of [`disks`] whose files are in a directory: memory makes no system calls that could fail but transfers.
+pub fn directories() -> Vec<Disk> {
+    disks().into_iter().filter(|disk| disk.path().is_some()).collect()
+}
+
 fn disks_in(folder: &Path) -> Vec<Disk> {
     let directory = || tempfile::tempdir_in(folder).unwrap();
     let uring = directory();
@@ -50,7 +55,7 @@ impl Disk {
         let io: Arc<dyn Io> = match self {
             Disk::Uring(directory) => Arc::new(Uring::new(directory.path(), faults).unwrap()),
             Disk::Pool(directory) => Arc::new(Pool::new(directory.path(), faults).unwrap()),
-            Disk::Mem(mem) => mem.clone(),
+            Disk::Mem(mem) => Arc::new(mem.reopen(faults).unwrap()),
         };
         Arc::new(Faulty::new(io, faults))
     }

@@ -40,7 +40,6 @@ pub(super) struct Ring {
     ring: IoUring,
     shape: Shape,
     directory: Arc<Directory>,
-    script: Arc<Script>,
     submissions: Receiver<Submission>,
     waker: Waker,
     is_waker_armed: bool,
@@ -68,7 +67,6 @@ impl Ring {
         ring: IoUring,
         shape: Shape,
         directory: Arc<Directory>,
-        script: Arc<Script>,
         submissions: Receiver<Submission>,
         waker: Waker,
     ) -> Self {
@@ -76,7 +74,6 @@ impl Ring {
             ring,
             shape,
             directory,
-            script,
             submissions,
             waker,
             is_waker_armed: false,
@@ -206,7 +203,7 @@ impl Ring {
     fn advance(&mut self, mut part: Part, moved: io::Result<usize>) {
         let Some(slot) = self.active.get_mut(part.request) else { return };
         let Some(active) = slot else { return };
-        let moved = self.script.distort(active.submission.request.verb(), moved);
+        let moved = self.directory.script().distort(active.submission.request.verb(), moved);
         match part.progress.record(moved) {
             Step::Again => return self.waiting.push_back(part),
             Step::Failed(error) => drop(active.error.get_or_insert(error)),
