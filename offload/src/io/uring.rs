@@ -12,7 +12,7 @@ use std::{
 };
 
 use crossbeam::channel::{Receiver, Sender, unbounded};
-use io_uring::IoUring;
+use io_uring::{IoUring, Probe, opcode};
 
 use super::{
     FileId, FileSpec, Io, OnDone, Request,
@@ -40,7 +40,38 @@ pub struct Uring {
     running: OnceLock<Running>,
 }
 
-struct Idle(IoUring);
+struct Idle {
+    ring: IoUring,
+    waker: Waker,
+}
+
+impl Idle {
+    /// A ring that has been asked for all that will be needed, so that whoever chooses a backend can take another one:
+    /// kernels differ, and some systems forbid a part.
+    fn new() -> io::Result<Self> {
+        let (ring, waker) = (IoUring::new(shape::ENTRIES)?, Waker::new()?);
+        let submitter = ring.submitter();
+        let mut probe = Probe::new();
+        submitter.register_probe(&mut probe)?;
+        require(|code| probe.is_supported(code))?;
+        submitter.register_files(&[waker.0.as_raw_fd()])?;
+        submitter.unregister_files()?;
+        Ok(Self { ring, waker })
+    }
+}
+
+/// Refuses a kernel that does not know an operation of the ring's thread.
+fn require(is_supported: impl Fn(u8) -> bool) -> io::Result<()> {
+    let needed =
+        [(opcode::Read::CODE, "read"), (opcode::Write::CODE, "write"), (opcode::PollAdd::CODE, "poll")];
+    match needed.into_iter().find(|&(code, _)| !is_supported(code)) {
+        Some((_, name)) => {
+            let text = format!("the kernel's io_uring has no operation to {name}");
+            Err(io::Error::new(io::ErrorKind::Unsupported, text))
+        }
+        None => Ok(()),
+    }
+}
 
 #[derive(Debug)]
 struct Running {
@@ -53,24 +84,24 @@ impl Uring {
     /// Locks `directory`, which must exist. System calls fail as `faults` says.
     ///
     /// # Errors
-    /// [`Error::UringUnavailable`] where the system has no io_uring or forbids it; [`Error::Locked`].
+    /// [`Error::UringUnavailable`] where the system has no io_uring, forbids it or lacks a part of it that is needed;
+    /// [`Error::Locked`].
     pub fn new(directory: &Path, faults: &FaultPlan) -> Result<Self, Error> {
         Self::over(Arc::new(Directory::lock(directory, Arc::new(Script::below(faults)))?))
     }
 
     pub(crate) fn over(directory: Arc<Directory>) -> Result<Self, Error> {
-        let ring = IoUring::new(shape::ENTRIES).map_err(|source| Error::UringUnavailable { source })?;
-        Ok(Self { directory, idle: Mutex::new(Some(Idle(ring))), running: OnceLock::new() })
+        let idle = Idle::new().map_err(|source| Error::UringUnavailable { source })?;
+        Ok(Self { directory, idle: Mutex::new(Some(idle)), running: OnceLock::new() })
     }
 
     /// Hands the ring, with the files that are now open, to its thread.
     fn start(&self, are_new: bool) -> Result<(), Error> {
-        let Some(Idle(mut ring)) = locked(&self.idle).take() else { return Ok(()) };
+        let Some(Idle { mut ring, waker }) = locked(&self.idle).take() else { return Ok(()) };
         let files: Vec<RawFd> = self.directory.files().iter().map(|open| open.file.as_raw_fd()).collect();
         let unavailable = |source| Error::UringUnavailable { source };
         ring.submitter().register_files(&files).map_err(unavailable)?;
         let shape = shape::choose(&mut ring, self.directory.files(), are_new).over(self.directory.count());
-        let waker = Waker::new().map_err(unavailable)?;
         let sleeper = waker.try_clone().map_err(unavailable)?;
         let (sender, submissions) = unbounded();
         let directory = self.directory.clone();
@@ -179,5 +210,20 @@ impl Waker {
     /// Takes back all wake-ups so far, of which there must be one.
     fn clear(&self) {
         let _ = (&self.0).read(&mut [0; 8]);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_kernel_without_an_operation_that_is_needed_is_refused_by_its_name() {
+        require(|_| true).unwrap();
+        let codes = [opcode::Read::CODE, opcode::Write::CODE, opcode::PollAdd::CODE];
+        for (missing, name) in codes.into_iter().zip(["read", "write", "poll"]) {
+            let refusal = require(|code| code != missing).unwrap_err();
+            assert!(refusal.to_string().contains(name), "{refusal}");
+        }
     }
 }

@@ -3,7 +3,7 @@
 use std::collections::VecDeque;
 
 use crossbeam::channel::TryRecvError;
-use io_uring::{opcode, squeue, types};
+use io_uring::{squeue, types};
 
 use super::*;
 use crate::io::{

@@ -12,7 +12,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use io_uring::{opcode, types};
+use io_uring::types;
 use serde::{Deserialize, Serialize};
 
 use super::*;

@@ -1,0 +1,100 @@
+//! What a system forbids or lacks is done without, and told in a notice.
+
+mod common;
+
+use common::*;
+use ferrozero_offload::*;
+use serde_json::json;
+
+/// Makes a system call fail for this thread and those that it starts, as many containers do.
+fn forbid(call: libc::c_long, errno: i32) {
+    const fn step(code: u32, value: u32, skip_if_false: u8) -> libc::sock_filter {
+        libc::sock_filter { code: code as u16, jt: 0, jf: skip_if_false, k: value }
+    }
+    let mut steps = [
+        // The number of the system call is the first word.
+        step(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, 0, 0),
+        step(libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K, call as u32, 1),
+        step(libc::BPF_RET | libc::BPF_K, libc::SECCOMP_RET_ERRNO | errno as u32, 0),
+        step(libc::BPF_RET | libc::BPF_K, libc::SECCOMP_RET_ALLOW, 0),
+    ];
+    let program = libc::sock_fprog { len: steps.len() as u16, filter: steps.as_mut_ptr() };
+    // SAFETY: the program and its steps outlive the calls, which copy them.
+    unsafe {
+        assert_eq!(libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), 0);
+        assert_eq!(libc::prctl(libc::PR_SET_SECCOMP, libc::SECCOMP_MODE_FILTER, &program), 0);
+    }
+}
+
+/// Runs in a thread for which a system call fails.
+fn without(call: libc::c_long, errno: i32, run: impl FnOnce() + Send + 'static) {
+    let thread = std::thread::spawn(move || {
+        forbid(call, errno);
+        run();
+    });
+    thread.join().unwrap();
+}
+
+fn options(backend: BackendChoice) -> StoreOptions {
+    StoreOptions { backend, ..of_pieces(4096) }
+}
+
+fn codes(notices: &[Notice]) -> Vec<&'static str> {
+    notices.iter().map(|notice| notice.code).collect()
+}
+
+/// Writes, commits, opens and reads.
+fn expect_works(store: Store, directory: &std::path::Path) {
+    let arena = arena(1 << 20);
+    write_all(&store, &arena, 1);
+    store.commit(json!(null)).unwrap();
+    drop(store);
+    let store = Store::open(directory, options(BackendChoice::Auto)).unwrap();
+    for piece in pieces(&store) {
+        expect_round(&store, &arena, piece, 1);
+    }
+}
+
+/// The ring itself, what is asked of it before it is chosen, and the event that wakes its thread.
+#[test]
+fn without_a_part_of_io_uring_the_pool_takes_over_with_a_notice() {
+    for call in [libc::SYS_io_uring_setup, libc::SYS_io_uring_register, libc::SYS_eventfd2] {
+        without(call, libc::EPERM, move || {
+            let directory = tempfile::tempdir().unwrap();
+            let create =
+                |backend| Store::create(directory.path(), state("weights", 50_000), options(backend));
+            let asked = create(BackendChoice::Uring).map(drop);
+            assert!(matches!(asked, Err(Error::UringUnavailable { .. })), "{call}: {asked:?}");
+            let store = create(BackendChoice::Auto).unwrap();
+            assert_eq!(codes(store.notices()).first(), Some(&"uring-unavailable"), "{call}");
+            expect_works(store, directory.path());
+        });
+    }
+}
+
+#[test]
+fn memory_that_cannot_be_pinned_works_with_a_notice() {
+    without(libc::SYS_mlock, libc::ENOMEM, || {
+        let arena = arena(1 << 20);
+        assert_eq!(codes(arena.notices()), ["arena-not-pinned"]);
+        assert!(arena.notices()[0].text.contains("ulimit -l"), "{:?}", arena.notices());
+        let mut lease = arena.lease(10_000).unwrap();
+        lease.fill(7);
+        assert!(lease.iter().all(|&byte| byte == 7));
+    });
+}
+
+#[test]
+fn a_file_system_that_reserves_no_space_works_with_a_notice() {
+    for backend in [BackendChoice::Pool, BackendChoice::Auto] {
+        without(libc::SYS_fallocate, libc::EOPNOTSUPP, move || {
+            let directory = tempfile::tempdir().unwrap();
+            let store = Store::create(directory.path(), state("weights", 50_000), options(backend)).unwrap();
+            let told = codes(store.notices()).into_iter().filter(|code| *code == "space-not-reserved");
+            assert_eq!(told.count(), 1, "once for all files");
+            let file = std::fs::metadata(directory.path().join("state-a.bin")).unwrap();
+            assert_eq!(file.len(), 53_248, "the file has its size all the same");
+            expect_works(store, directory.path());
+        });
+    }
+}
