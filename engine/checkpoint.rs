@@ -123,12 +123,11 @@ impl Checkpoint {
                 }
                 let extent = stores::extent_name(group, stream);
                 self.read(&extent, 0..self.layout.piece_count(elements), |piece, _, result| {
-                    let range = self.layout.piece_range(elements, piece);
-                    on_read(4 * range.len() as u64);
+                    on_read(4 * self.layout.piece_range(elements, piece).len() as u64);
                     if let Err(error) = result {
-                        let names = group.runs(range).map(|run| group.table[run.entry].name.clone());
+                        let parameters = self.layout.parameters_in(index, elements, piece);
                         let (extent, error) = (extent.clone(), error.to_string());
-                        damage.push(Damage { extent, piece, parameters: names.collect(), error });
+                        damage.push(Damage { extent, piece, parameters, error });
                     }
                     Ok(())
                 })?;

@@ -17,10 +17,13 @@ pub enum Error {
     #[error(transparent)]
     Offload(#[from] ferrozero_offload::Error),
     /// An error of the disk tier while steps were run.
-    #[error("before the end of step {step}: {source}")]
+    #[error("before the end of step {step}{}: {source}", in_parameters(.parameters))]
     Disk {
         /// Optimizer step, 1-based.
         step: u64,
+        /// Names of the parameters whose states are in the piece that it is about; none where it is about no piece of
+        /// states.
+        parameters: Vec<String>,
         /// What failed, with file, extent and generation.
         source: ferrozero_offload::Error,
     },
@@ -191,6 +194,10 @@ impl From<Error> for candle_core::Error {
             other => candle_core::Error::wrap(other),
         }
     }
+}
+
+fn in_parameters(names: &[String]) -> String {
+    if names.is_empty() { String::new() } else { format!(", in {}", list_names(names)) }
 }
 
 fn list_names(names: &[String]) -> String {

@@ -491,11 +491,11 @@ impl Dispatcher {
         else {
             return self.finished(id, held, Err(internal("a transfer without its extent")));
         };
-        let events = self.events.clone();
+        let (events, shared) = (self.events.clone(), self.shared.clone());
         let done = move |completion: Completion| {
             let held =
                 Box::new(Held { buffers: vec![BufferMemory::Host(completion.lease)], ..Held::default() });
-            let result = completion.result.map_err(|source| Error::Disk { step, source });
+            let result = completion.result.map_err(|source| shared.disk_error(step, source));
             // Nobody listens any more only when the dispatcher itself is gone, and the lease with it.
             let _ = events.send(Event::Finished { id, held, result });
         };

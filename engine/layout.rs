@@ -171,6 +171,13 @@ impl Layout {
         entry.offset_elements / self.piece_elements..last / self.piece_elements + 1
     }
 
+    /// Names of the parameters of which a piece of a group's run of `elements` holds a part.
+    pub fn parameters_in(&self, group: usize, elements: usize, piece: usize) -> Vec<String> {
+        let group = &self.groups[group];
+        let runs = group.runs(self.piece_range(elements, piece));
+        runs.map(|run| group.table[run.entry].name.clone()).collect()
+    }
+
     /// Names and shapes of all parameters, in the order of their names. Tiles of one are one.
     pub fn parameters(&self) -> Vec<(String, Vec<usize>)> {
         let mut all: BTreeMap<String, Vec<usize>> = BTreeMap::new();

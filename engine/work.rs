@@ -6,6 +6,7 @@ use crate::error::{Error, Result};
 use crate::layout::{Layout, Run};
 use crate::registry::Parameter;
 use crate::schedule::{GroupIndex, MasterPlace, Operation, Queue, Stream};
+use crate::stores::extent_name;
 use crate::tiled_linear::whole_of;
 use crate::vacancy::DeviceRun;
 use crate::weights::InitialValues;
@@ -128,6 +129,31 @@ pub struct Shared {
 }
 
 impl Shared {
+    /// An error of the disk tier in a step, with the parameters in the piece that it is about.
+    pub fn disk_error(&self, step: u64, source: ferrozero_offload::Error) -> Error {
+        use ferrozero_offload::Error::{Checksum, FailedWrite, Piece};
+        let mut parameters = vec![];
+        if let Piece { extent, piece, .. }
+        | Checksum { extent, piece, .. }
+        | FailedWrite { extent, piece, .. } = &source
+        {
+            let streams = (0..self.layout.groups.len())
+                .flat_map(|group| Stream::ALL.map(|stream| (group, stream)))
+                .filter(|&(group, stream)| extent_name(&self.layout.groups[group], stream) == *extent);
+            for (group, stream) in streams {
+                let elements = stream.elements(&self.layout, group);
+                parameters.extend(self.layout.parameters_in(group, elements, *piece));
+            }
+        }
+        Error::Disk { step, parameters, source }
+    }
+
+    fn commit(&self, context: &StepContext) -> Result<()> {
+        let commit = context.commit.as_ref().ok_or_else(|| internal("a commit without its store"))?;
+        let committed = commit.store.commit(commit.document.clone());
+        committed.map(drop).map_err(|source| self.disk_error(context.adamw.step, source))
+    }
+
     /// Does what `operation` says.
     pub fn perform(&self, operation: &Operation, held: &mut Held, context: &StepContext) -> Result<()> {
         match *operation {
@@ -146,7 +172,7 @@ impl Shared {
                 let numbers = numbers.ok_or_else(|| internal("a pending update without its numbers"))?;
                 self.update(group, piece, master, numbers, held)
             }
-            Operation::Commit => commit(context),
+            Operation::Commit => self.commit(context),
             Operation::Collect { group, piece, master } => self.collect(group, piece, master, held, context),
             Operation::Read { .. }
             | Operation::Write { .. }
@@ -441,13 +467,6 @@ fn norm(held: &mut Held, context: &StepContext) -> Result<()> {
     let factor = context.clip.map_or(1.0, |clip| (clip / (norm + 1e-6)).min(1.0)) as f32;
     let overflow = statistics.iter().any(|group| group.non_finite > 0);
     context.norm.set(Norm { norm, factor, overflow }).map_err(|_| internal("the norm was computed twice"))
-}
-
-fn commit(context: &StepContext) -> Result<()> {
-    let commit = context.commit.as_ref().ok_or_else(|| internal("a commit without its store"))?;
-    let step = context.adamw.step;
-    commit.store.commit(commit.document.clone()).map_err(|source| Error::Disk { step, source })?;
-    Ok(())
 }
 
 fn first_buffer(held: &mut Held) -> Result<&mut Lease> {
