@@ -12,23 +12,57 @@ use std::path::Path;
 /// Changes of each stored text.
 const CHANGES: usize = 30_000;
 
-#[test]
-fn stored_and_changed_configurations_are_settings_or_an_error() {
-    let corpus = mutation::corpus(&Path::new(env!("CARGO_MANIFEST_DIR")).join("fuzz/corpus/configuration"));
+type Corpus = Vec<(String, Vec<u8>)>;
+
+fn corpus(folder: &str) -> Corpus {
+    mutation::corpus(&Path::new(env!("CARGO_MANIFEST_DIR")).join("fuzz/corpus").join(folder))
+}
+
+/// Changes to the texts of a folder, the same in every run.
+fn change_all(corpus: &Corpus, mut read: impl FnMut(&[u8])) {
     let mut mutations = mutation::Mutations(1);
     for (index, (_, text)) in corpus.iter().enumerate() {
-        configuration::resolve(text);
         for _ in 0..CHANGES {
-            configuration::resolve(&mutations.change(text, &corpus[(index + 1) % corpus.len()].1));
+            read(&mutations.change(text, &corpus[(index + 1) % corpus.len()].1));
         }
     }
+}
+
+/// Reads all texts and changes to them; those that are accepted as they are must be these.
+fn expect_accepted(corpus: &Corpus, read: fn(&[u8]) -> bool, expected: &[&str]) {
+    let accepted: Vec<_> = corpus.iter().filter(|(_, text)| read(text)).map(|(name, _)| name).collect();
+    assert_eq!(accepted, expected);
+    let mut changed = 0;
+    change_all(corpus, |text| changed += usize::from(read(text)));
+    assert!(changed > corpus.len(), "only {changed} changes were accepted");
+}
+
+#[test]
+fn stored_and_changed_configurations_are_settings_or_an_error() {
+    let corpus = corpus("configuration");
+    corpus.iter().for_each(|(_, text)| configuration::resolve(text));
+    change_all(&corpus, configuration::resolve);
+}
+
+#[test]
+fn stored_and_changed_texts_in_toml_are_settings_or_an_error() {
+    let expected = ["all", "comment", "deepspeed", "empty", "negative_zero", "strings"];
+    expect_accepted(&corpus("toml"), configuration::resolve_toml, &expected);
+}
+
+#[test]
+fn stored_and_changed_configurations_of_deepspeed_are_settings_or_an_error() {
+    // Types of 16 bits need a device other than the default.
+    let expected =
+        ["all", "auto", "batch_alone", "batch_of_accumulation", "folder_number", "folder_root", "warmup"];
+    expect_accepted(&corpus("deepspeed"), configuration::resolve_deepspeed, &expected);
 }
 
 #[test]
 fn a_file_that_is_refused_is_named() {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("fuzz/corpus/configuration");
     let accepted = ["all", "object", "small"];
-    for (name, _) in mutation::corpus(&folder) {
+    for (name, _) in corpus("configuration") {
         let run = RunArguments { config: Some(folder.join(&name)), ..RunArguments::default() };
         let arguments = TrainArguments { run, ..TrainArguments::default() };
         match TrainSettings::resolve(&arguments, None) {

@@ -14,13 +14,19 @@ use std::path::{Path, PathBuf};
 /// # Errors
 /// [`Error::File`], and [`Error::Configuration`] with line and column of what cannot be read.
 pub fn read_document(path: &Path) -> Result<Value> {
-    let text =
-        std::fs::read_to_string(path).map_err(|source| Error::File { path: path.to_owned(), source })?;
+    document(&read_text(path)?, path)
+}
+
+fn read_text(path: &Path) -> Result<String> {
+    std::fs::read_to_string(path).map_err(|source| Error::File { path: path.to_owned(), source })
+}
+
+fn document(text: &str, path: &Path) -> Result<Value> {
     let wrong =
         |kind: &str, error: String| configuration(format!("{} is not valid {kind}: {error}", path.display()));
     match path.extension().is_some_and(|extension| extension == "toml") {
-        true => toml::from_str(&text).map_err(|error| wrong("TOML", error.to_string())),
-        false => serde_json::from_str(&text).map_err(|error| wrong("JSON", error.to_string())),
+        true => toml::from_str(text).map_err(|error| wrong("TOML", error.to_string())),
+        false => serde_json::from_str(text).map_err(|error| wrong("JSON", error.to_string())),
     }
 }
 
@@ -41,6 +47,14 @@ pub trait Settings: Default + Serialize + DeserializeOwned + schemars::JsonSchem
     /// As [`resolve`].
     fn of_file(path: &Path) -> Result<Self> {
         resolve(&Value::Null, Some(path), None)
+    }
+
+    /// The settings of a text that would be in a file of this name, over the defaults.
+    ///
+    /// # Errors
+    /// [`Error::Configuration`].
+    fn of_text(text: &str, name: &Path) -> Result<Self> {
+        resolve(&Value::Null, None, Some(settings_of::<Self>(text, name)?))
     }
 }
 
@@ -69,7 +83,11 @@ fn parse<S: Settings>(value: Value) -> Result<S> {
 
 /// The settings in a file, which may be a configuration of DeepSpeed's.
 fn read_file<S: Settings>(path: &Path) -> Result<Value> {
-    let mut value = read_document(path)?;
+    settings_of::<S>(&read_text(path)?, path)
+}
+
+fn settings_of<S: Settings>(text: &str, path: &Path) -> Result<Value> {
+    let mut value = document(text, path)?;
     let of_file = |error: Error| configuration(format!("{}: {error}", path.display()));
     if deepspeed::is_deepspeed(&value) {
         value = Value::Object(deepspeed::map(&value).map_err(of_file)?.settings);

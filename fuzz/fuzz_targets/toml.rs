@@ -1,0 +1,10 @@
+//! `cargo +nightly fuzz run toml`: any text in the place of settings in TOML gives settings or an error.
+#![no_main]
+
+#[allow(dead_code, reason = "shared with the other targets")]
+#[path = "../harness/configuration.rs"]
+mod configuration;
+
+libfuzzer_sys::fuzz_target!(|text: &[u8]| {
+    configuration::resolve_toml(text);
+});
