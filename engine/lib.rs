@@ -62,6 +62,7 @@
 //! before anything is allocated, the executor runs them, and [`trace`] records what happened. [`Segment`] is where
 //! candle's autograd and the schedule meet.
 
+mod abreast;
 pub mod arrangement;
 mod baton;
 pub mod builder;

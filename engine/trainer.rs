@@ -1,6 +1,7 @@
 //! The trainer: steps, evaluations, commits and exports, each by running a schedule.
 
-use crate::baton::{Baton, abreast};
+use crate::abreast::abreast;
+use crate::baton::Baton;
 use crate::device::{BufferMemory, ComputeDevice, DeviceCounter};
 use crate::engine::Config;
 use crate::error::{Error, Result};

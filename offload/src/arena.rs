@@ -8,10 +8,16 @@ use std::{
     fmt, io,
     ops::{Deref, DerefMut},
     ptr::NonNull,
-    sync::{Arc, Mutex},
+    sync::PoisonError,
 };
 
-use crate::{Budget, Error, Notice, Reservation, locked};
+// The same code under the real and the modelled locks: see tests/loom.rs.
+#[cfg(loom)]
+use loom::sync::{Arc, Mutex, MutexGuard};
+#[cfg(not(loom))]
+use std::sync::{Arc, Mutex, MutexGuard};
+
+use crate::{Budget, Error, Notice, Reservation};
 
 /// Alignment of leases, extents and pieces: what `O_DIRECT` and the memory management ask for.
 pub const PAGE_BYTES: usize = 4096;
@@ -35,6 +41,12 @@ struct Shared {
     free: Mutex<FreeRuns>,
     notices: Vec<Notice>,
     _reservation: Reservation,
+}
+
+impl Shared {
+    fn free(&self) -> MutexGuard<'_, FreeRuns> {
+        self.free.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 impl Arena {
@@ -88,7 +100,7 @@ impl Arena {
     pub fn lease(&self, bytes: usize) -> Result<Lease, Error> {
         let capacity_bytes = bytes.max(1).checked_next_multiple_of(PAGE_BYTES).unwrap_or(usize::MAX);
         let offset = {
-            let mut free = locked(&self.shared.free);
+            let mut free = self.shared.free();
             free.take(capacity_bytes).ok_or_else(|| Error::ArenaExhausted {
                 requested_bytes: bytes,
                 free_bytes: free.free_bytes(),
@@ -107,7 +119,7 @@ impl Arena {
 
     /// Bytes that are not leased now, in whatever runs.
     pub fn free_bytes(&self) -> usize {
-        locked(&self.shared.free).free_bytes()
+        self.shared.free().free_bytes()
     }
 
     /// What could not be had, such as pinning.
@@ -207,7 +219,7 @@ impl fmt::Debug for Lease {
 
 impl Drop for Lease {
     fn drop(&mut self) {
-        locked(&self.arena.free).give_back(self.offset, self.capacity_bytes);
+        self.arena.free().give_back(self.offset, self.capacity_bytes);
     }
 }
 

@@ -1,13 +1,16 @@
 //! What a tier may use, and who has drawn how much of it.
 
-use std::{
-    fmt,
-    sync::{Arc, Mutex},
-};
+use std::{fmt, sync::PoisonError};
+
+// The same code under the real and the modelled locks: see tests/loom.rs.
+#[cfg(loom)]
+use loom::sync::{Arc, Mutex, MutexGuard};
+#[cfg(not(loom))]
+use std::sync::{Arc, Mutex, MutexGuard};
 
 use serde::{Deserialize, Serialize};
 
-use crate::{Error, locked};
+use crate::Error;
 
 /// Where bytes can live.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
@@ -50,10 +53,17 @@ struct Usage {
     peak_bytes: u64,
 }
 
+impl Shared {
+    fn usage(&self) -> MutexGuard<'_, Usage> {
+        self.usage.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
 impl Budget {
     /// A budget of `limit_bytes` of which nothing is used.
     pub fn new(tier: Tier, limit_bytes: u64) -> Self {
-        Self { shared: Arc::new(Shared { tier, limit_bytes, usage: Mutex::default() }) }
+        let usage = Mutex::new(Usage::default());
+        Self { shared: Arc::new(Shared { tier, limit_bytes, usage }) }
     }
 
     /// Draws `bytes`, which come back when the reservation is dropped.
@@ -61,7 +71,7 @@ impl Budget {
     /// # Errors
     /// [`Error::OverBudget`] when fewer than `bytes` are left.
     pub fn reserve(&self, bytes: u64) -> Result<Reservation, Error> {
-        let mut usage = locked(&self.shared.usage);
+        let mut usage = self.shared.usage();
         match usage.used_bytes.checked_add(bytes) {
             Some(used_bytes) if used_bytes <= self.shared.limit_bytes => {
                 usage.used_bytes = used_bytes;
@@ -84,12 +94,12 @@ impl Budget {
 
     /// Bytes reserved now.
     pub fn used_bytes(&self) -> u64 {
-        locked(&self.shared.usage).used_bytes
+        self.shared.usage().used_bytes
     }
 
     /// The most bytes that were ever reserved at once.
     pub fn peak_bytes(&self) -> u64 {
-        locked(&self.shared.usage).peak_bytes
+        self.shared.usage().peak_bytes
     }
 
     /// Bytes that may be reserved at once.
@@ -115,7 +125,7 @@ impl Reservation {
 
 impl Drop for Reservation {
     fn drop(&mut self) {
-        locked(&self.budget.shared.usage).used_bytes -= self.bytes;
+        self.budget.shared.usage().used_bytes -= self.bytes;
     }
 }
 
