@@ -1,8 +1,8 @@
 //! The log of a run: one JSON object a line, in the run's folder. A run appends to it, `ferrozero report` reads it, also
 //! while the run goes on.
 //!
-//! A process that trains begins with a [`Start`], and writes a [`Step`] after each step and a [`Summary`] at its end. One that
-//! resumes appends to the same file: its [`Start`] says after which step it goes on, and steps beyond that, which no commit
+//! A process that trains begins with a [`Start`], and writes a [`Step`] after each step, a [`StepTimeline`] after one of them, and a
+//! [`Summary`] at its end. One that resumes appends to the same file: its [`Start`] says after which step it goes on, and steps beyond that, which no commit
 //! kept, count no more. A line that a kill or a full disk cut short is ignored by readers and cut off by the next writer.
 
 use crate::error::{Error, Result};
@@ -21,7 +21,7 @@ use std::path::{Path, PathBuf};
 /// Name of the file in the run's folder.
 pub const FILE: &str = "log.jsonl";
 /// Version of the records.
-pub const VERSION: u32 = 1;
+pub const VERSION: u32 = 2;
 
 /// One line.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -31,8 +31,8 @@ pub enum Record {
     Start(Box<Start>),
     /// A step was made.
     Step(Step),
-    /// The time of steps was predicted from one of them.
-    Prediction(Prediction),
+    /// What the queues did in one of the steps.
+    Timeline(StepTimeline),
     /// A process ended as it should.
     Summary(Box<Summary>),
 }
@@ -60,6 +60,8 @@ pub struct Start {
     pub settings: Value,
     /// What memory is for, tier by tier.
     pub plan: Vec<PlanRow>,
+    /// What the plan predicts of a step, before any was made.
+    pub prediction: Option<Forecast>,
     /// Device bytes of the plan in all.
     pub planned_device_bytes: u64,
     /// Host bytes of the plan in all.
@@ -143,25 +145,23 @@ impl Step {
     }
 }
 
-/// The time of steps as one of them lets expect it, and that step as a picture.
+/// One step as a picture.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct Prediction {
-    /// The step that was measured.
+pub struct StepTimeline {
+    /// Number of the step.
     pub step: u64,
     /// Seconds that it took.
     pub step_s: f64,
-    /// What the simulator makes of its numbers.
-    pub forecast: Forecast,
     /// What the queues did in it.
-    pub timeline: Vec<Span>,
+    pub spans: Vec<Span>,
 }
 
-impl Prediction {
-    /// Of the step that was measured.
-    pub fn of(report: &StepReport, plan: &Plan, forecast: Forecast) -> Self {
+impl StepTimeline {
+    /// Of a step's report.
+    pub fn of(report: &StepReport, plan: &Plan) -> Self {
         let (from_s, until_s) = window(report);
-        let timeline = report.trace.timeline(plan, from_s, until_s);
-        Self { step: report.step, step_s: report.step_s, forecast, timeline }
+        let spans = report.trace.timeline(plan, from_s, until_s);
+        Self { step: report.step, step_s: report.step_s, spans }
     }
 }
 
@@ -200,9 +200,9 @@ pub struct Summary {
     /// Seconds of that.
     #[serde(default)]
     pub download_s: f64,
-    /// Seconds of a step, predicted.
+    /// Seconds of a step that the plan predicted, before any was made.
     pub predicted_step_s: Option<f64>,
-    /// Median seconds of the steps after the one that the prediction is made of.
+    /// Median seconds of the steps after the first one of the process, which makes what later ones use again.
     pub measured_step_s: Option<f64>,
     /// Bytes written to disk a step.
     pub written_bytes_per_step: f64,
@@ -291,7 +291,7 @@ pub struct History {
     /// Each step once, in order, as the process made it whose step counts.
     pub steps: Vec<Step>,
     /// Of the last process that came so far.
-    pub prediction: Option<Prediction>,
+    pub timeline: Option<StepTimeline>,
     /// Of the last process, if it ended as it should.
     pub summary: Option<Summary>,
 }
@@ -311,7 +311,7 @@ impl History {
             match (record, &mut history) {
                 (Record::Start(start), None) => {
                     let (start, steps) = (*start, vec![]);
-                    history = Some(Self { start, processes: 1, steps, prediction: None, summary: None });
+                    history = Some(Self { start, processes: 1, steps, timeline: None, summary: None });
                 }
                 (Record::Start(start), Some(history)) => {
                     history.steps.retain(|step| step.step <= start.after_step);
@@ -320,7 +320,7 @@ impl History {
                     history.summary = None;
                 }
                 (Record::Step(step), Some(history)) => history.steps.push(step),
-                (Record::Prediction(prediction), Some(history)) => history.prediction = Some(prediction),
+                (Record::Timeline(timeline), Some(history)) => history.timeline = Some(timeline),
                 (Record::Summary(summary), Some(history)) => history.summary = Some(*summary),
                 (_, None) => return Err(wrong("the log does not begin with the start of a run".into())),
             }

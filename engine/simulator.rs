@@ -7,7 +7,6 @@
 pub mod catalog;
 mod clockwork;
 mod machine;
-mod measurement;
 
 use crate::arrangement::{Arrangement, Call};
 use crate::layout::Layout;
@@ -18,7 +17,6 @@ use serde::{Deserialize, Serialize};
 use std::fmt;
 
 pub use machine::Machine;
-pub use measurement::measure;
 
 /// Bytes that the optimizer reads and writes a parameter: four runs of f32 are read, three are written.
 const UPDATE_BYTES_PER_ELEMENT: f64 = 28.0;

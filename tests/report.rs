@@ -61,7 +61,7 @@ fn a_log_has_every_step_once_also_after_a_kill_and_a_resume() {
 #[test]
 fn a_log_says_what_was_planned_predicted_and_used() {
     let folder = folder();
-    let (out, _) = train(folder.path(), &["--steps", "4", "--eval-every", "2", "--json"]);
+    let (out, said) = train(folder.path(), &["--steps", "4", "--eval-every", "2", "--json"]);
     let history = History::read(&folder.path().join("run")).unwrap();
     let objects: Vec<serde_json::Value> =
         out.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
@@ -75,12 +75,17 @@ fn a_log_says_what_was_planned_predicted_and_used() {
     assert!(history.steps[1].validation_loss.is_some());
     let host: u64 = history.start.plan.iter().map(|row| row.host_bytes).sum();
     assert!(0 < host && host <= history.start.planned_host_bytes);
-    let prediction = history.prediction.unwrap();
-    assert_eq!(prediction.step, 2);
-    let within = |s: f64| (0.0..=prediction.step_s * 1.000001).contains(&s);
-    assert!(prediction.timeline.iter().all(|span| within(span.start_s) && within(span.end_s)));
+    let predicted_s = history.start.prediction.unwrap().step_s;
+    assert_eq!(history.summary.unwrap().predicted_step_s, Some(predicted_s), "what the plan predicted");
+    for part in [format!("{predicted_s:.3} s a step predicted"), format!("the plan had predicted {predicted_s:.3} s")] {
+        assert!(said.contains(&part), "{part}: {said}");
+    }
+    let timeline = history.timeline.unwrap();
+    assert_eq!(timeline.step, 2);
+    let within = |s: f64| (0.0..=timeline.step_s * 1.000001).contains(&s);
+    assert!(timeline.spans.iter().all(|span| within(span.start_s) && within(span.end_s)));
     for name in ["forward", "backward"] {
-        let groups: Vec<_> = prediction.timeline.iter().filter(|span| span.name == name).collect();
+        let groups: Vec<_> = timeline.spans.iter().filter(|span| span.name == name).collect();
         assert_eq!(groups.len(), 2, "{name} of each segment");
     }
 }

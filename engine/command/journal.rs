@@ -4,20 +4,18 @@
 use super::CommandResult;
 use super::output::Output;
 use super::settings::Reporting;
-use crate::run_log::{Prediction, Record, RunLog, Start, Step, Summary, VERSION};
-use crate::simulator::{Forecast, measure};
+use crate::run_log::{Record, RunLog, Start, Step, StepTimeline, Summary, VERSION};
 use crate::tensorboard::EventFile;
 use crate::trace::ChromeTrace;
 use crate::trainer::Usage;
 use crate::{StepReport, Trainer};
 use serde_json::Value;
-use std::cmp::Ordering;
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 const SECONDS_PER_DAY: f64 = 86_400.0;
 
-/// The step of a process whose trace is measured for the prediction: the first one makes what later ones reuse.
-const MEASURED_STEP: u64 = 2;
+/// The step of a process that is kept as a picture: the first one makes what later ones use again.
+const PICTURED_STEP: u64 = 2;
 
 /// What a run is, beside its plan.
 pub struct About<'a> {
@@ -46,8 +44,7 @@ pub struct Journal {
     before: Usage,
     /// Steps of this process.
     steps: u64,
-    forecast: Option<Forecast>,
-    /// Seconds of each step after the one that the prediction is made of.
+    /// Seconds of each step after the first one.
     step_s: Vec<f64>,
 }
 
@@ -73,7 +70,6 @@ impl Journal {
             began: (trainer.steps(), usage, Instant::now()),
             before: usage,
             steps: 0,
-            forecast: None,
             step_s: vec![],
         };
         match log.transpose() {
@@ -93,6 +89,7 @@ impl Journal {
             parameters: plan.layout().parameter_elements(),
             settings: about.settings,
             plan: plan.table(),
+            prediction: plan.prediction().map(|prediction| prediction.forecast.clone()),
             planned_device_bytes: plan.device_bytes(),
             planned_host_bytes: plan.host_bytes(),
             planned_disk_bytes: plan.disk_home_bytes(),
@@ -150,26 +147,14 @@ impl Journal {
         let record = Record::Step(step);
         output.object(&record)?;
         self.log(&record, output);
-        self.predict(report, trainer, output);
-        Ok(())
-    }
-
-    /// Predicts the time of steps from the second one of the process, and keeps those after it to compare.
-    fn predict(&mut self, report: &StepReport, trainer: &Trainer, output: &Output) {
         self.steps += 1;
-        match self.steps.cmp(&MEASURED_STEP) {
-            Ordering::Less => {}
-            Ordering::Equal => {
-                let plan = trainer.plan();
-                if let Some((machine, compute)) = measure(&report.trace, plan) {
-                    let forecast = plan.forecast(&machine, &compute);
-                    let prediction = Prediction::of(report, plan, forecast.clone());
-                    self.log(&Record::Prediction(prediction), output);
-                    self.forecast = Some(forecast);
-                }
-            }
-            Ordering::Greater => self.step_s.push(report.step_s),
+        if self.steps >= PICTURED_STEP {
+            self.step_s.push(report.step_s);
         }
+        if self.steps == PICTURED_STEP {
+            self.log(&Record::Timeline(StepTimeline::of(report, trainer.plan())), output);
+        }
+        Ok(())
     }
 
     /// What the process did until now, without what only its command knows: losses, digest and sample. The timeline ends with what
@@ -199,7 +184,7 @@ impl Journal {
             upload_s: moved.uploads.seconds,
             downloaded_bytes: moved.downloads.bytes,
             download_s: moved.downloads.seconds,
-            predicted_step_s: self.forecast.as_ref().map(|forecast| forecast.step_s),
+            predicted_step_s: trainer.plan().prediction().map(|prediction| prediction.forecast.step_s),
             measured_step_s: self.step_s.get(self.step_s.len() / 2).copied(),
             written_bytes_per_step: written_bytes / (trainer.steps() - first_step).max(1) as f64,
             written_bytes_per_day: written_bytes / began.elapsed().as_secs_f64() * SECONDS_PER_DAY,
@@ -208,13 +193,19 @@ impl Journal {
         })
     }
 
-    /// Writes down what the process did in all.
+    /// Writes down what the process did in all, and tells people what a step took against what the plan had predicted.
     ///
     /// # Errors
     /// Those of standard output and of the file of `--tensorboard`.
     pub fn finish(&mut self, summary: Summary, output: &Output) -> CommandResult {
         if let (Some(events), Some(loss)) = (&mut self.tensorboard, summary.validation_loss) {
             events.scalars(summary.step, &[("validation_loss", f64::from(loss))])?;
+        }
+        if let (Some(predicted_s), Some(step_s)) = (summary.predicted_step_s, summary.measured_step_s) {
+            let off = 100.0 * (predicted_s / step_s - 1.0);
+            output.say(format_args!(
+                "a step took {step_s:.3} s (median), and the plan had predicted {predicted_s:.3} s ({off:+.1} % off)"
+            ));
         }
         let record = Record::Summary(Box::new(summary));
         output.object(&record)?;

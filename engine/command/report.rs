@@ -60,7 +60,7 @@ fn page(history: &History, dir: &dyn Display) -> String {
         ("tiles", sections::tiles(history)),
         ("learning", sections::learning(history)),
         ("time", sections::time(history)),
-        ("timeline", timeline::timeline(history.prediction.as_ref())),
+        ("timeline", timeline::timeline(history.timeline.as_ref())),
         ("memory", sections::memory(history)),
         ("wear", sections::wear(history)),
         ("settings", sections::settings(history)),
@@ -104,7 +104,7 @@ fn median(mut values: Vec<f64>) -> Option<f64> {
 mod tests {
     use super::*;
     use crate::plan::PlanRow;
-    use crate::run_log::{Prediction, Start, Step};
+    use crate::run_log::{Start, Step, StepTimeline};
     use crate::schedule::Queue;
     use crate::simulator::Forecast;
     use crate::trace::Span;
@@ -112,7 +112,7 @@ mod tests {
     fn history(steps: u64) -> History {
         let row = PlanRow { name: "slots (2)".into(), device_bytes: None, host_bytes: 4096, disk_bytes: 0 };
         let start = Start {
-            version: 1,
+            version: 2,
             ferrozero: "0.1.0".into(),
             unix_s: 0.0,
             after_step: 0,
@@ -122,6 +122,7 @@ mod tests {
             parameters: 1000,
             settings: serde_json::json!({ "data": "a & b" }),
             plan: vec![row],
+            prediction: None,
             planned_device_bytes: 0,
             planned_host_bytes: 4096,
             planned_disk_bytes: 0,
@@ -148,7 +149,7 @@ mod tests {
             validation_loss: None,
         };
         let steps = (1..=steps).map(step).collect();
-        History { start, processes: 1, steps, prediction: None, summary: None }
+        History { start, processes: 1, steps, timeline: None, summary: None }
     }
 
     #[test]
@@ -173,7 +174,7 @@ mod tests {
     }
 
     #[test]
-    fn a_step_that_was_predicted_is_set_against_the_others_and_drawn() {
+    fn what_the_plan_predicted_is_set_against_the_steps_and_one_of_them_is_drawn() {
         let mut history = history(6);
         let span = Span {
             name: "forward".into(),
@@ -191,7 +192,8 @@ mod tests {
             read_bytes: 0,
             written_bytes: 0,
         };
-        history.prediction = Some(Prediction { step: 2, step_s: 0.1, forecast, timeline: vec![span] });
+        history.start.prediction = Some(forecast);
+        history.timeline = Some(StepTimeline { step: 2, step_s: 0.1, spans: vec![span] });
         let page = page(&history, &"run");
         assert!(page.contains("forward, h.0"), "{page}");
         assert!(page.contains("90.0 ms") && page.contains("100 ms") && page.contains("-10.0 %"), "{page}");

@@ -199,12 +199,6 @@ impl Run {
             ));
         }
         say(format_args!("  files                         {}", Bytes(measured.disk_bytes)));
-        if let (Some(predicted_s), Some(step_s)) = (measured.predicted_step_s, measured.measured_step_s) {
-            let off = 100.0 * (predicted_s / step_s - 1.0);
-            say(format_args!(
-                "  step time predicted {predicted_s:.3} s, measured {step_s:.3} s ({off:+.1} % off)"
-            ));
-        }
         if measured.written_bytes_per_step > 0.0 {
             say(format_args!(
                 "  written to disk               {} a step; {:.2} TB a day at this pace",
@@ -214,9 +208,7 @@ impl Run {
         }
         say(format_args!("  checkpoint                    {}", self.settings.run.dir.display()));
         say(format_args!("  digest of the weights         {digest}"));
-        if !text.is_empty() {
-            say(format_args!("  sample: {text}"));
-        }
+        let sample = (!text.is_empty()).then(|| format!("sample: {text}"));
         let summary = Summary {
             train_loss,
             validation_loss: Some(validation_loss).filter(|loss| loss.is_finite()),
@@ -225,6 +217,7 @@ impl Run {
             ..measured
         };
         self.journal.finish(summary, &self.output)?;
+        sample.into_iter().for_each(|sample| self.output.say(sample));
         let dir = quoted(self.settings.run.dir.display());
         match steps < self.settings.steps {
             true => self.output.next(format_args!("ferrozero train --resume --dir {dir}")),

@@ -38,10 +38,10 @@ pub fn subtitle(history: &History, dir: &dyn Display) -> String {
     )
 }
 
-/// The steps that a prediction is compared with: those after the one that it was made of, or all.
+/// The steps that a prediction is compared with: those of the last process, which its plan is of, after the first one, which makes
+/// what later ones use again; or all.
 fn measured(history: &History) -> &[Step] {
-    let after = history.prediction.as_ref().map_or(0, |prediction| prediction.step);
-    let first = history.steps.partition_point(|step| step.step <= after);
+    let first = history.steps.partition_point(|step| step.step <= history.start.after_step + 1);
     if first < history.steps.len() { &history.steps[first..] } else { &history.steps }
 }
 
@@ -65,7 +65,7 @@ pub fn tiles(history: &History) -> String {
     let validation_step = history.steps.iter().rev().find_map(|step| step.validation_loss);
     let validation = history.summary.as_ref().and_then(|summary| summary.validation_loss).or(validation_step);
     tile("validation loss", validation.map(|loss| format!("{loss:.3}")), None);
-    let predicted = history.prediction.as_ref().map(|prediction| prediction.forecast.step_s);
+    let predicted = history.start.prediction.as_ref().map(|forecast| forecast.step_s);
     let step_s = median_of(history, |step| step.step_s);
     let predicted = predicted.map(|predicted| format!("{} predicted", seconds(predicted)));
     tile("a step", step_s.map(seconds), predicted);
@@ -142,18 +142,17 @@ pub fn time(history: &History) -> String {
     let Some(step_s) = median_of(history, |step| step.step_s) else {
         return "<p>No step was made yet.</p>".into();
     };
-    let forecast = history.prediction.as_ref().map(|prediction| &prediction.forecast);
-    let text = match (&history.prediction, forecast) {
-        (Some(prediction), Some(forecast)) => format!(
-            "<p>From the speeds that step {} had, the simulator predicts {} a step. The {} steps measured for it take {} (median): \
-             the prediction is {:+.1} % off.</p>\n",
-            prediction.step,
+    let forecast = history.start.prediction.as_ref();
+    let text = match forecast {
+        Some(forecast) => format!(
+            "<p>Before the first step the plan predicted {} a step. The {} steps measured for it took {} (median): the prediction \
+             is {:+.1} % off.</p>\n",
             seconds(forecast.step_s),
             measured(history).len(),
             seconds(step_s),
             100.0 * (forecast.step_s / step_s - 1.0)
         ),
-        _ => format!("<p>A step takes {} (median).</p>\n", seconds(step_s)),
+        None => format!("<p>A step takes {} (median).</p>\n", seconds(step_s)),
     };
     let predicted_of = |queue: Queue| {
         let busy_s = &forecast?.busy_s;

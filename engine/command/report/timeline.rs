@@ -2,7 +2,7 @@
 
 use super::chart::ticks;
 use super::{escaped, seconds};
-use crate::run_log::Prediction;
+use crate::run_log::StepTimeline;
 use crate::schedule::Queue;
 use crate::trace::Span;
 
@@ -12,15 +12,15 @@ const WIDTH: f64 = 1000.0;
 const NARROWEST: f64 = 1.0;
 const LANE_HEIGHT: u32 = 10;
 
-/// The rows of the step that the prediction is made of.
-pub fn timeline(prediction: Option<&Prediction>) -> String {
-    let Some(prediction) = prediction else {
+/// The rows of the step that was kept.
+pub fn timeline(timeline: Option<&StepTimeline>) -> String {
+    let Some(timeline) = timeline else {
         return "<p>Of the second step of a process; this one made fewer.</p>".into();
     };
-    let whole_s = prediction.step_s;
+    let whole_s = timeline.step_s;
     let mut rows = String::new();
     for queue in Queue::ALL.into_iter().filter(|&queue| queue != Queue::Control) {
-        let spans: Vec<&Span> = prediction.timeline.iter().filter(|span| span.queue == queue).collect();
+        let spans: Vec<&Span> = timeline.spans.iter().filter(|span| span.queue == queue).collect();
         if !spans.is_empty() {
             rows += &row(queue, &spans, whole_s);
         }
@@ -36,7 +36,7 @@ Point at a bar to see what it is.</p>
 <ul class="legend"><li class="forward">forward</li><li class="backward">backward</li><li class="transfer">between memory and device</li>
 <li class="disk">disk</li><li class="optimizer">optimizer</li><li class="other">other</li></ul>
 "#,
-        prediction.step,
+        timeline.step,
         seconds(whole_s),
     )
 }
