@@ -182,6 +182,12 @@ impl Plan {
         self.arrangement.buffer_bytes(Tier::Device)
     }
 
+    /// Bytes of one slot.
+    pub(crate) fn bytes_of_slot(&self, slot: usize) -> u64 {
+        let elements = self.arrangement.slots.get(slot).map_or(0, |slot| slot.tensor_elements.iter().sum());
+        elements as u64 * self.limits.device.element_bytes()
+    }
+
     /// Bytes of all slots.
     fn slot_bytes(&self) -> u64 {
         self.arrangement.slot_elements() * self.limits.device.element_bytes()
@@ -189,12 +195,11 @@ impl Plan {
 
     /// Peak bytes of device memory that is not leased: on the CPU device that is the heap.
     pub(crate) fn heap_bytes(&self) -> u64 {
-        let boundary = self.calls.iter().map(|call| 4 * call.boundary_elements as u64).max().unwrap_or(0);
         // A device with memory of its own keeps the storage of a boundary that was saved for one that is loaded.
         let boundaries = self.arrangement.passages as u64 * if self.limits.device.apart { 2 } else { 1 };
         self.slot_bytes()
             + self.gradient_bytes()
-            + boundaries * boundary
+            + boundaries * self.bytes_of_passage()
             + self.activation_bytes().unwrap_or(0)
             + if self.limits.device.apart { 0 } else { BOOKKEEPING_BYTES + self.thread_bytes() }
     }
@@ -214,9 +219,19 @@ impl Plan {
         self.working_bytes.map(|bytes| bytes + parked)
     }
 
-    fn gradient_bytes(&self) -> u64 {
+    /// Bytes of a boundary activation in passing: of the largest.
+    pub(crate) fn bytes_of_passage(&self) -> u64 {
+        self.calls.iter().map(|call| 4 * call.boundary_elements as u64).max().unwrap_or(0)
+    }
+
+    /// Bytes of a gradient set: of the largest group's.
+    pub(crate) fn bytes_of_gradient_set(&self) -> u64 {
         let largest = self.layout.groups.iter().map(|group| group.gradient_elements()).max().unwrap_or(0);
-        self.arrangement.gradient_sets as u64 * largest * self.limits.device.element_bytes()
+        largest * self.limits.device.element_bytes()
+    }
+
+    fn gradient_bytes(&self) -> u64 {
+        self.arrangement.gradient_sets as u64 * self.bytes_of_gradient_set()
     }
 
     /// Device bytes that grow with the groups: slots, and gradients on their way.

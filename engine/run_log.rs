@@ -9,7 +9,7 @@ use crate::error::{Error, Result};
 use crate::plan::{Plan, PlanRow};
 use crate::schedule::Queue;
 use crate::simulator::Forecast;
-use crate::trace::Span;
+use crate::trace::{Occupancy, Span, highest};
 use crate::trainer::{StepReport, Usage};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -145,6 +145,9 @@ impl Step {
     }
 }
 
+/// Parts of a step of which a picture shows the most memory.
+const PARTS: usize = 250;
+
 /// One step as a picture.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct StepTimeline {
@@ -154,6 +157,8 @@ pub struct StepTimeline {
     pub step_s: f64,
     /// What the queues did in it.
     pub spans: Vec<Span>,
+    /// What the tiers held in it, the most of each of equal parts.
+    pub occupancy: Vec<Occupancy>,
 }
 
 impl StepTimeline {
@@ -161,7 +166,9 @@ impl StepTimeline {
     pub fn of(report: &StepReport, plan: &Plan) -> Self {
         let (from_s, until_s) = window(report);
         let spans = report.trace.timeline(plan, from_s, until_s);
-        Self { step: report.step, step_s: report.step_s, spans }
+        let levels = report.trace.occupancy(plan, from_s, until_s);
+        let occupancy = highest(&levels, (from_s, until_s), PARTS);
+        Self { step: report.step, step_s: report.step_s, spans, occupancy }
     }
 }
 

@@ -2,12 +2,14 @@
 
 mod chrome;
 mod device;
+mod occupancy;
 mod timeline;
 
 use crate::schedule::{Operation, Queue};
 
 pub use chrome::ChromeTrace;
 pub(crate) use device::{DeviceClock, Moments};
+pub use occupancy::{Occupancy, highest};
 pub use timeline::Span;
 
 /// One operation as it ran. Times of what a CUDA device does are by its own clock.

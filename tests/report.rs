@@ -77,11 +77,17 @@ fn a_log_says_what_was_planned_predicted_and_used() {
     assert!(0 < host && host <= history.start.planned_host_bytes);
     let predicted_s = history.start.prediction.unwrap().step_s;
     assert_eq!(history.summary.unwrap().predicted_step_s, Some(predicted_s), "what the plan predicted");
-    for part in [format!("{predicted_s:.3} s a step predicted"), format!("the plan had predicted {predicted_s:.3} s")] {
+    for part in
+        [format!("{predicted_s:.3} s a step predicted"), format!("the plan had predicted {predicted_s:.3} s")]
+    {
         assert!(said.contains(&part), "{part}: {said}");
     }
     let timeline = history.timeline.unwrap();
     assert_eq!(timeline.step, 2);
+    let held = |of: fn(&ferrozero::trace::Occupancy) -> u64| timeline.occupancy.iter().map(of).max().unwrap();
+    assert!(held(|level| level.device_bytes) <= history.start.planned_device_bytes);
+    let host = held(|level| level.host_bytes);
+    assert!(0 < host && host <= history.start.planned_host_bytes);
     let within = |s: f64| (0.0..=timeline.step_s * 1.000001).contains(&s);
     assert!(timeline.spans.iter().all(|span| within(span.start_s) && within(span.end_s)));
     for name in ["forward", "backward"] {
@@ -98,9 +104,14 @@ fn a_page_is_made_of_the_log_and_what_is_no_run_is_refused_with_what_to_do() {
     assert!(out.contains("3 steps of run are in page.html"), "{out}");
     assert_eq!(err, "next: open page.html in a browser\n", "and no colours where there is no terminal");
     let page = std::fs::read_to_string(folder.path().join("page.html")).unwrap();
-    for part in
-        ["<!DOCTYPE html>", "GPT, 2 blocks of width 32", "backward, h.1", "slots (", "prefers-color-scheme"]
-    {
+    for part in [
+        "<!DOCTYPE html>",
+        "GPT, 2 blocks of width 32",
+        "backward, h.1",
+        "Over step 2",
+        "slots (",
+        "prefers-color-scheme",
+    ] {
         assert!(page.contains(part), "{part}");
     }
     let refused = |arguments: &[&str]| {

@@ -1,4 +1,5 @@
-//! The timeline of a run: valid JSON after every step, a named track a queue, every operation of the schedule once.
+//! The timeline of a run: valid JSON after every step, a named track a queue, every operation of the schedule once, and what each tier
+//! held within what the plan has for it.
 
 #[expect(dead_code, reason = "the other tests use the rest")]
 mod support;
@@ -24,7 +25,7 @@ fn trace_of_a_run(placement: Placement, clip: Option<f64>) {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("trace.json");
     let config = Config {
-        placement,
+        placement: placement.clone(),
         clip,
         backend: BackendChoice::Memory,
         boundaries: Some(Tier::Disk),
@@ -83,6 +84,29 @@ fn trace_of_a_run(placement: Placement, clip: Option<f64>) {
         // A nanosecond for the rounding of sums.
         assert!(start >= ends.get(&track).copied().unwrap_or(0.0) - 1e-3, "overlap on {}", names[&track]);
         ends.insert(track, start + event["dur"].as_f64().unwrap());
+    }
+    let on_disk = placement == Placement::All(Tier::Disk);
+    let limits = [
+        ("device memory in use", plan.device_bytes()),
+        ("host memory in use", plan.host_bytes()),
+        // Boundaries have their home there too, beside the states.
+        ("disk in use", trainer.usage().disk_bytes),
+    ];
+    for (name, limit) in limits {
+        let counter = objects.iter().filter(|object| object["ph"] == "C" && object["name"] == name);
+        let points = counter.map(|object| (object["ts"].as_f64(), object["args"]["bytes"].as_u64()));
+        let points: Vec<_> = points.map(|(at, bytes)| (at.unwrap(), bytes.unwrap())).collect();
+        assert!(points.windows(2).all(|pair| pair[0].0 <= pair[1].0), "{name} goes back in time");
+        assert!(
+            points.iter().all(|(_, bytes)| *bytes <= limit),
+            "{name} is above the {limit} bytes of the plan"
+        );
+        let most = points.iter().map(|(_, bytes)| *bytes).max().unwrap();
+        let least = points.iter().map(|(_, bytes)| *bytes).min().unwrap();
+        assert!(most > least, "boundaries come and go through every tier: {name}");
+        if on_disk && name == "disk in use" {
+            assert!(least >= plan.disk_home_bytes());
+        }
     }
     for step in 2..=STEPS {
         assert_eq!(found[&step], expected_of(step), "step {step}");

@@ -107,7 +107,7 @@ mod tests {
     use crate::run_log::{Start, Step, StepTimeline};
     use crate::schedule::Queue;
     use crate::simulator::Forecast;
-    use crate::trace::Span;
+    use crate::trace::{Occupancy, Span};
 
     fn history(steps: u64) -> History {
         let row = PlanRow { name: "slots (2)".into(), device_bytes: None, host_bytes: 4096, disk_bytes: 0 };
@@ -192,10 +192,16 @@ mod tests {
             read_bytes: 0,
             written_bytes: 0,
         };
+        let held = Occupancy { at_s: 0.0, device_bytes: 0, host_bytes: 4096, disk_bytes: 0 };
         history.start.prediction = Some(forecast);
-        history.timeline = Some(StepTimeline { step: 2, step_s: 0.1, spans: vec![span] });
+        history.timeline =
+            Some(StepTimeline { step: 2, step_s: 0.1, spans: vec![span], occupancy: vec![held] });
         let page = page(&history, &"run");
         assert!(page.contains("forward, h.0"), "{page}");
+        assert!(
+            page.contains("in use: 4.0 KiB at 0 s") && page.contains("planned: 4.0 KiB at 0 s"),
+            "{page}"
+        );
         assert!(page.contains("90.0 ms") && page.contains("100 ms") && page.contains("-10.0 %"), "{page}");
     }
 }

@@ -1,16 +1,14 @@
-//! A trace as a file that chrome://tracing and Perfetto show: one track a queue, one event an operation.
+//! A trace as a file that chrome://tracing and Perfetto show: one track a queue, one event an operation, and a counter a tier of the
+//! bytes that hold something.
 
-use super::Trace;
-use crate::arrangement::Call;
+use super::{Occupancy, Trace};
 use crate::error::{Error, Result};
-use crate::layout::Layout;
 use crate::plan::Plan;
 use crate::schedule::Queue;
 use serde_json::{Value, json};
 use std::fs::File;
 use std::io::{BufWriter, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 
 /// What closes the array. It is written behind every step and overwritten by the next one, so the file is valid JSON
 /// after every step, however the run ends.
@@ -25,10 +23,20 @@ pub struct ChromeTrace {
     file: BufWriter<File>,
     /// Bytes before [`END`].
     length_bytes: u64,
-    layout: Arc<Layout>,
-    calls: Vec<Call>,
+    plan: Plan,
     /// When the last operation of each track ended, by queue. Operations of a disk queue overlap, those of a track do not.
     tracks: [Vec<f64>; Queue::ALL.len()],
+    /// Until when the counters are written, and what they were last.
+    counted: Option<Occupancy>,
+}
+
+/// The counters, and what they are.
+fn counters(level: &Occupancy) -> [(&'static str, u64); 3] {
+    [
+        ("device memory in use", level.device_bytes),
+        ("host memory in use", level.host_bytes),
+        ("disk in use", level.disk_bytes),
+    ]
 }
 
 impl ChromeTrace {
@@ -42,9 +50,9 @@ impl ChromeTrace {
             path: path.to_owned(),
             file: BufWriter::new(File::create(path).map_err(failed)?),
             length_bytes: 0,
-            layout: plan.layout.clone(),
-            calls: plan.calls.clone(),
+            plan: plan.clone(),
             tracks: Queue::ALL.map(|_| vec![]),
+            counted: None,
         };
         this.begin().map_err(failed)?;
         Ok(this)
@@ -73,8 +81,8 @@ impl ChromeTrace {
         self.file.seek(SeekFrom::Start(self.length_bytes))?;
         for event in &trace.events {
             let track = self.track(event.operation.queue(), event.start_s, event.end_s)?;
-            let group = event.operation.group(&self.layout, &self.calls);
-            let group = group.map(|group| self.layout.groups[group].name.clone());
+            let group = event.operation.group(self.plan.layout(), self.plan.calls());
+            let group = group.map(|group| self.plan.layout().groups[group].name.clone());
             self.put_object(&json!({
                 "name": event.operation.name(),
                 "cat": event.operation.queue().name(),
@@ -92,7 +100,28 @@ impl ChromeTrace {
                 },
             }))?;
         }
+        self.count(trace)?;
         self.close()
+    }
+
+    /// Writes the counters of a trace from where they were written to its end, each where it changes.
+    fn count(&mut self, trace: &Trace) -> std::io::Result<()> {
+        let from_s = self.counted.map_or(0.0, |level| level.at_s);
+        let until_s = trace.events.iter().map(|event| event.end_s).fold(from_s, f64::max);
+        for level in trace.occupancy(&self.plan, from_s, until_s) {
+            let before = self.counted.replace(level);
+            for (index, (name, bytes)) in counters(&level).into_iter().enumerate() {
+                if before.is_none_or(|before| counters(&before)[index].1 != bytes) {
+                    let ts = 1e6 * level.at_s;
+                    self.put_object(
+                        &json!({ "name": name, "ph": "C", "ts": ts, "pid": 1, "args": { "bytes": bytes } }),
+                    )?;
+                }
+            }
+        }
+        // What goes on behind the trace is in the next one.
+        self.counted = self.counted.map(|level| Occupancy { at_s: until_s, ..level });
+        Ok(())
     }
 
     /// The number of a track of `queue` on which nothing overlaps with the operation. Operations come in the order in which

@@ -1,6 +1,6 @@
-//! Lines over steps. Shapes are drawn to any width, and labels are text beside them, so that both suit a phone.
+//! Lines over steps, or over the time of one. Shapes are drawn to any width, and labels are text beside them, so that both suit a phone.
 
-use super::escaped;
+use super::{escaped, seconds};
 
 /// A line has at most so many points: more than a screen shows. Each is then the mean of several steps.
 const POINTS_MAX: usize = 500;
@@ -10,18 +10,47 @@ const HEIGHT: f64 = 300.0;
 /// Labels at an axis, about.
 const TICKS: f64 = 4.0;
 
-/// Values over steps.
+/// What lies along a drawing.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Along {
+    /// Numbers of steps.
+    Steps,
+    /// Seconds of one step.
+    Seconds,
+}
+
+impl Along {
+    fn label(self, at: f64) -> String {
+        match self {
+            Self::Steps => format!("step {at}"),
+            Self::Seconds => seconds(at),
+        }
+    }
+
+    /// Whether there is a label at a round number.
+    fn has(self, tick: f64) -> bool {
+        self == Self::Seconds || tick.fract() == 0.0
+    }
+}
+
+/// Values along a drawing.
 pub struct Series {
     /// What they are.
     pub name: &'static str,
     /// How they are drawn, as the page's style names it.
     pub class: &'static str,
-    /// Step and value.
+    /// Step or second, and value.
     pub points: Vec<(f64, f64)>,
 }
 
 /// A drawing of several series. `label` writes a value at the axis; with `from_zero` the axis begins at 0.
-pub fn chart(title: &str, series: &[Series], label: impl Fn(f64) -> String, from_zero: bool) -> String {
+pub fn chart(
+    title: &str,
+    along: Along,
+    series: &[Series],
+    label: impl Fn(f64) -> String,
+    from_zero: bool,
+) -> String {
     let all = || series.iter().flat_map(|series| &series.points);
     let (Some(first), Some(last)) = (least(all().map(|point| point.0)), most(all().map(|point| point.0)))
     else {
@@ -54,9 +83,11 @@ pub fn chart(title: &str, series: &[Series], label: impl Fn(f64) -> String, from
         }
     }
     let x_ticks = ticks(first, last).into_iter().filter(|tick| (first..=last).contains(tick));
-    let x_ticks = x_ticks.filter(|tick| tick.fract() == 0.0);
-    let x_labels: String =
-        x_ticks.map(|tick| format!(r#"<span style="left:{:.1}%">{tick}</span>"#, 100.0 * x(tick))).collect();
+    let x_ticks = x_ticks.filter(|&tick| along.has(tick));
+    let short = |tick: f64| along.label(tick).trim_start_matches("step ").to_owned();
+    let x_labels: String = x_ticks
+        .map(|tick| format!(r#"<span style="left:{:.1}%">{}</span>"#, 100.0 * x(tick), short(tick)))
+        .collect();
     let legend = match series {
         [_] => String::new(),
         several => {
@@ -64,7 +95,7 @@ pub fn chart(title: &str, series: &[Series], label: impl Fn(f64) -> String, from
             format!(r#"<ul class="legend">{}</ul>"#, several.iter().map(item).collect::<String>())
         }
     };
-    let described: Vec<String> = series.iter().filter_map(|series| describe(series, &label)).collect();
+    let described: Vec<String> = series.iter().filter_map(|series| describe(series, along, &label)).collect();
     format!(
         r#"<figure><figcaption>{title}</figcaption>{legend}
 <div class="plot" role="img" aria-label="{}"><div class="y">{y_labels}</div>
@@ -76,10 +107,11 @@ pub fn chart(title: &str, series: &[Series], label: impl Fn(f64) -> String, from
 }
 
 /// A series in words, for those who do not see it.
-fn describe(series: &Series, label: impl Fn(f64) -> String) -> Option<String> {
+fn describe(series: &Series, along: Along, label: impl Fn(f64) -> String) -> Option<String> {
     let (first, last) = (series.points.first()?, series.points.last()?);
     let (from, to) = (label(first.1), label(last.1));
-    Some(format!("{}: {from} at step {}, {to} at step {}", series.name, first.0, last.0))
+    let (first, last) = (along.label(first.0), along.label(last.0));
+    Some(format!("{}: {from} at {first}, {to} at {last}", series.name))
 }
 
 /// As many points as a screen shows.

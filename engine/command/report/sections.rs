@@ -1,10 +1,11 @@
 //! The parts of a report, from what the log says.
 
-use super::chart::{Series, chart};
+use super::chart::{Along, Series, chart};
 use super::{escaped, median, seconds};
 use crate::plan::Bytes;
-use crate::run_log::{History, Step};
+use crate::run_log::{History, Step, StepTimeline};
 use crate::schedule::Queue;
+use crate::trace::Occupancy;
 use serde_json::Value;
 use std::fmt::Display;
 
@@ -104,9 +105,9 @@ pub fn learning(history: &History) -> String {
     let small = |value: f64| if value == 0.0 { "0".into() } else { format!("{value:e}") };
     format!(
         r#"{}<div class="pair">{}{}</div>{}"#,
-        chart("Loss", &losses, number, false),
-        chart("Learning rate", &rates, small, true),
-        chart("Norm of the gradients, before clipping", &norms, number, true),
+        chart("Loss", Along::Steps, &losses, number, false),
+        chart("Learning rate", Along::Steps, &rates, small, true),
+        chart("Norm of the gradients, before clipping", Along::Steps, &norms, number, true),
         learning_table(history),
     )
 }
@@ -192,7 +193,7 @@ pub fn time(history: &History) -> String {
         "{text}<table class=\"queues\"><thead><tr><th scope=\"col\">busy in a step</th><th scope=\"col\">measured</th>\
          <th scope=\"col\">predicted</th><th scope=\"col\"><span class=\"hidden\">as a bar; the mark is the prediction</span></th>\
          </tr></thead><tbody>\n{rows}</tbody></table>\n{}",
-        chart("Time of a step", &lines, seconds, true)
+        chart("Time of a step", Along::Steps, &lines, seconds, true)
     )
 }
 
@@ -247,15 +248,36 @@ pub fn memory(history: &History) -> String {
             format!("<tr><th scope=\"row\">{name}</th><td>{device}</td><td>{host}</td><td>{disk}</td></tr>\n")
         })
         .collect();
+    let curves = history.timeline.as_ref().map_or(String::new(), |timeline| occupancy(history, timeline));
     format!(
         "<table class=\"queues\"><thead><tr><th scope=\"col\">tier</th><th scope=\"col\">peak</th><th scope=\"col\">planned</th>\
          <th scope=\"col\">granted</th><th scope=\"col\"><span class=\"hidden\">as a bar; the mark is the plan</span></th></tr></thead>\
-         <tbody>\n{tiers}</tbody></table>\n<h3>What the plan uses it for</h3>\n<table><thead><tr><th scope=\"col\">use</th>\
+         <tbody>\n{tiers}</tbody></table>\n{curves}<h3>What the plan uses it for</h3>\n<table><thead><tr><th scope=\"col\">use</th>\
          <th scope=\"col\">device</th><th scope=\"col\">host</th><th scope=\"col\">disk</th></tr></thead><tbody>\n{uses}</tbody>\
          <tfoot><tr><th scope=\"row\">in all</th><td>{}</td><td>{}</td><td>{}</td></tr></tfoot></table>\n",
         Bytes(start.planned_device_bytes),
         Bytes(start.planned_host_bytes),
         Bytes(start.planned_disk_bytes),
+    )
+}
+
+/// What each tier held over one step.
+fn occupancy(history: &History, timeline: &StepTimeline) -> String {
+    let tier = |title: &str, of: fn(&Occupancy) -> u64, planned: u64| {
+        let held: Vec<_> = timeline.occupancy.iter().map(|level| (level.at_s, of(level) as f64)).collect();
+        let ends = [0.0, timeline.step_s].map(|at_s| (at_s, planned as f64)).to_vec();
+        let series = [
+            Series { name: "in use", class: "a", points: held },
+            Series { name: "planned", class: "b dashed", points: ends },
+        ];
+        chart(title, Along::Seconds, &series, |bytes| Bytes(bytes as u64).to_string(), true)
+    };
+    format!(
+        "<h3>Over step {}</h3>\n<p>What the engine's own memory held. On the device the model's own tensors come on top of \
+         it, which the plan counts too.</p>\n<div class=\"pair\">{}{}</div>\n",
+        timeline.step,
+        tier("Device", |level| level.device_bytes, history.start.planned_device_bytes),
+        tier("Host", |level| level.host_bytes, history.start.planned_host_bytes),
     )
 }
 
