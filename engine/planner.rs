@@ -8,7 +8,7 @@ use crate::pass::Observed;
 use crate::plan::{Bytes, Limits, Placement, Plan};
 use crate::schedule::Stream;
 use crate::search::Search;
-use crate::shape::ModelShape;
+use crate::shape::{ModelShape, Speeds};
 use crate::simulator::{Compute, Forecast, Machine};
 use candle_core::DType;
 use ferrozero_offload::Tier;
@@ -152,17 +152,20 @@ impl Question {
     /// [`Error::BudgetTooSmall`] with what is missing, and [`Error::Configuration`] for a disk that is too small or a machine
     /// whose speed of computing is not known.
     pub fn answer(&self) -> Result<Answer> {
-        let flop_per_s = match self.machine.is_apart() {
-            true => self.machine.matmul_bf16_flop_per_s,
-            false => self.machine.matmul_f32_flop_per_s,
+        let Machine { matmul_bf16_flop_per_s, attention_bf16_flop_per_s, .. } = self.machine;
+        let Machine { matmul_f32_flop_per_s, attention_f32_flop_per_s, .. } = self.machine;
+        let (matmul, attention) = match self.machine.is_apart() {
+            true => (matmul_bf16_flop_per_s, attention_bf16_flop_per_s),
+            false => (matmul_f32_flop_per_s, attention_f32_flop_per_s),
         };
-        let flop_per_s = flop_per_s.ok_or_else(|| {
+        let matmul = matmul.ok_or_else(|| {
             Error::Configuration(
                 "the machine's file does not say how fast matrix products are: make one with ferrozero probe"
                     .into(),
             )
         })?;
-        let compute = self.shape.compute(self.batch, self.sequence, flop_per_s);
+        let speeds = Speeds { matmul, attention: attention.unwrap_or(matmul) };
+        let compute = self.shape.compute(self.batch, self.sequence, speeds);
         let plan = self.search(&compute, |search| search.best(&self.machine))?;
         let prediction = plan.prediction().cloned();
         let prediction = prediction.ok_or_else(|| crate::work::internal("a plan without a prediction"))?;
@@ -289,9 +292,13 @@ impl Question {
             changed.machine.download_bytes_per_s *= 2.0;
         });
         add("computing twice as fast".into(), &|changed| {
-            for flop_per_s in
-                [&mut changed.machine.matmul_f32_flop_per_s, &mut changed.machine.matmul_bf16_flop_per_s]
-            {
+            let machine = &mut changed.machine;
+            for flop_per_s in [
+                &mut machine.matmul_f32_flop_per_s,
+                &mut machine.matmul_bf16_flop_per_s,
+                &mut machine.attention_f32_flop_per_s,
+                &mut machine.attention_bf16_flop_per_s,
+            ] {
                 *flop_per_s = flop_per_s.map(|flop_per_s| 2.0 * flop_per_s);
             }
         });
@@ -377,7 +384,7 @@ mod tests {
                 machine: machine.clone(),
                 choices: Choices::default(),
             };
-            let compute = question.shape.compute(2, 64, 5e10);
+            let compute = question.shape.compute(2, 64, Speeds { matmul: 5e10, attention: 5e10 });
             let states = 16 * question.shape.parameters();
             for budget in 0..3 {
                 compare(&question, &machine, &compute, states * budget / 3);

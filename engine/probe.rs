@@ -21,7 +21,7 @@ use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
 /// What [`thorough`] measures, one after another.
-pub const MEASUREMENTS: u64 = 6;
+pub const MEASUREMENTS: u64 = 8;
 
 /// How much is measured.
 #[derive(Debug, Clone, Copy)]
@@ -56,7 +56,8 @@ fn processors() -> usize {
     std::thread::available_parallelism().map_or(1, usize::from)
 }
 
-/// Measures everything, in about ten seconds, and tells `next` what comes next. Matrix products and copies are those of `device`.
+/// Measures everything, in about ten seconds, and tells `next` what comes next. Matrix products, attention and copies are those of
+/// `device`.
 ///
 /// # Errors
 /// Errors of the tiers.
@@ -83,6 +84,11 @@ pub fn thorough(
     let matmul_f32 = matmul(DType::F32);
     next("matrix products, bf16");
     let matmul_bf16 = matmul(DType::BF16);
+    next("attention, f32");
+    let attention = |dtype| device::attention_flop_per_s(device.device(), dtype).ok();
+    let attention_f32 = attention(DType::F32);
+    next("attention, bf16");
+    let attention_bf16 = attention(DType::BF16);
     next("disk");
     let write_s =
         Disk::new(directory, FIRST_LOOK_BYTES, THOROUGH.places, threads)?.sweep(Sweep::Write)?.sweep_s;
@@ -109,6 +115,8 @@ pub fn thorough(
         device_memory_bytes_per_s: device_memory,
         matmul_f32_flop_per_s: matmul_f32,
         matmul_bf16_flop_per_s: matmul_bf16,
+        attention_f32_flop_per_s: attention_f32,
+        attention_bf16_flop_per_s: attention_bf16,
         ..Machine::default()
     })
 }

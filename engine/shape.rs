@@ -25,6 +25,15 @@ pub enum Family {
     Llama,
 }
 
+/// Floating-point operations a second of a device.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Speeds {
+    /// Of matrix products.
+    pub matmul: f64,
+    /// Of attention, counted as 4·T·C a token, with what the mask hides.
+    pub attention: f64,
+}
+
 /// Sizes of a model.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct ModelShape {
@@ -290,31 +299,32 @@ impl ModelShape {
         (4 * tokens * c + v * c + logits) * element_bytes as u64
     }
 
-    /// Floating-point operations of one token's forward: of a segment, and of the head.
+    /// Floating-point operations of one token's forward: of the matrices of a block, of its attention, and of the head.
     ///
     /// Two a parameter of a matrix, and 4·T·C a block for attention's scores and their product with the values, which with a
     /// backward of twice the forward are 6·P + 12·L·T·C a token (Chowdhery et al., arXiv 2204.02311, appendix B).
-    pub fn forward_flop(&self, sequence: usize) -> (f64, f64) {
+    fn forward_flop(&self, sequence: usize) -> (f64, f64, f64) {
         let matrices = self.block().into_iter().filter(|(_, shape)| shape.len() > 1);
         let matrices: f64 =
             matrices.map(|(_, shape)| shape.iter().map(|&size| size as f64).product::<f64>()).sum();
-        let block = 2.0 * matrices + 4.0 * sequence as f64 * self.hidden as f64;
+        let attention = 4.0 * sequence as f64 * self.hidden as f64;
         let head = 2.0 * self.vocabulary as f64 * self.hidden as f64;
-        (block / self.segments_per_block as f64, head)
+        (2.0 * matrices, attention, head)
     }
 
-    /// How long computing takes for `batch` sequences on a device of `flop_per_s`. A backward is a forward again, which is
+    /// How long computing takes for `batch` sequences on a device of these `speeds`. A backward is a forward again, which is
     /// the recomputation, and twice as much for the gradients.
-    pub fn compute(&self, batch: usize, sequence: usize, flop_per_s: f64) -> Compute {
+    pub fn compute(&self, batch: usize, sequence: usize, speeds: Speeds) -> Compute {
         let tokens = (batch * sequence) as f64;
-        let (segment, head) = self.forward_flop(sequence);
-        let forward_s = tokens * segment / flop_per_s;
+        let (matrices, attention, head) = self.forward_flop(sequence);
+        let block_s = matrices / speeds.matmul + attention / speeds.attention;
+        let forward_s = tokens * block_s / self.segments_per_block as f64;
         let mut compute = Compute::none(self.segments());
         compute.forward.fill(ComputeTime { before_s: 0.0, within_s: forward_s });
         compute.backward.fill(ComputeTime { before_s: 0.0, within_s: 3.0 * forward_s });
         // The head and its gradients come between the last forward and the first backward.
         if let Some(last) = compute.backward.last_mut() {
-            last.before_s = 3.0 * tokens * head / flop_per_s;
+            last.before_s = 3.0 * tokens * head / speeds.matmul;
         }
         compute
     }

@@ -132,7 +132,11 @@ fn more_memory_and_faster_parts_make_nothing_slower() {
     assert!(step_s(processor(1 << 30)) < base, "everything in memory is faster than the disk");
     let faster_disk = Machine { disk_read_bytes_per_s: 4e9, disk_write_bytes_per_s: 4e9, ..small.clone() };
     assert!(step_s(faster_disk) <= most);
-    assert!(step_s(Machine { matmul_f32_flop_per_s: Some(2e11), ..small }) <= most);
+    assert!(step_s(Machine { matmul_f32_flop_per_s: Some(2e11), ..small.clone() }) <= most);
+    // Attention has a speed of its own where it was measured.
+    let attention = |flop_per_s| step_s(Machine { attention_f32_flop_per_s: Some(flop_per_s), ..small.clone() });
+    assert!((attention(1e11) - base).abs() <= 0.01 * base, "as fast as matrix products");
+    assert!(attention(1e9) > 1.5 * base);
 }
 
 #[test]

@@ -73,7 +73,7 @@ fn print(machine: &Machine) {
             println!("  {name:<28}{:>9.2} GB/s", bytes_per_s / 1e9);
         }
     };
-    let matmul = |name: &str, flop_per_s: Option<f64>| match flop_per_s {
+    let computing = |name: &str, flop_per_s: Option<f64>| match flop_per_s {
         Some(flop_per_s) => println!("  {name:<28}{:>9.1} GFLOP/s", flop_per_s / 1e9),
         None => println!("  {name:<28}{:>9}", "none"),
     };
@@ -85,8 +85,10 @@ fn print(machine: &Machine) {
     speed("disk read", Some(machine.disk_read_bytes_per_s));
     speed("disk write", Some(machine.disk_write_bytes_per_s));
     speed("disk read and write at once", machine.disk_mixed_bytes_per_s);
-    matmul("matrix products, f32", machine.matmul_f32_flop_per_s);
-    matmul("matrix products, bf16", machine.matmul_bf16_flop_per_s);
+    computing("matrix products, f32", machine.matmul_f32_flop_per_s);
+    computing("matrix products, bf16", machine.matmul_bf16_flop_per_s);
+    computing("attention, f32", machine.attention_f32_flop_per_s);
+    computing("attention, bf16", machine.attention_bf16_flop_per_s);
     speed("memory of the device", machine.device_memory_bytes_per_s);
     if let Some(bytes) = machine.device_memory_bytes {
         println!("  {:<28}{:>14}", "device memory to use", Bytes(bytes));

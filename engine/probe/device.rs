@@ -1,10 +1,11 @@
-//! What a device does: its matrix products, and the bus and the memory of one that has its own.
+//! What a device does: its matrix products and attention, and the bus and the memory of one that has its own.
 
 use super::{Effort, median};
 use crate::device::ComputeDevice;
 use crate::error::Result;
 use crate::vacancy::DeviceRun;
 use candle_core::{DType, Device, Tensor};
+use ferrozero_kernels::ops::causal_attention;
 use ferrozero_offload::{Budget, Tier};
 use std::time::{Duration, Instant};
 
@@ -14,11 +15,16 @@ const BUS_ELEMENTS: usize = 4 << 20;
 const LARGE_SIDE: usize = 4096;
 /// Rows and columns of matrices as large as those of a small model, so that larger ones are not slower.
 const SIDE: usize = 1024;
-const MATMUL_TIME: Duration = Duration::from_secs(1);
+/// Sequences, tokens, width and heads of attention as in a small model.
+const ATTENTION_BATCH: usize = 8;
+const ATTENTION_TOKENS: usize = 1024;
+const ATTENTION_WIDTH: usize = 768;
+const ATTENTION_HEADS: usize = 12;
+const COMPUTE_TIME: Duration = Duration::from_secs(1);
 /// A product that takes less says little of the device.
 const SHORTEST_PRODUCT: Duration = Duration::from_millis(2);
-/// Products between two looks at the clock of a device that must not wait for the host.
-const PRODUCTS_TOGETHER: u32 = 8;
+/// Times between two looks at the clock of a device that must not wait for the host.
+const TOGETHER: u32 = 8;
 
 /// Bytes a second that page-locked memory sends to the device, and gets from it.
 pub fn bus_bytes_per_s(device: &ComputeDevice, effort: Effort) -> Result<[f64; 2]> {
@@ -62,34 +68,66 @@ pub fn memory_bytes_per_s(device: &Device, effort: Effort) -> candle_core::Resul
 
 /// Operations a second of matrix products of a type; an error where the device has none.
 pub fn matmul_flop_per_s(device: &Device, dtype: DType) -> candle_core::Result<f64> {
-    let together = if device.is_cpu() { 1 } else { PRODUCTS_TOGETHER };
     let mut side = SIDE;
     let mut matrix = square(device, dtype, side)?;
     // The first one finds the device cold.
-    multiply(&matrix, 1)?;
-    if multiply(&matrix, 1)? < SHORTEST_PRODUCT {
+    time(device, 1, || matrix.matmul(&matrix))?;
+    if time(device, 1, || matrix.matmul(&matrix))? < SHORTEST_PRODUCT {
         side = LARGE_SIDE;
         matrix = square(device, dtype, side)?;
-        multiply(&matrix, 1)?;
+        time(device, 1, || matrix.matmul(&matrix))?;
     }
-    let (mut products, mut elapsed) = (0, Duration::ZERO);
-    while elapsed < MATMUL_TIME {
-        elapsed += multiply(&matrix, together)?;
-        products += together;
+    Ok(2.0 * (side as f64).powi(3) * times_per_s(device, || matrix.matmul(&matrix))?)
+}
+
+/// Operations a second of causal attention of a type, counted as plans count them: 4·T·C a token, with what the mask hides; an
+/// error where the device has none.
+pub fn attention_flop_per_s(device: &Device, dtype: DType) -> candle_core::Result<f64> {
+    let batch = if device.is_cpu() { 1 } else { ATTENTION_BATCH };
+    let shape = (batch, ATTENTION_TOKENS, 3 * ATTENTION_WIDTH);
+    let packed = Tensor::ones(shape, DType::F32, device)?.to_dtype(dtype)?; // [B, T, 3·C]
+    let attend = || causal_attention(&packed, ATTENTION_HEADS, None);
+    time(device, 1, attend)?;
+    let flop = 4.0 * (batch * ATTENTION_TOKENS * ATTENTION_TOKENS * ATTENTION_WIDTH) as f64;
+    Ok(flop * times_per_s(device, attend)?)
+}
+
+/// How often a second a device does some work.
+fn times_per_s(device: &Device, work: impl Fn() -> candle_core::Result<Tensor>) -> candle_core::Result<f64> {
+    let together = if device.is_cpu() { 1 } else { TOGETHER };
+    let (mut times, mut elapsed) = (0, Duration::ZERO);
+    while elapsed < COMPUTE_TIME {
+        elapsed += time(device, together, &work)?;
+        times += together;
     }
-    Ok(f64::from(products) * 2.0 * (side as f64).powi(3) / elapsed.as_secs_f64())
+    Ok(f64::from(times) / elapsed.as_secs_f64())
 }
 
 fn square(device: &Device, dtype: DType, side: usize) -> candle_core::Result<Tensor> {
     Tensor::ones((side, side), DType::F32, device)?.to_dtype(dtype)
 }
 
-/// The time of some products of a matrix with itself.
-fn multiply(matrix: &Tensor, times: u32) -> candle_core::Result<Duration> {
+/// The time of some work, several times.
+fn time(
+    device: &Device,
+    times: u32,
+    work: impl Fn() -> candle_core::Result<Tensor>,
+) -> candle_core::Result<Duration> {
     let started = Instant::now();
     for _ in 0..times {
-        matrix.matmul(matrix)?;
+        work()?;
     }
-    matrix.device().synchronize()?;
+    device.synchronize()?;
     Ok(started.elapsed())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn attention_is_measured_in_the_types_that_a_device_computes_in() {
+        assert!(attention_flop_per_s(&Device::Cpu, DType::F32).unwrap() > 0.0);
+        assert!(attention_flop_per_s(&Device::Cpu, DType::BF16).is_err());
+    }
 }

@@ -52,6 +52,13 @@ pub struct Machine {
     /// Floating-point operations a second of matrix products in bf16.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub matmul_bf16_flop_per_s: Option<f64>,
+    /// Floating-point operations a second of causal attention in f32, counted as 4·T·C a token of a sequence of T tokens and width
+    /// C, with what the mask hides; none: as of matrix products.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub attention_f32_flop_per_s: Option<f64>,
+    /// The same in bf16.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub attention_bf16_flop_per_s: Option<f64>,
 }
 
 impl Machine {
@@ -75,6 +82,8 @@ impl Machine {
             ("device_memory_bytes_per_s", machine.device_memory_bytes_per_s),
             ("matmul_f32_flop_per_s", machine.matmul_f32_flop_per_s),
             ("matmul_bf16_flop_per_s", machine.matmul_bf16_flop_per_s),
+            ("attention_f32_flop_per_s", machine.attention_f32_flop_per_s),
+            ("attention_bf16_flop_per_s", machine.attention_bf16_flop_per_s),
         ];
         match numbers.iter().find(|(_, number)| number.is_some_and(|number| number <= 0.0)) {
             Some((name, _)) => Err(wrong(format!("{name} must be above 0"))),
