@@ -6,13 +6,13 @@ use crate::baton::Baton;
 use crate::device::{ComputeDevice, Done};
 use crate::error::{Error, Result};
 use crate::executor::{ComputeRequest, Executor, Grant};
+use crate::gradient::{GradientObserver, GradientSink, Observation, ResidentGradients};
 use crate::layout::Layout;
 use crate::registry::GroupTensors;
 use crate::rehearsal::{Rehearsal, Trial};
 use crate::schedule::{Operation, Queue};
 use crate::simulator::Compute;
 use crate::vacancy::{self, DeviceRun, Leaves};
-use candle_core::backprop::GradStore;
 use candle_core::{Shape, Tensor, TensorId};
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -47,15 +47,22 @@ pub struct ScheduledPass {
     pub baton: Baton,
     /// Gradients of resident parameters that segments use, of each of those micro-batches.
     pub resident_gradients: Vec<Mutex<ResidentGradients>>,
+    /// Who looks at gradients.
+    pub observer: Option<GradientObserver>,
+    /// What losses are multiplied with.
+    pub loss_scale: f32,
 }
-
-/// By entry of the resident group's table, summed in the order of the backward pass.
-pub type ResidentGradients = HashMap<usize, Tensor>;
 
 impl ScheduledPass {
     /// Those of the micro-batch that runs.
     pub fn resident_gradients(&self) -> &Mutex<ResidentGradients> {
         &self.resident_gradients[self.baton.holder() % self.resident_gradients.len()]
+    }
+
+    /// Who looks at the gradients of a micro-batch.
+    pub fn observation(&self, micro_batch: usize) -> Option<Observation> {
+        let observer = self.observer.clone()?;
+        Some(Observation { observer, micro_batch, loss_scale: self.loss_scale })
     }
 
     /// Gives the resident parameters to their tensors.
@@ -345,75 +352,6 @@ pub enum Backward {
     },
 }
 
-/// Takes gradients out of candle's store.
-pub struct GradientSink<'a> {
-    layout: &'a Layout,
-    tensors: &'a GroupTensors,
-    group: usize,
-    /// Gradients of resident parameters that segments use.
-    resident: &'a Mutex<ResidentGradients>,
-    /// Collects the names of parameters without a gradient.
-    missing: Vec<String>,
-}
-
-impl<'a> GradientSink<'a> {
-    /// For the gradients of `group`.
-    pub fn new(
-        layout: &'a Layout,
-        tensors: &'a GroupTensors,
-        group: usize,
-        resident: &'a Mutex<ResidentGradients>,
-    ) -> Self {
-        Self { layout, tensors, group, resident, missing: vec![] }
-    }
-
-    /// No gradient reached the segment's input: whatever lies before it would silently not be trained.
-    pub fn note_cut_input(&mut self) {
-        self.missing.push(format!("the input of {}", self.layout.groups[self.group].name));
-    }
-
-    /// The gradients of the group in the order of its table; frozen parameters have an empty run.
-    pub fn collect(&mut self, store: &mut GradStore) -> candle_core::Result<Vec<DeviceRun>> {
-        let resident = self.layout.resident();
-        for (entry, tensor) in self.tensors.of(resident).iter().enumerate() {
-            let Some(gradient) = store.remove(tensor) else { continue };
-            let mut sums = lock(self.resident);
-            let sum = match sums.remove(&entry) {
-                Some(sum) => (sum + gradient)?,
-                None => gradient,
-            };
-            sums.insert(entry, sum);
-        }
-        let mut runs = vec![];
-        for (index, (entry, tensor)) in
-            self.layout.groups[self.group].table.iter().zip(self.tensors.of(self.group)).enumerate()
-        {
-            if !entry.trainable {
-                runs.push(DeviceRun::none());
-                continue;
-            }
-            let gradient = if self.group == resident {
-                lock(self.resident).remove(&index)
-            } else {
-                store.remove(tensor)
-            };
-            match gradient {
-                Some(gradient) => runs.push(vacancy::into_run(gradient)?),
-                None => {
-                    self.missing.push(entry.name.clone());
-                    runs.push(DeviceRun::none());
-                }
-            }
-        }
-        Ok(runs)
-    }
-
-    /// Names of the parameters that got no gradient.
-    pub fn missing(self) -> Vec<String> {
-        self.missing
-    }
-}
-
 /// Gradients of the inputs and of the group's parameters.
 type Gradients = (Vec<Option<Tensor>>, Vec<DeviceRun>);
 
@@ -454,7 +392,9 @@ impl Backward {
             Self::Trial(trial) => trial.backward(run),
             Self::Scheduled { pass, group, granted } => {
                 let resident = pass.resident_gradients();
-                let mut sink = GradientSink::new(&pass.layout, &pass.tensors, *group, resident);
+                let micro_batch = granted.grant()?.operation.micro_batch().unwrap_or(0);
+                let mut sink = GradientSink::new(&pass.layout, &pass.tensors, *group, resident)
+                    .observed(pass.observation(micro_batch));
                 let gradients = with_parameters(pass, *group, granted, || run(&mut sink))?;
                 match sink.missing() {
                     missing if missing.is_empty() => Ok(gradients),

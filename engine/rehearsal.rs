@@ -6,8 +6,9 @@
 use crate::arrangement::Call;
 use crate::device::ComputeDevice;
 use crate::error::{Error, Result};
+use crate::gradient::{GradientSink, ResidentGradients};
 use crate::layout::Layout;
-use crate::pass::{GradientSink, Observed, ResidentGradients, lock};
+use crate::pass::{Observed, lock};
 use crate::registry::GroupTensors;
 use crate::simulator::{Compute, ComputeTime};
 use crate::vacancy::{self, DeviceRun};

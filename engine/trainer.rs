@@ -1,5 +1,7 @@
 //! The trainer: steps, evaluations, commits and exports, each by running a schedule.
 
+mod report;
+
 use crate::abreast::abreast;
 use crate::baton::Baton;
 use crate::device::{BufferMemory, ComputeDevice, DeviceCounter};
@@ -7,8 +9,9 @@ use crate::engine::Config;
 use crate::error::{Error, Result};
 use crate::executor::{Executor, Memory};
 use crate::export::{Take, export_safetensors, in_order};
+use crate::gradient::{Gradient, GradientObserver, GradientSink};
 use crate::loss_scale::LossScale;
-use crate::pass::{GradientSink, Mode, Passes, ScheduledPass, lock};
+use crate::pass::{Mode, Passes, ScheduledPass, lock};
 use crate::plan::Plan;
 use crate::registry::{GroupTensors, Parameter};
 use crate::schedule::{Operation, Queue};
@@ -29,49 +32,10 @@ use std::path::Path;
 use std::sync::{Arc, Mutex, OnceLock};
 use std::time::Instant;
 
+pub use report::{StepReport, Usage};
+
 /// Pieces that are fetched at a time where a parameter is looked at: enough to keep the disk busy, and little memory.
 const PIECES_COLLECTED: usize = 8;
-
-/// What one optimizer step did.
-#[derive(Debug, Clone)]
-pub struct StepReport {
-    /// Number of the step, from 1.
-    pub step: u64,
-    /// Mean loss over the micro-batches.
-    pub loss: f32,
-    /// Norm of all gradients before clipping.
-    pub gradient_norm: f64,
-    /// Whether the gradients of f16 have overflowed, so that nothing was updated and the scale of the loss was halved.
-    pub skipped: bool,
-    /// Learning rate of the step.
-    pub learning_rate: f64,
-    /// Seconds from call to return. Updates may go on behind it.
-    pub step_s: f64,
-    /// Share of that in which computing waited for a tier, 0 to 1: the training thread, or a CUDA device by its own clock.
-    pub exposed_stall: f64,
-    /// Operations that finished since the last step's report.
-    pub trace: Trace,
-}
-
-/// What a run uses, against what its plan said.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Usage {
-    /// Peak bytes leased of the host arena.
-    pub peak_host_bytes: u64,
-    /// Host bytes of the plan.
-    pub planned_host_bytes: u64,
-    /// Peak bytes of device memory: leased, and on the CPU device what the heap held beyond its level at the plan.
-    /// Without the counting allocator only what is leased.
-    pub peak_device_bytes: u64,
-    /// Device bytes of the plan.
-    pub planned_device_bytes: u64,
-    /// Bytes of all files of the disk tier.
-    pub disk_bytes: u64,
-    /// Bytes written to the disk tier so far, initial values included.
-    pub written_bytes: u64,
-    /// Bytes read from it.
-    pub read_bytes: u64,
-}
 
 /// Trains a model by a plan.
 pub struct Trainer {
@@ -96,6 +60,7 @@ pub struct Trainer {
     loss_scale: Option<LossScale>,
     /// Numbers of the updates that the last step left pending.
     pending: Mutex<Option<AdamWStep>>,
+    observer: Option<GradientObserver>,
     /// Schedules of a training step, without and with pending updates.
     train_schedules: [Vec<Operation>; 2],
     /// The micro-batch of each compute operation of a training step.
@@ -187,6 +152,7 @@ impl Trainer {
                     .unwrap_or_else(LossScale::new)
             }),
             pending: Mutex::new(None),
+            observer: None,
             train_schedules,
             turns,
             evaluate_schedules: [false, plan.clip.is_some()]
@@ -288,6 +254,18 @@ impl Trainer {
         self.learning_rate = learning_rate;
     }
 
+    /// Shows the gradients of the steps to come to `observer`, each parameter's once a micro-batch, in the order of the backward pass
+    /// and before it leaves the device; that of a segment that runs twice in a micro-batch is shown in two parts. Takes the
+    /// place of an observer that was there before.
+    ///
+    /// An observer changes no bit of the training. What it allocates is not in the plan. An error of its own ends the step.
+    pub fn observe_gradients(
+        &mut self,
+        observer: impl Fn(Gradient) -> candle_core::Result<()> + Send + Sync + 'static,
+    ) {
+        self.observer = Some(Arc::new(observer));
+    }
+
     /// One optimizer step. `loss` computes the loss of the micro-batch whose number, from 0, it is given. Where the plan has
     /// micro-batches run vertically, each is computed in a thread of its own, of which one runs at a time.
     ///
@@ -369,6 +347,8 @@ impl Trainer {
             stall: Mutex::default(),
             baton: Baton::new(turns),
             resident_gradients: (0..places).map(|_| Mutex::default()).collect(),
+            observer: self.observer.clone(),
+            loss_scale: self.loss_scale.map_or(1.0, |scale| scale.scale),
         })
     }
 
@@ -427,7 +407,8 @@ impl Trainer {
         };
         let (loss, mut store) = self.passes.explain(compute())?;
         let layout = &self.plan.layout;
-        let mut sink = GradientSink::new(layout, &self.tensors, layout.resident(), pass.resident_gradients());
+        let mut sink = GradientSink::new(layout, &self.tensors, layout.resident(), pass.resident_gradients())
+            .observed(pass.observation(micro_batch));
         let gradients = sink.collect(&mut store)?;
         drop(store);
         match sink.missing() {

@@ -6,15 +6,17 @@
 //!
 //! A model learns a function of the plane from noisy samples, and how noisy they are: its loss is the negative
 //! log-likelihood of a normal distribution, whose standard deviation is a parameter too. The points pass through
-//! frozen random features (Rahimi and Recht, "Random features for large-scale kernel machines", 2007). In the middle, the
-//! run commits with the state of its own loop; it ends, is resumed from there, and must end with the same bits.
+//! frozen random features (Rahimi and Recht, "Random features for large-scale kernel machines", 2007). An observer looks at
+//! gradients before they leave the device, and a parameter is read in mid-training. In the middle, the run commits with the state of its own loop; it ends, is resumed from there, and must end with the same bits.
 //! B: points of a batch, F: features, C: width.
 
 use candle_core::{DType, Device, Module, Result, Tensor};
 use candle_nn::{Init, Linear, VarBuilder, linear};
 use ferrozero::{AdamW, Config, CountingAllocator, Engine, Segment, Trainer};
 use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
 use std::path::Path;
+use std::sync::{Arc, Mutex};
 
 /// Lets the plan count what candle's tensors take on the heap.
 #[global_allocator]
@@ -181,8 +183,25 @@ fn open(directory: &Path, resume: bool) -> AnyResult<(Trainer, Regressor, Progre
     Ok((engine.trainer(plan)?, model, progress))
 }
 
+/// Norms of the gradients of the last step, by parameter.
+type Norms = Arc<Mutex<BTreeMap<String, f32>>>;
+
+/// Looks at every gradient that autograd makes, before it leaves the device. What is kept is a number: the tensor's storage goes.
+fn observe(trainer: &mut Trainer) -> Norms {
+    let norms = Norms::default();
+    let kept = norms.clone();
+    trainer.observe_gradients(move |gradient| {
+        let norm = gradient.values.sqr()?.sum_all()?.sqrt()?.to_scalar::<f32>()?;
+        let mut kept = kept.lock().map_err(|error| candle_core::Error::Msg(error.to_string()))?;
+        kept.insert(gradient.name.to_owned(), norm);
+        Ok(())
+    });
+    norms
+}
+
 /// Trains to the last step, commits on the way, and answers the digest of the weights.
 fn run(trainer: &mut Trainer, model: &Regressor, mut progress: Progress) -> AnyResult<String> {
+    let norms = observe(trainer);
     let (test_points, test_values) = samples(BATCH, &mut Random(1))?;
     while trainer.steps() < STEPS {
         trainer.set_learning_rate(learning_rate(trainer.steps()));
@@ -197,9 +216,12 @@ fn run(trainer: &mut Trainer, model: &Regressor, mut progress: Progress) -> AnyR
             progress.best_error = progress.best_error.min(error);
             // A parameter in mid-training, brought from wherever it is.
             let deviation = (SCALE * trainer.parameter("log_deviation")?[0]).exp();
+            let norms = norms.lock().map_err(|error| error.to_string())?;
+            let steepest = norms.iter().max_by(|a, b| a.1.total_cmp(b.1));
+            let steepest = steepest.map_or("nothing", |(name, _)| name);
             println!(
-                "step {:>3}: loss {:>7.4}, gradient norm {:>6.3}, learning rate {:.1e}, test error {error:.3}, \
-                 noise estimated at {deviation:.3}",
+                "step {:>3}: loss {:>7.4}, gradient norm {:>6.3}, most of it of {steepest}, learning rate {:.1e}, test \
+                 error {error:.3}, noise estimated at {deviation:.3}",
                 report.step, report.loss, report.gradient_norm, report.learning_rate
             );
         }

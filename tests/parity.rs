@@ -1,10 +1,11 @@
 //! The engine computes what candle computes: a GPT of four layers, trained by the engine from disk, against the same
 //! model composed of candle's own operations, whole in memory, with a reference AdamW in plain candle.
 
-use candle_core::{D, Device, Result, Tensor, Var};
+use candle_core::{D, Device, Result, Tensor, Var, bail};
 use ferrozero::models::gpt::{Block, Gpt, GptConfig};
-use ferrozero::{AdamW, BackendChoice, Config, Engine, Placement, Tier};
+use ferrozero::{AdamW, BackendChoice, Config, Engine, Placement, Tier, Trainer};
 use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex};
 
 const STEPS: u64 = 20;
 
@@ -97,6 +98,15 @@ impl ReferenceAdamW {
     }
 }
 
+/// The trainer's parameters for plain candle.
+fn weights(trainer: &Trainer) -> Weights {
+    let weight = |(name, shape): (String, Vec<usize>)| {
+        let values = Tensor::from_vec(trainer.parameter(&name).unwrap(), shape, &Device::Cpu).unwrap();
+        (name, Var::from_tensor(&values).unwrap())
+    };
+    trainer.parameters().into_iter().map(weight).collect()
+}
+
 fn relative(ours: f32, reference: f32) -> f32 {
     (ours - reference).abs() / reference.abs()
 }
@@ -120,14 +130,7 @@ fn twenty_steps_from_disk_have_the_losses_of_plain_candle_in_memory() {
     };
     let plan = engine.plan(AdamW::default(), || loss(0)).unwrap();
     let mut trainer = engine.trainer(plan).unwrap();
-    let weights: Weights = trainer
-        .parameters()
-        .into_iter()
-        .map(|(name, shape)| {
-            let values = Tensor::from_vec(trainer.parameter(&name).unwrap(), shape, &Device::Cpu).unwrap();
-            (name, Var::from_tensor(&values).unwrap())
-        })
-        .collect();
+    let weights = weights(&trainer);
     assert_eq!(
         weights.values().map(|weight| weight.elem_count() as u64).sum::<u64>(),
         config.parameter_count()
@@ -140,6 +143,64 @@ fn twenty_steps_from_disk_have_the_losses_of_plain_candle_in_memory() {
         let plain = plain.to_scalar::<f32>().unwrap();
         let ours = trainer.step(|_| loss(step)).unwrap().loss;
         assert!(relative(ours, plain) < 1e-5, "step {step}: {ours}, and plain candle {plain}");
+    }
+}
+
+#[test]
+fn gradients_that_are_observed_are_those_of_plain_candle_each_once_a_micro_batch() {
+    const MICRO_BATCHES: usize = 2;
+    for (vertical, tier) in [(1, Tier::Device), (1, Tier::Disk), (MICRO_BATCHES, Tier::Disk)] {
+        let config = config();
+        let engine = Engine::new(Config {
+            placement: Placement::All(tier),
+            backend: BackendChoice::Memory,
+            piece_bytes: Some(16384),
+            accumulate: MICRO_BATCHES,
+            vertical: Some(vertical),
+            ..Config::default()
+        })
+        .unwrap();
+        engine.freeze(|name, _| name == "h.1.ln_1.bias").unwrap();
+        let make = |vb, _| engine.segment(vb, |vb| Block::new(&config, vb));
+        let model = Gpt::new(&config, engine.var_builder(), make).unwrap();
+        let loss = |micro_batch: usize| {
+            let (inputs, targets) = batch(micro_batch as u64)?;
+            model.loss(&inputs, &targets)
+        };
+        let plan = engine.plan(AdamW::default(), || loss(0)).unwrap();
+        let mut trainer = engine.trainer(plan).unwrap();
+        let weights = weights(&trainer);
+        let seen = Arc::new(Mutex::new(BTreeMap::new()));
+        let found = seen.clone();
+        trainer.observe_gradients(move |gradient| {
+            let values = gradient.values.flatten_all()?.to_vec1::<f32>()?;
+            assert_eq!(gradient.loss_scale, 1.0);
+            let key = (gradient.name.to_owned(), gradient.micro_batch);
+            match found.lock().unwrap().insert(key, values) {
+                Some(_) => bail!("{} was shown twice", gradient.name),
+                None => Ok(()),
+            }
+        });
+        trainer.step(loss).unwrap();
+        let seen = std::mem::take(&mut *seen.lock().unwrap());
+        let trained = weights.len() - 1;
+        assert_eq!(seen.len(), MICRO_BATCHES * trained, "all but the frozen one");
+        for micro_batch in 0..MICRO_BATCHES {
+            let (inputs, targets) = batch(micro_batch as u64).unwrap();
+            let plain = composed_loss(&weights, &config, &inputs, &targets).unwrap().backward().unwrap();
+            for (name, weight) in weights.iter().filter(|(name, _)| *name != "h.1.ln_1.bias") {
+                let plain = plain.get(weight).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap();
+                let ours = &seen[&(name.clone(), micro_batch)];
+                let largest = plain.iter().fold(0.0, |largest: f32, value| largest.max(value.abs()));
+                assert!(largest > 0.0);
+                for (ours, plain) in ours.iter().zip(&plain) {
+                    assert!(
+                        (ours - plain).abs() <= 1e-4 * largest,
+                        "{name}: {ours}, and plain candle {plain}"
+                    );
+                }
+            }
+        }
     }
 }
 

@@ -8,7 +8,7 @@ use candle_nn::{Init, VarBuilder};
 use ferrozero::{AdamW, BackendChoice, Config, Engine, Error, InitialValues, Placement, Tier};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use support::{Block, Model, VOCABULARY, WIDTH, engine_model, tokens, train, trainer};
 
 fn folder() -> tempfile::TempDir {
@@ -85,6 +85,35 @@ fn evaluation_keeps_no_graph_and_changes_nothing() {
     }
     assert_eq!(trainer.weights_digest().unwrap(), expected);
     assert_ne!(trainer.evaluate(|| model.loss(&tokens(5, 0))?.to_scalar::<f32>()).unwrap(), before);
+}
+
+#[test]
+fn an_observer_of_gradients_changes_nothing_and_its_error_ends_the_step() {
+    let config = || Config {
+        placement: Placement::All(Tier::Disk),
+        backend: BackendChoice::Memory,
+        piece_bytes: Some(8192),
+        clip: Some(0.1),
+        ..Config::default()
+    };
+    let (_, expected) = train(config(), 2, 2).unwrap();
+    let (mut trainer, model) = trainer(config(), 2).unwrap();
+    let squares = Arc::new(Mutex::new(0.0));
+    let sum = squares.clone();
+    trainer.observe_gradients(move |gradient| {
+        *sum.lock().unwrap() += f64::from(gradient.values.sqr()?.sum_all()?.to_scalar::<f32>()?);
+        Ok(())
+    });
+    for step in 0..2 {
+        *squares.lock().unwrap() = 0.0;
+        let report = trainer.step(|_| model.loss(&tokens(step, 0))).unwrap();
+        let norm = squares.lock().unwrap().sqrt();
+        assert!((norm / report.gradient_norm - 1.0).abs() < 1e-4, "{norm} and {}", report.gradient_norm);
+    }
+    assert_eq!(trainer.weights_digest().unwrap(), expected);
+    trainer.observe_gradients(|gradient| candle_core::bail!("I do not like {}", gradient.name));
+    let error = trainer.step(|_| model.loss(&tokens(2, 0))).unwrap_err();
+    assert!(error.to_string().contains("I do not like h.1."), "{error}");
 }
 
 #[test]
