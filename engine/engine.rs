@@ -5,7 +5,7 @@ use crate::device::{ComputeDevice, CudaFault};
 use crate::error::{Error, Result};
 use crate::layout::{ALIGNMENT_ELEMENTS, Layout};
 use crate::pass::{Mode, Observed, Passes, lock};
-use crate::plan::{Limits, Placement, Plan};
+use crate::plan::{Choices, Limits, Placement, Plan, Updates};
 use crate::probe;
 use crate::registry::{GroupTensors, ParameterRule, Registry};
 use crate::rehearsal::Rehearsal;
@@ -63,12 +63,18 @@ pub struct Config {
     pub threads: Option<usize>,
     /// What moves the bytes of the disk tier.
     pub backend: BackendChoice,
-    /// Bytes of a piece, a multiple of 4 KiB; none: 4 MiB, or what the folder's checkpoint has.
+    /// Bytes of a piece, a multiple of 4 KiB; none: 4 MiB. A run that resumes keeps those of its checkpoint.
     pub piece_bytes: Option<usize>,
     /// Slots of each class of groups; none: what makes steps shortest.
     pub slots: Option<usize>,
     /// Pieces of parameters that may be read ahead of their upload; none: what makes steps shortest.
     pub look_ahead: Option<usize>,
+    /// Pieces that are between disk and optimizer at once, a multiple of four; none: what makes steps shortest.
+    pub state_pieces: Option<usize>,
+    /// Groups whose gradients may be on the device at once; none: what makes steps shortest.
+    pub gradient_sets: Option<usize>,
+    /// When updates are made that clipping makes wait for the norm; none: what makes steps shortest.
+    pub updates: Option<Updates>,
     /// Micro-batches that run vertically, all of them through a segment before the next one, so that its parameters cross
     /// once for all; none: what makes steps shortest.
     pub vertical: Option<usize>,
@@ -105,6 +111,9 @@ impl Default for Config {
             piece_bytes: None,
             slots: None,
             look_ahead: None,
+            state_pieces: None,
+            gradient_sets: None,
+            updates: None,
             vertical: None,
             machine: None,
             faults: None,
@@ -163,7 +172,21 @@ pub struct Engine {
     device: Arc<ComputeDevice>,
 }
 
-const DEFAULT_PIECE_BYTES: usize = 4 << 20;
+/// Bytes of a piece where nobody says otherwise.
+pub(crate) const DEFAULT_PIECE_BYTES: usize = 4 << 20;
+
+/// Whether pieces can be of this size.
+///
+/// # Errors
+/// [`Error::Configuration`] if not.
+pub(crate) fn check_piece(bytes: Option<usize>) -> Result<()> {
+    match bytes {
+        Some(bytes) if bytes == 0 || bytes % (4 * ALIGNMENT_ELEMENTS) != 0 => Err(Error::Configuration(
+            format!("pieces of {bytes} bytes cannot be: use a multiple of 4096 bytes, as 4MiB"),
+        )),
+        _ => Ok(()),
+    }
+}
 
 impl Engine {
     /// Checks the configuration, and with `resume` opens the checkpoint.
@@ -175,15 +198,13 @@ impl Engine {
         if config.accumulate == 0 {
             return invalid("accumulate must be at least 1");
         }
-        if config.slots == Some(0) || config.look_ahead == Some(0) || config.threads == Some(0) {
-            return invalid("slots, look_ahead and threads must be at least 1");
+        if config.threads == Some(0) {
+            return invalid("threads must be at least 1");
         }
         if config.clip.is_some_and(|clip| clip.is_nan() || clip <= 0.0) {
             return invalid("clip must be above 0; leave it out for no clipping");
         }
-        if config.piece_bytes.is_some_and(|bytes| bytes == 0 || bytes % (4 * ALIGNMENT_ELEMENTS) != 0) {
-            return invalid("piece_bytes must be a multiple of 4096");
-        }
+        check_piece(config.piece_bytes)?;
         let device = Arc::new(ComputeDevice::new(&config.device, config.dtype, config.cuda_fault)?);
         let opened = stores::open(&config)?;
         let piece_bytes = match &opened {
@@ -323,7 +344,7 @@ impl Engine {
         limits: &Limits,
         loss: &dyn Fn() -> candle_core::Result<Tensor>,
     ) -> Result<Vec<(Tier, Observed)>> {
-        if let Some(home) = limits.boundaries {
+        if let Some(home) = limits.choices.boundaries {
             return Ok(vec![(home, self.rehearse(layout, tensors, home, loss)?)]);
         }
         let mut observed = vec![(Tier::Device, self.rehearse(layout, tensors, Tier::Device, loss)?)];
@@ -375,11 +396,17 @@ impl Engine {
                 Some(bytes) => Some(bytes),
                 None => self.device.default_limit_bytes()?,
             },
-            placement: config.placement.clone(),
-            boundaries: config.boundaries,
-            slots: config.slots,
-            look_ahead: config.look_ahead,
-            vertical: config.vertical,
+            choices: Choices {
+                placement: config.placement.clone(),
+                boundaries: config.boundaries,
+                slots: config.slots,
+                look_ahead: config.look_ahead,
+                state_pieces: config.state_pieces,
+                gradient_sets: config.gradient_sets,
+                vertical: config.vertical,
+                updates: config.updates,
+                piece_bytes: config.piece_bytes,
+            },
             device: DeviceKind { dtype: config.dtype, apart: self.device.is_apart() },
         })
     }

@@ -117,7 +117,7 @@ pub use ferrozero_offload::io::{Fault, FaultKind, FaultPlan, FaultPoint};
 pub use ferrozero_offload::memory::CountingAllocator;
 pub use ferrozero_offload::{BackendChoice, Notice, Throttle, Tier};
 pub use gradient::{Gradient, GradientObserver};
-pub use plan::{Placement, Plan};
+pub use plan::{Choices, Placement, Plan, Updates};
 pub use registry::ParameterRule;
 pub use segment::Segment;
 pub use tiled_linear::TiledLinear;

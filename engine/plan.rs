@@ -22,14 +22,47 @@ const BOOKKEEPING_BYTES: u64 = 4 << 20;
 const THREAD_BYTES: u64 = 2 << 20;
 
 /// Which homes the user wants.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub enum Placement {
     /// What makes steps shortest within the limits, as the simulator costs them.
+    #[default]
     Auto,
     /// Every stream of every group in one tier.
     All(Tier),
     /// Every group with these homes.
     Each(GroupPlacement),
+}
+
+/// When updates are made, where clipping makes them wait for the norm of all gradients.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Updates {
+    /// As soon as the norm is known.
+    AtOnce,
+    /// Each when the next forward asks for its group.
+    NextForward,
+}
+
+/// What the user fixes. Everything that is none is the planner's choice.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Choices {
+    /// Homes of the state streams.
+    pub placement: Placement,
+    /// Home of boundary activations.
+    pub boundaries: Option<Tier>,
+    /// Slots of each class of groups.
+    pub slots: Option<usize>,
+    /// Pieces read ahead of their upload.
+    pub look_ahead: Option<usize>,
+    /// Pieces that are between disk and optimizer at once, a multiple of four.
+    pub state_pieces: Option<usize>,
+    /// Groups whose gradients may be on the device at once.
+    pub gradient_sets: Option<usize>,
+    /// Micro-batches that run vertically.
+    pub vertical: Option<usize>,
+    /// When updates are made, where there is a choice: with clipping.
+    pub updates: Option<Updates>,
+    /// Bytes of a piece, a multiple of 4 KiB; none: 4 MiB, which no plan chooses otherwise.
+    pub piece_bytes: Option<usize>,
 }
 
 /// What the user grants and fixes. Everything that is none is the planner's choice.
@@ -39,16 +72,8 @@ pub struct Limits {
     pub memory_bytes: Option<u64>,
     /// Bytes of device memory that it may use.
     pub device_bytes: Option<u64>,
-    /// Homes of the state streams.
-    pub placement: Placement,
-    /// Home of boundary activations.
-    pub boundaries: Option<Tier>,
-    /// Slots of each class.
-    pub slots: Option<usize>,
-    /// Pieces read ahead.
-    pub look_ahead: Option<usize>,
-    /// Micro-batches that run vertically.
-    pub vertical: Option<usize>,
+    /// What is fixed.
+    pub choices: Choices,
     /// What computes.
     pub device: DeviceKind,
 }

@@ -2,10 +2,10 @@
 //! estimated where a run measures them: the model's own tensors and its computing time, see [`ModelShape`].
 
 use crate::arrangement::{Depths, DeviceKind};
-use crate::engine::AdamW;
+use crate::engine::{AdamW, DEFAULT_PIECE_BYTES, check_piece};
 use crate::error::{Error, Result};
 use crate::pass::Observed;
-use crate::plan::{Bytes, Limits, Placement, Plan};
+use crate::plan::{Bytes, Choices, Limits, Plan};
 use crate::schedule::Stream;
 use crate::search::Search;
 use crate::shape::{ModelShape, Speeds};
@@ -14,24 +14,8 @@ use candle_core::DType;
 use ferrozero_offload::Tier;
 use std::sync::Arc;
 
-/// Pieces of a run, as `train` cuts them.
-const PIECE_ELEMENTS: usize = 1 << 20;
 /// Memory of a device that its driver and libraries take: CUDA's context and the workspace of its matrix products.
 const DEVICE_RESERVE_BYTES: u64 = 1 << 30;
-/// What is fixed by the user. Everything that is none is chosen.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Choices {
-    /// Home of all state streams.
-    pub placement: Option<Tier>,
-    /// Home of boundary activations.
-    pub boundaries: Option<Tier>,
-    /// Slots of each class of groups.
-    pub slots: Option<usize>,
-    /// Pieces read ahead.
-    pub look_ahead: Option<usize>,
-    /// Micro-batches that run vertically.
-    pub vertical: Option<usize>,
-}
 
 /// A model, a step and a machine.
 #[derive(Debug, Clone)]
@@ -86,11 +70,7 @@ impl Question {
         Limits {
             memory_bytes: self.machine.host_memory_bytes,
             device_bytes: self.machine.device_memory_bytes.map(|bytes| bytes.saturating_sub(reserve)),
-            placement: self.choices.placement.map_or(Placement::Auto, Placement::All),
-            boundaries: self.choices.boundaries,
-            slots: self.choices.slots,
-            look_ahead: self.choices.look_ahead,
-            vertical: self.choices.vertical,
+            choices: self.choices.clone(),
             device: self.device(),
         }
     }
@@ -133,8 +113,10 @@ impl Question {
 
     fn search<T>(&self, compute: &Compute, search: impl FnOnce(&Search) -> Result<T>) -> Result<T> {
         let homes = self.boundary_homes().into_iter();
+        check_piece(self.choices.piece_bytes)?;
+        let piece_bytes = self.choices.piece_bytes.unwrap_or(DEFAULT_PIECE_BYTES);
         search(&Search {
-            layout: Arc::new(self.shape.layout(PIECE_ELEMENTS, self.ranks)),
+            layout: Arc::new(self.shape.layout(piece_bytes / 4, self.ranks)),
             limits: self.limits(),
             adamw: AdamW::default(),
             accumulate: self.accumulate,

@@ -10,7 +10,7 @@ use crate::engine::AdamW;
 use crate::error::{Error, Result};
 use crate::layout::{ALIGNMENT_ELEMENTS, Layout};
 use crate::pass::Observed;
-use crate::plan::{Limits, Placement, Plan, Prediction};
+use crate::plan::{Choices, Limits, Placement, Plan, Prediction, Updates};
 use crate::schedule::Stream;
 use crate::simulator::Machine;
 use ferrozero_offload::Tier;
@@ -32,7 +32,11 @@ const ORDERS: [[Stream; 4]; 4] = [
 /// Slots, pieces read ahead, pieces of the optimizer's pipeline and gradient sets that are tried.
 const DEPTHS: [(usize, usize, usize, usize); 4] = [(2, 4, 16, 2), (1, 1, 4, 1), (2, 4, 16, 1), (3, 8, 32, 2)];
 
+/// Streams of state that the optimizer reads together.
+const STREAMS: usize = Stream::ALL.len();
+
 /// What is searched for.
+#[derive(Clone)]
 pub(crate) struct Search<'a> {
     /// Groups, in the pieces of the run.
     pub layout: Arc<Layout>,
@@ -69,9 +73,13 @@ impl Search<'_> {
     /// # Errors
     /// [`Error::BudgetTooSmall`] with what is missing, [`Error::Configuration`] for homes that cannot be, and what `check` says.
     pub fn best(&self, machine: &Machine) -> Result<Plan> {
-        let fitting = self.fitting(false)?;
-        // Only where the norm comes first there is a choice of when updates are made.
-        let moments: &[bool] = if self.clip.is_some() { &[false, true] } else { &[false] };
+        let fitting = self.fitting(false).map_err(|error| self.with_what_would_fit(error))?;
+        let moments: &[bool] = match self.limits.choices.updates {
+            // Only where the norm comes first there is a choice of when updates are made.
+            None if self.clip.is_some() => &[false, true],
+            Some(Updates::AtOnce) => &[true],
+            _ => &[false],
+        };
         let costed = fitting.len() * moments.len();
         let mut best: Option<(Plan, Prediction)> = None;
         for (mut plan, observed) in fitting {
@@ -98,6 +106,7 @@ impl Search<'_> {
     pub fn fitting(&self, one_is_enough: bool) -> Result<Vec<(Plan, &Observed)>> {
         self.check_homes()?;
         self.check_vertical()?;
+        self.check_depths()?;
         let mut found: Vec<(Plan, &Observed)> = vec![];
         let mut refusal: Option<Error> = None;
         for (boundaries, observed) in &self.observed {
@@ -125,7 +134,7 @@ impl Search<'_> {
 
     /// Homes where a run can find everything when nothing is brought closer.
     fn start(&self) -> GroupPlacement {
-        match &self.limits.placement {
+        match &self.limits.choices.placement {
             Placement::Each(placement) => *placement,
             Placement::All(tier) => GroupPlacement::all(*tier),
             Placement::Auto if self.has_disk => GroupPlacement::all(Tier::Disk),
@@ -150,7 +159,7 @@ impl Search<'_> {
     }
 
     fn check_vertical(&self) -> Result<()> {
-        let Some(vertical) = self.limits.vertical else { return Ok(()) };
+        let Some(vertical) = self.limits.choices.vertical else { return Ok(()) };
         if !(1..=self.accumulate).contains(&vertical) {
             return Err(Error::Configuration(format!(
                 "vertical is {vertical}, and a step has {} micro-batches: use from 1 to as many",
@@ -167,13 +176,69 @@ impl Search<'_> {
         Ok(())
     }
 
+    /// Whether what is fixed can be, however much memory there is.
+    fn check_depths(&self) -> Result<()> {
+        let Choices { slots, look_ahead, state_pieces, gradient_sets, updates, .. } = self.limits.choices;
+        let wrong = |text: String| Err(Error::Configuration(text));
+        let depths = [("slots", slots), ("look_ahead", look_ahead), ("gradient_sets", gradient_sets)];
+        if let Some((name, _)) = depths.iter().find(|(_, depth)| *depth == Some(0)) {
+            return wrong(format!("{name} is 0: use 1 or more, or leave it out"));
+        }
+        if let Some(pieces) = state_pieces.filter(|&pieces| pieces == 0 || pieces % STREAMS != 0) {
+            return wrong(format!(
+                "state_pieces is {pieces}: an update has a piece of each of {STREAMS} streams, so use a multiple of {STREAMS}"
+            ));
+        }
+        if updates.is_some() && self.clip.is_none() {
+            return wrong(
+                "updates is set, but without clipping a group is updated within its own backward: leave updates out, or clip"
+                    .into(),
+            );
+        }
+        Ok(())
+    }
+
+    /// A refusal that says what would fit if the planner had the choice, if anything would.
+    fn with_what_would_fit(&self, error: Error) -> Error {
+        let Error::BudgetTooSmall { tier, needed_bytes, budget_bytes, least_bytes, culprit } = error else {
+            return error;
+        };
+        // The model is known with the homes of boundaries that were tried, so those stay.
+        let Choices { boundaries, updates, piece_bytes, .. } = self.limits.choices;
+        let choices = Choices { boundaries, updates, piece_bytes, ..Choices::default() };
+        let is_free = choices == self.limits.choices;
+        let free = Self { limits: Limits { choices, ..self.limits.clone() }, ..self.clone() };
+        let culprit = match free
+            .fitting(true)
+            .ok()
+            .filter(|_| !is_free)
+            .as_ref()
+            .and_then(|found| found.first())
+        {
+            Some((plan, _)) => {
+                let Depths { slots, look_ahead, state_pieces, gradient_sets, vertical } = plan.depths();
+                format!(
+                    "{culprit}. Without what was fixed it fits, as with slots {slots}, look_ahead {look_ahead}, state_pieces \
+                     {state_pieces}, gradient_sets {gradient_sets}, vertical {vertical} and homes that are chosen"
+                )
+            }
+            None => culprit,
+        };
+        Error::BudgetTooSmall { tier, needed_bytes, budget_bytes, least_bytes, culprit }
+    }
+
     fn depths(&self, observed: &Observed) -> Vec<Depths> {
         let mut all: Vec<Depths> = vec![];
         for vertical in self.verticals(observed) {
             for (slots, look_ahead, state_pieces, gradient_sets) in DEPTHS {
-                let slots = self.limits.slots.unwrap_or(slots);
-                let look_ahead = self.limits.look_ahead.unwrap_or(look_ahead);
-                all.push(Depths { slots, look_ahead, state_pieces, gradient_sets, vertical });
+                let choices = &self.limits.choices;
+                all.push(Depths {
+                    slots: choices.slots.unwrap_or(slots),
+                    look_ahead: choices.look_ahead.unwrap_or(look_ahead),
+                    state_pieces: choices.state_pieces.unwrap_or(state_pieces),
+                    gradient_sets: choices.gradient_sets.unwrap_or(gradient_sets),
+                    vertical,
+                });
             }
         }
         all.dedup();
@@ -182,7 +247,7 @@ impl Search<'_> {
 
     /// How many micro-batches may run vertically: one, and by doubling up to all.
     fn verticals(&self, observed: &Observed) -> Vec<usize> {
-        if let Some(vertical) = self.limits.vertical {
+        if let Some(vertical) = self.limits.choices.vertical {
             return vec![vertical];
         }
         // What a micro-batch's own tensors take must be known to say how many fit. A segment that runs twice has its gradients
@@ -197,7 +262,7 @@ impl Search<'_> {
     }
 
     fn policies(&self, observed: &Observed) -> Vec<Policy> {
-        if self.limits.placement != Placement::Auto {
+        if self.limits.choices.placement != Placement::Auto {
             return vec![Policy { order: ORDERS[0], admit: false }];
         }
         // What the model's own tensors take must be known to say what fits beside them.
@@ -225,7 +290,7 @@ impl Search<'_> {
         if policy.admit {
             plan = self.admit_groups(&make, plan, placements);
         }
-        let can_move = self.limits.placement == Placement::Auto && self.has_disk;
+        let can_move = self.limits.choices.placement == Placement::Auto && self.has_disk;
         if can_move && let Some(whole) = self.whole_streams(&make, &plan, policy.order) {
             plan = whole;
         }
@@ -466,11 +531,7 @@ mod tests {
         let limits = Limits {
             memory_bytes: None,
             device_bytes: None,
-            placement: Placement::Auto,
-            boundaries: None,
-            slots: None,
-            look_ahead: None,
-            vertical: None,
+            choices: Choices::default(),
             device: DeviceKind { dtype: DType::BF16, apart: true },
         };
         let calls = (0..GROUPS).map(call).collect();
@@ -548,7 +609,7 @@ mod tests {
             search(Some(0), |search| {
                 search.has_disk = true;
                 search.limits.device = DeviceKind { dtype: DType::F32, apart: false };
-                (search.limits.placement, search.limits.memory_bytes) = (placement, memory_bytes);
+                (search.limits.choices.placement, search.limits.memory_bytes) = (placement, memory_bytes);
             })
             .unwrap()
         };

@@ -1,10 +1,11 @@
 //! Where never changes what: losses and weights have the same bits for every placement, disk backend, number of slots,
-//! look-ahead, piece size, number of threads, home of boundaries and number of micro-batches that run vertically.
+//! look-ahead, pieces of state, gradient sets, moment of updates, piece size, number of threads, home of boundaries and number of
+//! micro-batches that run vertically.
 
 mod support;
 
 use ferrozero::arrangement::GroupPlacement;
-use ferrozero::{BackendChoice, Config, Placement, Tier};
+use ferrozero::{BackendChoice, Config, Placement, Tier, Updates};
 use support::{tokens, train, trainer};
 
 const BLOCKS: usize = 4;
@@ -42,6 +43,11 @@ fn ways() -> Vec<Way> {
             let name = format!("{slots} slots, {look_ahead} pieces ahead");
             ways.push(way(name, Config { slots: Some(slots), look_ahead: Some(look_ahead), ..memory() }));
         }
+    }
+    for (state_pieces, gradient_sets) in [(4, 1), (8, 3)] {
+        let name = format!("{state_pieces} pieces of state, {gradient_sets} gradient sets");
+        let (state_pieces, gradient_sets) = (Some(state_pieces), Some(gradient_sets));
+        ways.push(way(name, Config { state_pieces, gradient_sets, ..memory() }));
     }
     for piece_bytes in [4096, 12288, 1 << 20] {
         ways.push(way(
@@ -131,6 +137,22 @@ fn without_clipping_over_four_micro_batches() {
 #[test]
 fn with_clipping_over_four_micro_batches() {
     one_digest(Some(0.05), 4);
+}
+
+#[test]
+fn whenever_updates_are_made() {
+    let with = |updates| Config { clip: Some(0.05), updates, ..Config::default() };
+    let expected = train(with(None), BLOCKS, STEPS).unwrap();
+    for tier in [Tier::Device, Tier::Disk] {
+        for updates in [Updates::AtOnce, Updates::NextForward] {
+            let homes = Config {
+                placement: Placement::All(tier),
+                backend: BackendChoice::Memory,
+                ..with(Some(updates))
+            };
+            assert_eq!(train(homes, BLOCKS, STEPS).unwrap(), expected, "{tier}, {updates:?}");
+        }
+    }
 }
 
 #[test]

@@ -132,6 +132,46 @@ fn memory_and_files_do_not_change_the_weights() {
 }
 
 #[test]
+fn what_is_overridden_changes_no_bit_and_is_what_the_plan_says() {
+    let folder = folder();
+    let run = |options: &[&str]| {
+        let output = train(folder.path(), &[&["--steps", "3"], options].concat());
+        let digest = objects(&output).last().unwrap()["weights_digest"].clone();
+        (digest, String::from_utf8(output.stderr).unwrap())
+    };
+    let (expected, _) = run(&["--dir", "chosen"]);
+    let overrides = [
+        "--dir",
+        "fixed",
+        "--placement",
+        "disk,disk,disk,host",
+        "--boundaries",
+        "disk",
+        "--slots",
+        "1",
+        "--look-ahead",
+        "2",
+        "--state-pieces",
+        "4",
+        "--gradient-sets",
+        "1",
+        "--updates",
+        "at-once",
+        "--piece",
+        "8KiB",
+    ];
+    let (digest, said) = run(&overrides);
+    assert_eq!(digest, expected);
+    for part in ["slots (2)", "updates are made at once", "boundary activations"] {
+        assert!(said.contains(part), "{part}: {said}");
+    }
+    let refused = refusal(&train(folder.path(), &["--dir", "other", "--clip", "0", "--updates", "at-once"]));
+    assert!(refused.contains("leave updates out"), "{refused}");
+    let resumed = refusal(&train(folder.path(), &["--dir", "fixed", "--resume", "--piece", "16KiB"]));
+    assert!(resumed.contains("pieces of 8192 bytes") && resumed.contains("--piece"), "{resumed}");
+}
+
+#[test]
 fn bad_input_is_refused_with_what_to_do() {
     let folder = folder();
     let refused = |options: &[&str], parts: &[&str]| {

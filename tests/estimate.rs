@@ -2,10 +2,10 @@
 
 use candle_core::{DType, Device, Tensor};
 use ferrozero::models::gpt::{Block, Gpt, GptConfig};
-use ferrozero::planner::{Choices, Question};
+use ferrozero::planner::Question;
 use ferrozero::shape::ModelShape;
 use ferrozero::simulator::Machine;
-use ferrozero::{AdamW, Config, CountingAllocator, Engine, Placement, Tier};
+use ferrozero::{AdamW, Choices, Config, CountingAllocator, Engine, Placement, Tier};
 
 // What a rehearsal measures is what this allocator counts.
 #[global_allocator]
@@ -37,7 +37,7 @@ fn estimated_memory_is_near_what_a_rehearsal_measures() {
         let tokens = Tensor::zeros((batch, sequence), DType::U32, &Device::Cpu).unwrap();
         let plan = engine.plan(AdamW::default(), || model.loss(&tokens, &tokens)).unwrap();
         let choices = Choices {
-            placement: Some(Tier::Disk),
+            placement: Placement::All(Tier::Disk),
             boundaries: Some(Tier::Device),
             slots: Some(2),
             vertical: Some(vertical),

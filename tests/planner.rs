@@ -1,11 +1,11 @@
 //! Plans of models that do not exist: they keep to every limit, they are as published systems found, and what is better
 //! makes nothing slower.
 
-use ferrozero::planner::{Answer, Choices, Question};
+use ferrozero::planner::{Answer, Question};
 use ferrozero::shape::ModelShape;
 use ferrozero::simulator::Machine;
 use ferrozero::simulator::catalog::{DRIVES, Description, GPUS};
-use ferrozero::{Error, Tier};
+use ferrozero::{Choices, Error, Placement, Tier, Updates};
 
 const GIB: u64 = 1 << 30;
 
@@ -134,7 +134,8 @@ fn more_memory_and_faster_parts_make_nothing_slower() {
     assert!(step_s(faster_disk) <= most);
     assert!(step_s(Machine { matmul_f32_flop_per_s: Some(2e11), ..small.clone() }) <= most);
     // Attention has a speed of its own where it was measured.
-    let attention = |flop_per_s| step_s(Machine { attention_f32_flop_per_s: Some(flop_per_s), ..small.clone() });
+    let attention =
+        |flop_per_s| step_s(Machine { attention_f32_flop_per_s: Some(flop_per_s), ..small.clone() });
     assert!((attention(1e11) - base).abs() <= 0.01 * base, "as fast as matrix products");
     assert!(attention(1e9) > 1.5 * base);
 }
@@ -143,18 +144,56 @@ fn more_memory_and_faster_parts_make_nothing_slower() {
 fn what_is_fixed_is_kept() {
     let shape = ModelShape::gpt(256, 4, 128, 4, 64);
     let choices = Choices {
-        placement: Some(Tier::Disk),
+        placement: Placement::All(Tier::Disk),
         boundaries: Some(Tier::Host),
         slots: Some(3),
         look_ahead: Some(2),
+        state_pieces: Some(8),
+        gradient_sets: Some(1),
         vertical: Some(2),
+        updates: Some(Updates::AtOnce),
+        piece_bytes: Some(64 << 10),
     };
-    let question = Question { choices, accumulate: 4, ..question(shape, 2, 64, processor(1 << 30)) };
-    let answer = question.answer().unwrap();
+    let question = |updates| {
+        let choices = Choices { updates: Some(updates), ..choices.clone() };
+        Question { choices, accumulate: 4, ..question(shape.clone(), 2, 64, processor(1 << 30)) }
+    };
+    let answer = question(Updates::AtOnce).answer().unwrap();
     assert_eq!((answer.depths.slots, answer.depths.look_ahead, answer.boundaries), (3, 2, Tier::Host));
-    assert_eq!(answer.depths.vertical, 2);
+    assert_eq!((answer.depths.state_pieces, answer.depths.gradient_sets, answer.depths.vertical), (8, 1, 2));
+    assert_eq!(answer.plan.layout().piece_elements, 16 << 10);
+    assert!(answer.plan.to_string().contains("updates are made at once"));
+    let deferred = question(Updates::NextForward).answer().unwrap();
+    assert!(deferred.plan.to_string().contains("updates are made with the next forward"));
     let homes = &answer.plan.placements()[..4];
     assert!(homes.iter().all(|home| home.master == Tier::Disk && home.first_moment == Tier::Disk));
+}
+
+#[test]
+fn what_is_fixed_and_cannot_be_is_refused_with_what_would_fit() {
+    let with = |choices: Choices, memory_bytes| {
+        let shape = ModelShape::gpt(256, 4, 256, 4, 64);
+        Question { choices, ..question(shape, 2, 64, processor(memory_bytes)) }
+    };
+    let refused = |choices: Choices| with(choices, 1 << 30).answer().unwrap_err().to_string();
+    let zero = refused(Choices { slots: Some(0), ..Choices::default() });
+    assert!(zero.contains("slots is 0"), "{zero}");
+    let pieces = refused(Choices { state_pieces: Some(6), ..Choices::default() });
+    assert!(pieces.contains("state_pieces is 6") && pieces.contains("multiple of 4"), "{pieces}");
+    let piece = refused(Choices { piece_bytes: Some(1000), ..Choices::default() });
+    assert!(piece.contains("1000") && piece.contains("4096"), "{piece}");
+    let updates = Choices { updates: Some(Updates::AtOnce), ..Choices::default() };
+    let unclipped = Question { clip: false, ..with(updates, 1 << 30) }.answer().unwrap_err().to_string();
+    assert!(unclipped.contains("leave updates out"), "{unclipped}");
+    // Half of the states fit, which is enough for some plan and not for the one that is asked for.
+    let half = 8 * ModelShape::gpt(256, 4, 256, 4, 64).parameters() + (64 << 20);
+    assert!(with(Choices::default(), half).fits());
+    let homes = Choices { placement: Placement::All(Tier::Host), look_ahead: Some(64), ..Choices::default() };
+    let error = with(homes, half).answer().unwrap_err();
+    assert!(matches!(error, Error::BudgetTooSmall { .. }), "{error}");
+    assert!(error.to_string().contains("Without what was fixed it fits, as with slots"), "{error}");
+    let nothing = with(Choices { slots: Some(1), ..Choices::default() }, 1 << 20).answer().unwrap_err();
+    assert!(!nothing.to_string().contains("Without what was fixed"), "{nothing}");
 }
 
 /// Micro-batches share what is fetched where the disk is slow, and only as many as there is memory for.
@@ -165,8 +204,11 @@ fn micro_batches_run_vertically_where_the_disk_is_slow_and_their_activations_fit
         disk_write_bytes_per_s: 1e8,
         ..processor(memory_bytes)
     };
-    let choices =
-        Choices { placement: Some(Tier::Disk), boundaries: Some(Tier::Device), ..Choices::default() };
+    let choices = Choices {
+        placement: Placement::All(Tier::Disk),
+        boundaries: Some(Tier::Device),
+        ..Choices::default()
+    };
     let question = |memory_bytes| Question {
         accumulate: 4,
         choices: choices.clone(),

@@ -8,6 +8,7 @@ mod finetune;
 mod help;
 mod journal;
 mod output;
+mod overrides;
 mod plan;
 mod pretrained;
 mod probe;
@@ -21,6 +22,7 @@ use finetune::{FinetuneArguments, FinetuneSettings};
 use std::process::ExitCode;
 use tracing_subscriber::EnvFilter;
 
+pub use overrides::{Home, Homes, Overrides, UpdateTime};
 pub use settings::{Reporting, RunArguments, RunSettings, Settings};
 pub use train::{TrainArguments, TrainSettings};
 

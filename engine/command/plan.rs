@@ -1,10 +1,11 @@
 //! `ferrozero plan`: what fits and how fast it will be, without running the model.
 
 use super::output::{quoted, say_next};
+use super::overrides::Overrides;
 use super::{CommandResult, configuration};
 use crate::byte_size::ByteSize;
 use crate::plan::Bytes;
-use crate::planner::{Answer, Choices, Question};
+use crate::planner::{Answer, Question};
 use crate::shape::ModelShape;
 use crate::simulator::Machine;
 use crate::simulator::catalog::Description;
@@ -75,21 +76,6 @@ pub struct PlanArguments {
     /// Disk that a run may use [default: not limited]
     #[arg(long, value_name = "SIZE")]
     disk: Option<ByteSize>,
-    /// Home of all states [default: chosen]
-    #[arg(long, value_name = "TIER", value_parser = tier)]
-    placement: Option<Tier>,
-    /// Home of boundary activations [default: chosen]
-    #[arg(long, value_name = "TIER", value_parser = tier)]
-    boundaries: Option<Tier>,
-    /// Slots of each class of groups [default: chosen]
-    #[arg(long, value_parser = clap::value_parser!(u16).range(1..))]
-    slots: Option<u16>,
-    /// Pieces read ahead [default: chosen]
-    #[arg(long, value_parser = clap::value_parser!(u16).range(1..))]
-    look_ahead: Option<u16>,
-    /// Micro-batches that run vertically, all of them through a segment before the next one [default: chosen]
-    #[arg(long, value_parser = clap::value_parser!(u16).range(1..))]
-    vertical: Option<u16>,
     /// Keep states once and not twice on disk
     #[arg(long)]
     in_place: bool,
@@ -109,6 +95,8 @@ pub struct PlanArguments {
     /// Do not say what to do next
     #[arg(long, short)]
     quiet: bool,
+    #[command(flatten)]
+    overrides: Overrides,
 }
 
 /// The command that comes after this answer.
@@ -129,15 +117,6 @@ fn next(arguments: &PlanArguments, question: &Question, answer: &Answer) -> Stri
     }
     let ModelShape { layers, hidden, heads, .. } = question.shape;
     format!("ferrozero train --layers {layers} --hidden {hidden} --heads {heads} {sizes}")
-}
-
-fn tier(text: &str) -> Result<Tier, String> {
-    match text {
-        "device" => Ok(Tier::Device),
-        "host" => Ok(Tier::Host),
-        "disk" => Ok(Tier::Disk),
-        _ => Err("use device, host or disk".into()),
-    }
 }
 
 /// Plans.
@@ -229,13 +208,7 @@ pub(in crate::command) fn question(arguments: &PlanArguments) -> CommandResult<Q
         in_place: arguments.in_place,
         ranks: arguments.ranks.into(),
         machine,
-        choices: Choices {
-            placement: arguments.placement,
-            boundaries: arguments.boundaries,
-            slots: arguments.slots.map(usize::from),
-            look_ahead: arguments.look_ahead.map(usize::from),
-            vertical: arguments.vertical.map(usize::from),
-        },
+        choices: arguments.overrides.choices(),
     })
 }
 
@@ -272,8 +245,12 @@ fn print(question: &Question, answer: &Answer, advice: &[(String, f64)]) {
         println!("  device memory {} of {}", Bytes(answer.plan.device_bytes()), Bytes(limit));
     }
     println!(
-        "  slots {}, look-ahead {}, boundaries on {}",
-        answer.depths.slots, answer.depths.look_ahead, answer.boundaries
+        "  slots {}, look-ahead {}, state pieces {}, gradient sets {}, boundaries on {}",
+        answer.depths.slots,
+        answer.depths.look_ahead,
+        answer.depths.state_pieces,
+        answer.depths.gradient_sets,
+        answer.boundaries
     );
     if machine.is_apart() {
         let homes = answer.plan.placements();
@@ -312,6 +289,8 @@ fn object(question: &Question, answer: &Answer, advice: &[(String, f64)]) -> ser
         "boundaries": answer.boundaries.to_string(),
         "slots": answer.depths.slots,
         "look_ahead": answer.depths.look_ahead,
+        "state_pieces": answer.depths.state_pieces,
+        "gradient_sets": answer.depths.gradient_sets,
         "vertical": answer.depths.vertical,
         "forecast": answer.forecast,
         "tokens_per_s": answer.tokens_per_s,

@@ -6,6 +6,7 @@ pub use layers::{Settings, read_document};
 pub(super) use layers::{resolve, resolve_run, schema, with_defaults};
 
 use super::configuration;
+use super::overrides::Overrides;
 use crate::byte_size::ByteSize;
 use crate::error::Result;
 use crate::learning_rate::LearningRate;
@@ -93,6 +94,9 @@ pub struct RunArguments {
     #[command(flatten)]
     #[serde(skip)]
     pub reporting: Reporting,
+    /// What the planner otherwise chooses.
+    #[command(flatten)]
+    pub overrides: Overrides,
 }
 
 /// Options of commands that train: what they write down, and where.
@@ -178,6 +182,7 @@ pub struct RunSettings {
     pub eval_every: u64,
     pub commit_every: u64,
     pub threads: Option<usize>,
+    pub overrides: Overrides,
 }
 
 impl Default for RunSettings {
@@ -204,6 +209,7 @@ impl Default for RunSettings {
             eval_every: 0,
             commit_every: 20,
             threads: None,
+            overrides: Overrides::default(),
         }
     }
 }
@@ -263,6 +269,7 @@ impl RunSettings {
     /// [`Error::Configuration`](crate::Error::Configuration) for a device that is not there or does not compute in the type.
     pub(super) fn config(&self, resume: bool) -> Result<Config> {
         let device = crate::open_device(&self.device)?;
+        let choices = self.overrides.choices();
         Ok(Config {
             machine: Machine::probed(&self.dir, &device),
             device,
@@ -277,6 +284,15 @@ impl RunSettings {
             clip: (self.clip > 0.0).then_some(self.clip),
             seed: self.seed,
             threads: self.threads,
+            placement: choices.placement,
+            boundaries: choices.boundaries,
+            slots: choices.slots,
+            look_ahead: choices.look_ahead,
+            state_pieces: choices.state_pieces,
+            gradient_sets: choices.gradient_sets,
+            vertical: choices.vertical,
+            updates: choices.updates,
+            piece_bytes: choices.piece_bytes,
             ..Config::default()
         })
     }

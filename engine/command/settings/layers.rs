@@ -62,10 +62,14 @@ fn to_value(settings: &impl Serialize) -> Result<Value> {
     serde_json::to_value(settings).map_err(|error| configuration(error.to_string()))
 }
 
-/// Puts the members of `upper` over those of `lower`.
+/// Puts the members of `upper` over those of `lower`, and those of groups over those of the same groups.
 fn overlay(lower: &mut Value, upper: Value) {
-    if let (Value::Object(lower), Value::Object(upper)) = (lower, upper) {
-        lower.extend(upper);
+    let (Value::Object(lower), Value::Object(upper)) = (lower, upper) else { return };
+    for (key, upper) in upper {
+        match lower.get_mut(&key).filter(|lower| lower.is_object() && upper.is_object()) {
+            Some(lower) => overlay(lower, upper),
+            None => drop(lower.insert(key, upper)),
+        }
     }
 }
 

@@ -128,6 +128,7 @@ impl TrainSettings {
 mod tests {
     use super::*;
     use crate::byte_size::ByteSize;
+    use crate::command::Overrides;
 
     fn resolve_file(text: &str, arguments: TrainArguments) -> Result<TrainSettings> {
         let folder = tempfile::tempdir().unwrap();
@@ -153,6 +154,27 @@ mod tests {
             ..TrainSettings::default()
         };
         assert_eq!(settings, expected);
+    }
+
+    #[test]
+    fn what_the_planner_chooses_is_overridden_one_by_one() {
+        let overrides = |text: &str| serde_json::from_str::<Overrides>(text).unwrap();
+        let resumed = serde_json::json!({ "overrides": { "slots": 3, "placement": "disk" } });
+        let folder = tempfile::tempdir().unwrap();
+        let config = Some(folder.path().join("train.toml"));
+        let file =
+            "[overrides]\nplacement = \"device,disk,disk,host\"\nupdates = \"at-once\"\npiece = \"64KiB\"\n";
+        std::fs::write(config.as_ref().unwrap(), file).unwrap();
+        let run =
+            RunArguments { config, overrides: overrides(r#"{ "look_ahead": 2 }"#), ..Default::default() };
+        let arguments = TrainArguments { run, ..Default::default() };
+        let settings = TrainSettings::resolve(&arguments, Some(resumed)).unwrap();
+        let expected = r#"{ "slots": 3, "placement": "device,disk,disk,host", "updates": "at-once", "piece": "64KiB",
+            "look_ahead": 2 }"#;
+        assert_eq!(settings.run.overrides, overrides(expected));
+        // What a run keeps of its settings is what it reads.
+        let kept = serde_json::to_value(&settings).unwrap();
+        assert_eq!(serde_json::from_value::<TrainSettings>(kept).unwrap(), settings);
     }
 
     #[test]
@@ -200,6 +222,8 @@ mod tests {
         wrong("{ \"lr_floor\": 2 }", "lr_floor");
         wrong("{ \"epsilon\": 0 }", "epsilon");
         wrong("{ \"warmup\": 1000 }", "warmup (1000)");
+        wrong("{ \"overrides\": { \"slot\": 1 } }", "unknown field `slot`");
+        wrong("{ \"overrides\": { \"placement\": \"tape\" } }", "disk,disk,disk,host");
         let run = RunArguments { config: Some("nowhere.json".into()), ..Default::default() };
         let missing = TrainArguments { run, ..Default::default() };
         assert!(TrainSettings::resolve(&missing, None).unwrap_err().to_string().contains("nowhere.json"));
