@@ -146,7 +146,9 @@ impl Question {
                     .into(),
             )
         })?;
-        let speeds = Speeds { matmul, attention: attention.unwrap_or(matmul) };
+        // On a device of its own what lies outside of a window is computed and masked.
+        let spares_windows = !self.machine.is_apart();
+        let speeds = Speeds { matmul, attention: attention.unwrap_or(matmul), spares_windows };
         let compute = self.shape.compute(self.batch, self.sequence, speeds);
         let plan = self.search(&compute, |search| search.best(&self.machine))?;
         let prediction = plan.prediction().cloned();
@@ -366,7 +368,8 @@ mod tests {
                 machine: machine.clone(),
                 choices: Choices::default(),
             };
-            let compute = question.shape.compute(2, 64, Speeds { matmul: 5e10, attention: 5e10 });
+            let speeds = Speeds { matmul: 5e10, attention: 5e10, spares_windows: true };
+            let compute = question.shape.compute(2, 64, speeds);
             let states = 16 * question.shape.parameters();
             for budget in 0..3 {
                 compare(&question, &machine, &compute, states * budget / 3);

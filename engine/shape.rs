@@ -4,8 +4,10 @@
 use crate::arrangement::Call;
 use crate::error::{Error, Result};
 use crate::layout::{Group, Layout};
+use crate::models::llama_config::LlamaConfig;
 use crate::simulator::{Compute, ComputeTime};
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 use std::path::Path;
 
 /// Tensors of a block's backward, in numbers a token and width: what the graph of candle keeps of the recomputed forward,
@@ -21,7 +23,7 @@ const LOGIT_ROWS: u64 = 256;
 pub enum Family {
     /// GPT-2: learned positions, layer norms, biases, a perceptron of two layers, the head tied to the embedding.
     Gpt,
-    /// Llama: rotary positions, RMS norms, no biases, a gated perceptron of three matrices.
+    /// Llama's and those like it, as Mistral and Qwen: rotary positions, RMS norms, a gated perceptron of three matrices.
     Llama,
 }
 
@@ -32,6 +34,8 @@ pub struct Speeds {
     pub matmul: f64,
     /// Of attention, counted as 4·T·C a token, with what the mask hides.
     pub attention: f64,
+    /// Whether what lies outside of a sliding window takes no time.
+    pub spares_windows: bool,
 }
 
 /// Sizes of a model.
@@ -49,8 +53,20 @@ pub struct ModelShape {
     pub heads: usize,
     /// Heads of keys and values.
     pub key_value_heads: usize,
+    /// Width of a head, D.
+    pub head_width: usize,
     /// Width of the perceptron.
     pub feed_forward: usize,
+    /// Whether queries, keys and values have biases.
+    pub query_key_value_bias: bool,
+    /// Whether the output of attention has a bias.
+    pub output_bias: bool,
+    /// Whether the perceptron has biases.
+    pub perceptron_bias: bool,
+    /// Whether the heads of queries and keys are normed.
+    pub query_key_norms: bool,
+    /// By block, how many tokens one sees at most, itself included; none where it sees all before it.
+    pub windows: Vec<Option<usize>>,
     /// Longest sequence, which decides the learned positions of GPT-2.
     pub positions: usize,
     /// Whether the head is the token embedding.
@@ -78,23 +94,15 @@ const GPT2_VOCABULARY: usize = 50257;
 /// Width of a head, and layers to width, in the shapes that [`ModelShape::grown`] makes: those of GPT-3's larger models.
 const GROWN_HEAD: usize = 128;
 
-/// What is read of a Hugging Face `config.json`.
+/// What is read of GPT-2's `config.json`.
 #[derive(Debug, Deserialize)]
-struct HuggingFace {
-    model_type: String,
+struct Gpt2 {
     vocab_size: usize,
-    #[serde(alias = "n_layer")]
-    num_hidden_layers: usize,
-    #[serde(alias = "n_embd")]
-    hidden_size: usize,
-    #[serde(alias = "n_head")]
-    num_attention_heads: usize,
-    num_key_value_heads: Option<usize>,
-    #[serde(alias = "n_inner")]
-    intermediate_size: Option<usize>,
-    #[serde(alias = "n_positions")]
-    max_position_embeddings: usize,
-    tie_word_embeddings: Option<bool>,
+    n_layer: usize,
+    n_embd: usize,
+    n_head: usize,
+    n_inner: Option<usize>,
+    n_positions: usize,
 }
 
 impl ModelShape {
@@ -107,7 +115,13 @@ impl ModelShape {
             hidden,
             heads,
             key_value_heads: heads,
+            head_width: hidden / heads.max(1),
             feed_forward: 4 * hidden,
+            query_key_value_bias: true,
+            output_bias: true,
+            perceptron_bias: true,
+            query_key_norms: false,
+            windows: vec![None; layers],
             positions,
             tied: true,
             segments_per_block: 1,
@@ -130,59 +144,72 @@ impl ModelShape {
         Ok(Self::gpt(GPT2_VOCABULARY, layers, hidden, heads, positions))
     }
 
-    /// The model of a Hugging Face `config.json` of the GPT-2 or Llama family.
+    /// The model of a Hugging Face `config.json` of GPT-2's or Llama's family, for sequences of so many tokens. Those like Llama
+    /// are read as models are.
     ///
     /// # Errors
-    /// [`Error::File`], and [`Error::Configuration`] for other families and missing sizes.
-    pub fn from_hugging_face(path: &Path) -> Result<Self> {
+    /// [`Error::File`], [`Error::Configuration`] for sizes that are missing or wrong, [`Error::Unsupported`] for other families.
+    pub fn from_hugging_face(path: &Path, sequence: usize) -> Result<Self> {
         let text =
             std::fs::read_to_string(path).map_err(|source| Error::File { path: path.to_owned(), source })?;
         let wrong = |what: String| Error::Configuration(format!("{}: {what}", path.display()));
-        let config: HuggingFace = serde_json::from_str(&text).map_err(|error| wrong(error.to_string()))?;
-        let (family, tied) = match config.model_type.as_str() {
-            "gpt2" => (Family::Gpt, true),
-            "llama" | "mistral" => (Family::Llama, false),
-            other => {
-                return Err(wrong(format!(
-                    "model_type {other:?} is not of the families gpt2, llama, mistral"
-                )));
+        let value: Value = serde_json::from_str(&text).map_err(|error| wrong(error.to_string()))?;
+        let shape = match value.get("model_type").and_then(Value::as_str) {
+            Some("gpt2") => {
+                let config: Gpt2 = serde_json::from_value(value).map_err(|error| wrong(error.to_string()))?;
+                let gpt = Self::gpt(
+                    config.vocab_size,
+                    config.n_layer,
+                    config.n_embd,
+                    config.n_head,
+                    config.n_positions,
+                );
+                Self { feed_forward: config.n_inner.unwrap_or(gpt.feed_forward), ..gpt }
+            }
+            _ => {
+                let longest = value.get("max_position_embeddings").and_then(Value::as_u64);
+                let config = LlamaConfig::from_json(&value, &path.display().to_string(), sequence)?;
+                Self::of_llama(config, longest.unwrap_or(sequence as u64) as usize)
             }
         };
-        let feed_forward = match (config.intermediate_size, family) {
-            (Some(width), _) => width,
-            (None, Family::Gpt) => 4 * config.hidden_size,
-            (None, Family::Llama) => return Err(wrong("intermediate_size is missing".into())),
-        };
-        let sizes = [
-            config.vocab_size,
-            config.num_hidden_layers,
-            config.hidden_size,
-            config.num_attention_heads,
-            config.num_key_value_heads.unwrap_or(1),
-            feed_forward,
-        ];
-        if sizes.iter().any(|&size| size == 0 || size > 1 << 24) {
+        let Self { vocabulary, layers, hidden, heads, key_value_heads, head_width, feed_forward, .. } =
+            &shape;
+        let sizes = [vocabulary, layers, hidden, heads, key_value_heads, head_width, feed_forward];
+        if sizes.into_iter().any(|&size| size == 0 || size > 1 << 24) {
             return Err(wrong("every size must be from 1 to 16 Mi".into()));
         }
-        Ok(Self {
-            family,
-            vocabulary: config.vocab_size,
-            layers: config.num_hidden_layers,
-            hidden: config.hidden_size,
-            heads: config.num_attention_heads,
-            key_value_heads: config.num_key_value_heads.unwrap_or(config.num_attention_heads),
-            feed_forward,
-            positions: config.max_position_embeddings,
-            tied: config.tie_word_embeddings.unwrap_or(tied),
+        Ok(shape)
+    }
+
+    fn of_llama(config: LlamaConfig, positions: usize) -> Self {
+        Self {
+            family: Family::Llama,
+            vocabulary: config.vocabulary,
+            layers: config.layers,
+            hidden: config.hidden,
+            heads: config.heads,
+            key_value_heads: config.key_value_heads,
+            head_width: config.head_width,
+            feed_forward: config.perceptron,
+            query_key_value_bias: config.query_key_value_bias,
+            output_bias: config.output_bias,
+            perceptron_bias: config.perceptron_bias,
+            query_key_norms: config.query_key_norms,
+            windows: config.windows,
+            positions,
+            tied: config.tied,
             segments_per_block: 1,
-        })
+        }
     }
 
     /// A larger or smaller model of the same family: a GPT of `layers` blocks and a width of 128 a block, as GPT-3 has it;
     /// for Llama the same block `layers` times.
     pub fn grown(&self, layers: usize) -> Self {
         match self.family {
-            Family::Llama => Self { layers, ..self.clone() },
+            Family::Llama => {
+                let windows = self.windows.iter().cycle().take(layers).copied().collect();
+                Self { layers, windows, ..self.clone() }
+            }
             Family::Gpt => Self {
                 segments_per_block: self.segments_per_block,
                 ..Self::gpt(self.vocabulary, layers, GROWN_HEAD * layers, layers, self.positions)
@@ -192,10 +219,10 @@ impl ModelShape {
 
     /// Names and shapes of a block's parameters.
     fn block(&self) -> Vec<(&'static str, Vec<usize>)> {
-        let (c, f) = (self.hidden, self.feed_forward);
-        let kv = self.hidden / self.heads.max(1) * self.key_value_heads;
-        match self.family {
-            Family::Gpt => vec![
+        let (c, f, d) = (self.hidden, self.feed_forward, self.head_width);
+        let (q, kv) = (self.heads * d, self.key_value_heads * d);
+        if self.family == Family::Gpt {
+            return vec![
                 ("ln_1.weight", vec![c]),
                 ("ln_1.bias", vec![c]),
                 ("attn.c_attn.weight", vec![3 * c, c]),
@@ -208,19 +235,31 @@ impl ModelShape {
                 ("mlp.c_fc.bias", vec![f]),
                 ("mlp.c_proj.weight", vec![c, f]),
                 ("mlp.c_proj.bias", vec![c]),
-            ],
-            Family::Llama => vec![
-                ("input_layernorm.weight", vec![c]),
-                ("self_attn.q_proj.weight", vec![c, c]),
-                ("self_attn.k_proj.weight", vec![kv, c]),
-                ("self_attn.v_proj.weight", vec![kv, c]),
-                ("self_attn.o_proj.weight", vec![c, c]),
-                ("post_attention_layernorm.weight", vec![c]),
-                ("mlp.gate_proj.weight", vec![f, c]),
-                ("mlp.up_proj.weight", vec![f, c]),
-                ("mlp.down_proj.weight", vec![c, f]),
-            ],
+            ];
         }
+        let (attention, output, perceptron, norms) =
+            (self.query_key_value_bias, self.output_bias, self.perceptron_bias, self.query_key_norms);
+        let all = [
+            ("input_layernorm.weight", vec![c], true),
+            ("self_attn.q_proj.weight", vec![q, c], true),
+            ("self_attn.q_proj.bias", vec![q], attention),
+            ("self_attn.k_proj.weight", vec![kv, c], true),
+            ("self_attn.k_proj.bias", vec![kv], attention),
+            ("self_attn.v_proj.weight", vec![kv, c], true),
+            ("self_attn.v_proj.bias", vec![kv], attention),
+            ("self_attn.o_proj.weight", vec![c, q], true),
+            ("self_attn.o_proj.bias", vec![c], output),
+            ("self_attn.q_norm.weight", vec![d], norms),
+            ("self_attn.k_norm.weight", vec![d], norms),
+            ("post_attention_layernorm.weight", vec![c], true),
+            ("mlp.gate_proj.weight", vec![f, c], true),
+            ("mlp.gate_proj.bias", vec![f], perceptron),
+            ("mlp.up_proj.weight", vec![f, c], true),
+            ("mlp.up_proj.bias", vec![f], perceptron),
+            ("mlp.down_proj.weight", vec![c, f], true),
+            ("mlp.down_proj.bias", vec![c], perceptron),
+        ];
+        all.into_iter().filter(|(.., there)| *there).map(|(name, shape, _)| (name, shape)).collect()
     }
 
     fn outside_blocks(&self) -> Vec<(&'static str, Vec<usize>)> {
@@ -279,7 +318,9 @@ impl ModelShape {
     /// more. Of a gated perceptron's backward more is kept than of a plain one's. The loss has all logits of B·T `tokens`
     /// and their gradients where `logits` says so, else those of some rows.
     pub fn working_bytes(&self, tokens: usize, element_bytes: usize, logits: bool) -> u64 {
-        let (tokens, c, f) = (tokens as u64, self.hidden as u64, self.feed_forward as u64);
+        // Heads may be wider together than the model is.
+        let c = self.hidden.max(self.heads * self.head_width) as u64;
+        let (tokens, f) = (tokens as u64, self.feed_forward as u64);
         let gated = match self.family {
             Family::Gpt => 0,
             Family::Llama => 2 * f,
@@ -299,33 +340,48 @@ impl ModelShape {
         (4 * tokens * c + v * c + logits) * element_bytes as u64
     }
 
-    /// Floating-point operations of one token's forward: of the matrices of a block, of its attention, and of the head.
+    /// Floating-point operations of one token's forward: of the matrices of a block, of the attention of each block, and of the head.
     ///
-    /// Two a parameter of a matrix, and 4·T·C a block for attention's scores and their product with the values, which with a
+    /// Two a parameter of a matrix, and 4·T·H·D a block for attention's scores and their product with the values, which with a
     /// backward of twice the forward are 6·P + 12·L·T·C a token (Chowdhery et al., arXiv 2204.02311, appendix B).
-    fn forward_flop(&self, sequence: usize) -> (f64, f64, f64) {
+    fn forward_flop(&self, sequence: usize, spares_windows: bool) -> (f64, Vec<f64>, f64) {
         let matrices = self.block().into_iter().filter(|(_, shape)| shape.len() > 1);
         let matrices: f64 =
             matrices.map(|(_, shape)| shape.iter().map(|&size| size as f64).product::<f64>()).sum();
-        let attention = 4.0 * sequence as f64 * self.hidden as f64;
+        let whole = 4.0 * sequence as f64 * (self.heads * self.head_width) as f64;
+        let attention = self.windows.iter().map(|window| match window {
+            Some(window) if spares_windows => whole * share_seen(sequence as f64, *window as f64),
+            _ => whole,
+        });
         let head = 2.0 * self.vocabulary as f64 * self.hidden as f64;
-        (2.0 * matrices, attention, head)
+        (2.0 * matrices, attention.collect(), head)
     }
 
     /// How long computing takes for `batch` sequences on a device of these `speeds`. A backward is a forward again, which is
     /// the recomputation, and twice as much for the gradients.
     pub fn compute(&self, batch: usize, sequence: usize, speeds: Speeds) -> Compute {
         let tokens = (batch * sequence) as f64;
-        let (matrices, attention, head) = self.forward_flop(sequence);
-        let block_s = matrices / speeds.matmul + attention / speeds.attention;
-        let forward_s = tokens * block_s / self.segments_per_block as f64;
+        let (matrices, attention, head) = self.forward_flop(sequence, speeds.spares_windows);
         let mut compute = Compute::none(self.segments());
-        compute.forward.fill(ComputeTime { before_s: 0.0, within_s: forward_s });
-        compute.backward.fill(ComputeTime { before_s: 0.0, within_s: 3.0 * forward_s });
+        for (segment, (forward, backward)) in
+            compute.forward.iter_mut().zip(&mut compute.backward).enumerate()
+        {
+            let attention = attention.get(segment / self.segments_per_block).copied().unwrap_or(0.0);
+            let block_s = matrices / speeds.matmul + attention / speeds.attention;
+            let forward_s = tokens * block_s / self.segments_per_block as f64;
+            *forward = ComputeTime { before_s: 0.0, within_s: forward_s };
+            *backward = ComputeTime { before_s: 0.0, within_s: 3.0 * forward_s };
+        }
         // The head and its gradients come between the last forward and the first backward.
         if let Some(last) = compute.backward.last_mut() {
             last.before_s = 3.0 * tokens * head / speeds.matmul;
         }
         compute
     }
+}
+
+/// Which share of the tokens before them the tokens of a sequence see through a window: T·W - W·(W - 1)/2 of T·(T + 1)/2.
+fn share_seen(sequence: f64, window: f64) -> f64 {
+    let window = window.min(sequence);
+    (sequence * window - window * (window - 1.0) / 2.0) / (sequence * (sequence + 1.0) / 2.0)
 }

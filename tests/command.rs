@@ -358,6 +358,95 @@ fn a_plan_for_a_described_machine_is_an_object_and_one_that_cannot_be_says_what_
 }
 
 #[test]
+fn a_plan_takes_the_name_of_a_device_for_a_machine_and_says_what_it_assumes() {
+    let folder = folder();
+    let plan = |options: &[&str]| {
+        let output = ferrozero(folder.path(), &[&["plan", "--model", "gpt2"], options].concat());
+        let said =
+            String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr);
+        (output.status.success(), said)
+    };
+    let (success, named) = plan(&["--machine", "h100-80g"]);
+    assert!(success && named.contains("160.00 GiB of host memory, which is assumed: say --host"), "{named}");
+    assert!(named.contains("without a drive"), "{named}");
+    assert_eq!(plan(&["--device", "h100-80g"]).1, named);
+    let (success, said) = plan(&["--machine", "h100-80g", "--host", "64GiB", "--nvme", "nvme-gen4"]);
+    assert!(success && !said.contains("assumed") && !said.contains("without a drive"), "{said}");
+    let (success, unknown) = plan(&["--machine", "h1000"]);
+    assert!(!success && unknown.contains("ferrozero probe") && unknown.contains("h100-80g"), "{unknown}");
+    let (success, lost) = plan(&["--host", "64GiB"]);
+    assert!(!success && lost.contains("--device"), "{lost}");
+}
+
+/// A machine without a GPU, as `ferrozero probe` would write it.
+fn write_machine(folder: &Path) {
+    let machine = serde_json::json!({
+        "host_memory_bytes": 8_u64 << 30,
+        "disk_read_bytes_per_s": 1e9,
+        "disk_write_bytes_per_s": 1e9,
+        "upload_bytes_per_s": 6e9,
+        "download_bytes_per_s": 6e9,
+        "optimizer_bytes_per_s": 2e10,
+        "matmul_f32_flop_per_s": 1e11,
+    });
+    std::fs::write(folder.join("machine.json"), machine.to_string()).unwrap();
+}
+
+#[test]
+fn what_a_plan_says_to_do_next_has_what_was_asked_for() {
+    let folder = folder();
+    write_machine(folder.path());
+    let asked = "plan --layers 2 --hidden 64 --heads 2 --seq 32 --batch 2 --memory 64MiB --no-clip --in-place --slots 1 \
+                 --placement disk";
+    let plan = |more: &[&str]| {
+        let arguments: Vec<&str> = asked.split_whitespace().chain(more.iter().copied()).collect();
+        ferrozero(folder.path(), &arguments)
+    };
+    let output = plan(&[]);
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    let next = said.strip_prefix("next: ferrozero ").unwrap_or_else(|| panic!("{said}"));
+    for part in ["--memory 64MiB", "--clip 0", "--in-place", "--slots 1", "--placement disk"] {
+        assert!(next.contains(part), "{part}: {next}");
+    }
+    // It is a command that runs.
+    let options: Vec<&str> = next.split_whitespace().skip(1).collect();
+    assert_eq!(objects(&train(folder.path(), &[&options[..], &["--steps", "2"]].concat())).len(), 3);
+    let words = String::from_utf8_lossy(&plan(&["--vocabulary", "5000"]).stderr).into_owned();
+    assert!(words.contains("--tokenizer FILE"), "{words}");
+    let refused = refusal(&plan(&["--device-memory", "1GiB"]));
+    assert!(refused.contains("--device-memory") && refused.contains("--memory"), "{refused}");
+}
+
+#[test]
+fn the_largest_model_for_some_sequences_is_that_of_their_smallest_micro_batch() {
+    let folder = folder();
+    write_machine(folder.path());
+    let scale = |options: &str| {
+        let fixed = "bench scale --json --grants 64MiB --hidden 64 --heads 2 --seq 256";
+        let arguments: Vec<&str> = fixed.split(' ').chain(options.split(' ')).collect();
+        let answer = objects(&ferrozero(folder.path(), &arguments)).remove(0);
+        answer["rows"][0]["parameters"].as_u64().unwrap()
+    };
+    assert!(scale("--sequences 4") > scale("--batch 4"));
+    assert_eq!(scale("--sequences 4"), scale("--batch 1 --accumulate 4"));
+}
+
+#[test]
+fn the_manual_has_a_page_for_each_command() {
+    let folder = folder();
+    let output = ferrozero(folder.path(), &["man"]);
+    let text = String::from_utf8(output.stdout).unwrap();
+    assert!(output.status.success());
+    for page in ["ferrozero", "ferrozero-train", "ferrozero-bench-predict", "ferrozero-config-explain"] {
+        assert!(text.contains(&format!(".TH {page} 1 ")), "{page}");
+    }
+    assert!(
+        text.contains("look\\-ahead") && !text.contains(".TH ferrozero-help"),
+        "options have their place"
+    );
+}
+
+#[test]
 fn a_configuration_of_deepspeeds_is_explained_and_an_unknown_key_of_it_refused_by_its_path() {
     let folder = folder();
     let file = folder.path().join("ds_config.json");
@@ -372,6 +461,14 @@ fn a_configuration_of_deepspeeds_is_explained_and_an_unknown_key_of_it_refused_b
     );
     let refused = refusal(&explain(r#"{ "zero_optimization": { "stage": 3, "unheard_of": 1 } }"#));
     assert!(refused.contains("zero_optimization.unheard_of"), "{refused}");
+    for (text, part) in [
+        (r#"{ "zero_optimization": { "stage": 3 }, "train_micro_batch_size_per_gpu": -2 }"#, "-2"),
+        (r#"{ "gradient_clipping": 1.0, "optimizer": { "params": { "lr": -1.0 } } }"#, "lr is -1"),
+    ] {
+        let output = explain(text);
+        assert!(refusal(&output).contains(part), "{text}");
+        assert!(String::from_utf8_lossy(&output.stdout).contains("as settings of ferrozero"), "told first");
+    }
 }
 
 #[test]

@@ -279,7 +279,7 @@ fn hugging_face_configurations_of_both_families_are_read() {
     let shape = |text: &str| {
         let path = folder.path().join("config.json");
         std::fs::write(&path, text).unwrap();
-        ModelShape::from_hugging_face(&path)
+        ModelShape::from_hugging_face(&path, 512)
     };
     // The sizes of GPT-2 small and of Llama 2 7B, whose numbers of parameters are known.
     let gpt2 = r#"{ "model_type": "gpt2", "vocab_size": 50257, "n_layer": 12, "n_embd": 768, "n_head": 12,
@@ -293,5 +293,36 @@ fn hugging_face_configurations_of_both_families_are_read() {
     let other = llama.replace("\"llama\"", "\"bert\"");
     assert!(shape(&other).unwrap_err().to_string().contains("bert"));
     let zero = llama.replace("\"hidden_size\": 4096", "\"hidden_size\": 0");
-    assert!(shape(&zero).unwrap_err().to_string().contains("every size"));
+    assert!(shape(&zero).unwrap_err().to_string().contains("hidden_size is 0"));
+    let huge = llama.replace("\"vocab_size\": 32000", "\"vocab_size\": 4000000000");
+    assert!(shape(&huge).unwrap_err().to_string().contains("every size"));
+    let short = llama.replace("\"max_position_embeddings\": 4096", "\"max_position_embeddings\": 256");
+    assert!(shape(&short).unwrap_err().to_string().contains("--seq"));
+    // Qwen2.5 0.5B has biases, Qwen3 0.6B heads that are wider together than the model, and norms of them.
+    let qwen2 = r#"{ "model_type": "qwen2", "vocab_size": 151936, "num_hidden_layers": 24, "hidden_size": 896,
+        "num_attention_heads": 14, "num_key_value_heads": 2, "intermediate_size": 4864,
+        "max_position_embeddings": 32768, "tie_word_embeddings": true, "use_sliding_window": false }"#;
+    assert_eq!(shape(qwen2).unwrap().parameters(), 494_032_768);
+    let qwen3 = r#"{ "model_type": "qwen3", "vocab_size": 151936, "num_hidden_layers": 28, "hidden_size": 1024,
+        "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128, "intermediate_size": 3072,
+        "max_position_embeddings": 40960, "tie_word_embeddings": true }"#;
+    assert_eq!(shape(qwen3).unwrap().parameters(), 596_049_920);
+}
+
+/// What lies outside of a window takes no time on the CPU device, and is computed and masked on a device of its own.
+#[test]
+fn a_sliding_window_is_spared_where_the_engine_spares_it() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("config.json");
+    let step_s = |window: &str, machine: Machine| {
+        let text = r#"{ "model_type": "mistral", "vocab_size": 256, "num_hidden_layers": 2, "hidden_size": 64,
+            "num_attention_heads": 2, "intermediate_size": 64, "max_position_embeddings": 4096, "sliding_window": WINDOW }"#;
+        std::fs::write(&path, text.replace("WINDOW", window)).unwrap();
+        let shape = ModelShape::from_hugging_face(&path, 4096).unwrap();
+        question(shape, 1, 4096, machine).answer().unwrap().forecast.step_s
+    };
+    let here = || processor(4 * GIB);
+    assert!(step_s("64", here()) < 0.5 * step_s("null", here()));
+    let there = || described("rtx4090-24g", 16, None);
+    assert_eq!(step_s("64", there()), step_s("null", there()));
 }

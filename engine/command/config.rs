@@ -61,6 +61,8 @@ fn explain<S: Settings>(file: &Path, command: &str) -> CommandResult {
         }
         println!("\nas settings of ferrozero:");
         println!("{}", serde_json::to_string_pretty(&mapping.settings)?);
+        // What each key means is told before one of the values is refused.
+        S::of_file(file)?;
         println!("\nnext: ferrozero {command} --config {}", file.display());
         return Ok(());
     }
@@ -68,4 +70,28 @@ fn explain<S: Settings>(file: &Path, command: &str) -> CommandResult {
     println!("{}: settings of ferrozero; those that it leaves out have their defaults", file.display());
     println!("{}", serde_json::to_string_pretty(&settings)?);
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_setting_is_described() {
+        let schema = schema();
+        let groups = [&schema["properties"], &schema["$defs"]["Overrides"]["properties"]];
+        for settings in groups {
+            let settings = settings.as_object().unwrap();
+            assert!(settings.len() > 8);
+            for (name, setting) in settings {
+                assert!(
+                    setting["description"].as_str().is_some_and(|text| text.len() > 8),
+                    "{name}: {setting}"
+                );
+            }
+        }
+        assert!(
+            schema["properties"]["warmup"]["description"].as_str().unwrap().contains("learning rate rises")
+        );
+    }
 }

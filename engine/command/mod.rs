@@ -81,7 +81,7 @@ enum Command {
         /// The shell
         shell: clap_complete::Shell,
     },
-    /// Write the manual page.
+    /// Write the manual pages: of this program, and of each of its commands.
     #[command(after_help = help::MAN)]
     Man,
     /// Measure against a reference that runs in the same process.
@@ -141,7 +141,16 @@ fn execute(command: Command) -> CommandResult {
 }
 
 fn manual() -> CommandResult {
-    Ok(clap_mangen::Man::new(CommandLine::command()).render(&mut std::io::stdout())?)
+    let mut command = CommandLine::command().disable_help_subcommand(true);
+    // Names of commands are then those of their pages, as ferrozero-train.
+    command.build();
+    pages(&command, &mut std::io::stdout())
+}
+
+/// The page of a command, and behind it those of its own commands.
+fn pages(command: &clap::Command, out: &mut dyn std::io::Write) -> CommandResult {
+    clap_mangen::Man::new(command.clone()).render(out)?;
+    command.get_subcommands().try_for_each(|command| pages(command, out))
 }
 
 /// Any error of a command.

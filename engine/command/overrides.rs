@@ -1,11 +1,13 @@
 //! What the planner otherwise chooses: options of `train` and `plan`, and the group `overrides` in a file of settings.
 
+use super::CommandResult;
 use crate::arrangement::GroupPlacement;
 use crate::byte_size::ByteSize;
 use crate::plan::{Choices, Placement, Updates};
 use clap::ValueEnum;
 use ferrozero_offload::Tier;
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 use std::fmt;
 use std::str::FromStr;
 
@@ -55,6 +57,19 @@ pub struct Overrides {
 }
 
 impl Overrides {
+    /// As options of a command line, each with a space before it.
+    ///
+    /// # Errors
+    /// None but for a value that has no text.
+    pub fn as_options(&self) -> CommandResult<String> {
+        let set = serde_json::to_value(self)?;
+        let option = |(name, value): (&String, &Value)| {
+            let value = value.as_str().map_or_else(|| value.to_string(), str::to_owned);
+            format!(" --{} {value}", name.replace('_', "-"))
+        };
+        Ok(set.as_object().into_iter().flatten().map(option).collect())
+    }
+
     /// As plans take them.
     pub fn choices(&self) -> Choices {
         Choices {
@@ -173,6 +188,18 @@ impl From<Homes> for String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use clap::{Args, FromArgMatches};
+
+    #[test]
+    fn options_are_those_of_the_command_line() {
+        let settings = r#"{ "placement": "disk,disk,disk,host", "look_ahead": 2, "updates": "at-once", "piece": "8KiB" }"#;
+        let overrides: Overrides = serde_json::from_str(settings).unwrap();
+        let options = overrides.as_options().unwrap();
+        let command = Overrides::augment_args(clap::Command::new("train"));
+        let matches = command.try_get_matches_from(format!("train{options}").split(' ')).unwrap();
+        assert_eq!(Overrides::from_arg_matches(&matches).unwrap(), overrides);
+        assert_eq!(Overrides::default().as_options().unwrap(), "");
+    }
 
     #[test]
     fn homes_are_written_as_they_are_read() {

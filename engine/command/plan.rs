@@ -8,7 +8,7 @@ use crate::plan::Bytes;
 use crate::planner::{Answer, Question};
 use crate::shape::ModelShape;
 use crate::simulator::Machine;
-use crate::simulator::catalog::Description;
+use crate::simulator::catalog::{Description, GPUS};
 use ferrozero_offload::Tier;
 use serde_json::json;
 use std::path::{Path, PathBuf};
@@ -16,12 +16,36 @@ use std::path::{Path, PathBuf};
 /// Changes of the machine that make less than this are not worth a line.
 const WORTH_SAYING: f64 = 1.02;
 const SECONDS_PER_DAY: f64 = 86_400.0;
+/// Host memory to device memory of a machine of which nothing is said: as workstations with one card often have it, and less than
+/// servers do.
+const HOST_TO_DEVICE: u64 = 2;
+/// Tokens without a tokenizer.
+const BYTES: usize = 256;
+
+/// What to plan, and how to tell it.
+#[derive(Debug, Clone, clap::Args)]
+pub struct PlanArguments {
+    #[command(flatten)]
+    question: QuestionArguments,
+    /// Host memory that a run may use [default: all that the machine has]
+    #[arg(long, value_name = "SIZE")]
+    memory: Option<ByteSize>,
+    /// The largest model of the family that trains here, instead of this one
+    #[arg(long)]
+    max_model: bool,
+    /// Write the answer as JSON
+    #[arg(long)]
+    json: bool,
+    /// Do not say what to do next
+    #[arg(long, short)]
+    quiet: bool,
+}
 
 /// A model, a machine, and what is fixed.
 #[derive(Debug, Clone, clap::Args)]
-pub struct PlanArguments {
+pub struct QuestionArguments {
     /// Model: gpt2, gpt2-medium, gpt2-large, gpt2-xl, gpt3-6.7b, gpt3-13b, gpt-100b, gpt3-175b, gpt-1t, or the path of a
-    /// Hugging Face config.json of the GPT-2 or Llama family [default: a GPT of the sizes below]
+    /// Hugging Face config.json of GPT-2's or Llama's family, as Mistral and Qwen [default: a GPT of the sizes below]
     #[arg(long, value_name = "NAME or config.json", conflicts_with_all = ["layers", "hidden", "heads", "vocabulary"])]
     model: Option<String>,
     /// Transformer blocks
@@ -48,29 +72,26 @@ pub struct PlanArguments {
     /// Sequences of a step, in the micro-batches that are fastest, instead of --batch and --accumulate
     #[arg(long, value_name = "NUMBER", conflicts_with_all = ["batch", "accumulate"])]
     #[arg(value_parser = clap::value_parser!(u16).range(1..))]
-    sequences: Option<u16>,
+    pub(in crate::command) sequences: Option<u16>,
     /// Do not clip the gradient's norm: groups are then updated within the backward
     #[arg(long)]
     no_clip: bool,
-    /// What ferrozero probe wrote
+    /// What ferrozero probe wrote; or a name as for --device
     #[arg(long, value_name = "FILE.json", conflicts_with = "device", default_value = "machine.json")]
     machine: PathBuf,
     /// Describe the machine instead: v100-32g, a100-40g, a100-80g, h100-80g, h200-141g, rtx3090-24g or rtx4090-24g
     #[arg(long, value_name = "NAME")]
     device: Option<String>,
-    /// Host memory of the described machine
-    #[arg(long, value_name = "SIZE", requires = "device")]
+    /// Host memory of the described machine [default: twice the device's]
+    #[arg(long, value_name = "SIZE")]
     host: Option<ByteSize>,
     /// Speed of its host memory [default: 60GB/s]
-    #[arg(long, value_name = "SIZE/s", requires = "device")]
+    #[arg(long, value_name = "SIZE/s")]
     host_speed: Option<String>,
     /// Its drive: a speed such as 7GB/s, or sata-ssd, nvme-gen3 or nvme-gen4 [default: no drive]
-    #[arg(long, value_name = "SPEED or NAME", requires = "device")]
+    #[arg(long, value_name = "SPEED or NAME")]
     nvme: Option<String>,
-    /// Host memory that a run may use [default: all that the machine has]
-    #[arg(long, value_name = "SIZE")]
-    pub(in crate::command) memory: Option<ByteSize>,
-    /// Device memory that a run may use [default: all that the machine has]
+    /// Device memory that a run may use, where the device has its own [default: all that the machine has]
     #[arg(long, value_name = "SIZE")]
     device_memory: Option<ByteSize>,
     /// Disk that a run may use [default: not limited]
@@ -86,75 +107,106 @@ pub struct PlanArguments {
     /// Segments that a block is made of
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=64))]
     segments_per_block: u16,
-    /// The largest model of the family that trains here, instead of this one
-    #[arg(long)]
-    pub(in crate::command) max_model: bool,
-    /// Write the answer as JSON
-    #[arg(long)]
-    pub(in crate::command) json: bool,
-    /// Do not say what to do next
-    #[arg(long, short)]
-    quiet: bool,
     #[command(flatten)]
     overrides: Overrides,
 }
 
-/// The command that comes after this answer.
-fn next(arguments: &PlanArguments, question: &Question, answer: &Answer) -> String {
-    if arguments.device.is_some() {
-        return "on that machine, ferrozero probe, and ferrozero plan without --device".into();
+impl QuestionArguments {
+    /// The name of the device that is described instead of measured, if it is.
+    fn described(&self) -> Option<&str> {
+        let named = || self.machine.to_str().filter(|name| GPUS.iter().any(|gpu| gpu.name == *name));
+        // A file may be called as a device is.
+        self.device.as_deref().or_else(|| named().filter(|_| !self.machine.exists()))
     }
-    let memory = ByteSize(answer.plan.memory_bytes().next_multiple_of(1 << 20));
-    let memory = arguments.memory.unwrap_or(memory);
-    let sizes = format!(
+}
+
+/// The command that comes after this answer.
+fn next(arguments: &PlanArguments, question: &Question, answer: &Answer) -> CommandResult<String> {
+    let PlanArguments { question: asked, memory, .. } = arguments;
+    if asked.described().is_some() {
+        return Ok("on that machine, ferrozero probe, and ferrozero plan without --device".into());
+    }
+    let memory = memory.unwrap_or_else(|| ByteSize(answer.plan.memory_bytes().next_multiple_of(1 << 20)));
+    let mut options = format!(
         "--seq {} --batch {} --accumulate {} --memory {memory}",
         question.sequence, question.batch, question.accumulate
     );
-    if let Some(path) = arguments.model.as_ref().filter(|name| name.ends_with(".json")) {
+    if question.machine.is_apart() {
+        options += " --device cuda --dtype bf16";
+    }
+    if let Some(memory) = asked.device_memory {
+        options += &format!(" --device-memory {memory}");
+    }
+    if asked.no_clip {
+        options += " --clip 0";
+    }
+    if let Some(path) = asked.model.as_ref().filter(|name| name.ends_with(".json")) {
         let folder = Path::new(path).parent().filter(|folder| !folder.as_os_str().is_empty());
         let folder = quoted(folder.unwrap_or(Path::new(".")).display());
-        return format!("ferrozero finetune {folder} --data FILE --out DIR {sizes}");
+        return Ok(format!("ferrozero finetune {folder} --data FILE --out DIR {options}"));
+    }
+    if asked.in_place {
+        options += " --in-place";
+    }
+    options += &asked.overrides.as_options()?;
+    // Without a tokenizer there are as many tokens as bytes.
+    if question.shape.vocabulary != BYTES {
+        options += " --tokenizer FILE";
     }
     let ModelShape { layers, hidden, heads, .. } = question.shape;
-    format!("ferrozero train --layers {layers} --hidden {hidden} --heads {heads} {sizes}")
+    Ok(format!("ferrozero train --layers {layers} --hidden {hidden} --heads {heads} {options}"))
 }
 
 /// Plans.
 pub fn run(arguments: PlanArguments) -> CommandResult {
-    let json = arguments.json;
-    let max_model = arguments.max_model;
-    let mut question = question(&arguments)?;
-    if max_model {
-        question.shape = question.largest().ok_or_else(|| {
+    let sequences = arguments.question.sequences;
+    let mut question = question(&arguments.question, arguments.memory)?;
+    if arguments.max_model {
+        question.shape = largest(&question, sequences).ok_or_else(|| {
             configuration(
                 "no model of this family has a plan here: grant more memory, or a shorter --seq".into(),
             )
         })?;
     }
-    let (question, answer) = match arguments.sequences {
-        Some(sequences) => {
-            let one_batch = Question { batch: sequences.into(), accumulate: 1, ..question };
-            one_batch.best_split()?
-        }
-        None => {
-            let answer = question.answer()?;
-            (question, answer)
-        }
-    };
+    let (question, answer) = answer(question, sequences)?;
     let advice = question.advice(&answer);
-    if json {
+    if arguments.json {
         println!("{}", object(&question, &answer, &advice));
         return Ok(());
     }
     print(&question, &answer, &advice);
     if !arguments.quiet {
-        say_next(next(&arguments, &question, &answer));
+        say_next(next(&arguments, &question, &answer)?);
     }
     Ok(())
 }
 
-/// What the arguments ask.
-pub(in crate::command) fn question(arguments: &PlanArguments) -> CommandResult<Question> {
+/// The question as it was answered, and the answer; with a number of sequences, for the split of them that is fastest.
+pub(in crate::command) fn answer(
+    question: Question,
+    sequences: Option<u16>,
+) -> CommandResult<(Question, Answer)> {
+    if let Some(sequences) = sequences {
+        let one_batch = Question { batch: sequences.into(), accumulate: 1, ..question };
+        return Ok(one_batch.best_split()?);
+    }
+    let answer = question.answer()?;
+    Ok((question, answer))
+}
+
+/// The largest model that has a plan; with a number of sequences, in the smallest micro-batches.
+pub(in crate::command) fn largest(question: &Question, sequences: Option<u16>) -> Option<ModelShape> {
+    match sequences {
+        Some(sequences) => Question { batch: 1, accumulate: sequences.into(), ..question.clone() }.largest(),
+        None => question.largest(),
+    }
+}
+
+/// What the arguments ask, of a machine whose host may use `memory`, if that is not all that it has.
+pub(in crate::command) fn question(
+    arguments: &QuestionArguments,
+    memory: Option<ByteSize>,
+) -> CommandResult<Question> {
     let sizes = [
         ("layers", arguments.layers),
         ("hidden", arguments.hidden),
@@ -175,25 +227,39 @@ pub(in crate::command) fn question(arguments: &PlanArguments) -> CommandResult<Q
             arguments.heads,
             arguments.seq,
         ),
-        Some(name) if name.ends_with(".json") => ModelShape::from_hugging_face(Path::new(name))?,
+        Some(name) if name.ends_with(".json") => {
+            ModelShape::from_hugging_face(Path::new(name), arguments.seq)?
+        }
         Some(name) => ModelShape::named(name, arguments.seq)?,
     };
     shape.segments_per_block = arguments.segments_per_block.into();
-    let mut machine = match &arguments.device {
-        Some(device) => described(arguments, device)?,
+    let describes = arguments.host.is_some() || arguments.host_speed.is_some() || arguments.nvme.is_some();
+    let mut machine = match arguments.described() {
+        Some(device) => described(arguments, device, memory)?,
+        None if describes => {
+            let text = "--host, --host-speed and --nvme describe a machine: name its device with --device";
+            return Err(configuration(text.into()).into());
+        }
         None if !arguments.machine.exists() => {
+            let known: Vec<_> = GPUS.iter().map(|gpu| gpu.name).collect();
             return Err(configuration(format!(
-                "{} is not there: make it with ferrozero probe, or describe a machine with --device",
-                arguments.machine.display()
+                "{} is not there: make it with ferrozero probe, or describe a machine with --device, which is one of {}",
+                arguments.machine.display(),
+                known.join(", ")
             ))
             .into());
         }
         None => Machine::from_file(&arguments.machine)?,
     };
-    if let Some(memory) = arguments.memory {
+    if let Some(memory) = memory {
         machine.host_memory_bytes = Some(memory.0);
     }
-    if let (Some(memory), true) = (arguments.device_memory, machine.is_apart()) {
+    if let Some(memory) = arguments.device_memory {
+        if !machine.is_apart() {
+            let text = "--device-memory is for a device that has memory of its own, and on this machine the processor \
+                        computes: leave it out, and say --memory";
+            return Err(configuration(text.into()).into());
+        }
         machine.device_memory_bytes = Some(memory.0);
     }
     if let Some(disk) = arguments.disk {
@@ -212,7 +278,11 @@ pub(in crate::command) fn question(arguments: &PlanArguments) -> CommandResult<Q
     })
 }
 
-fn described(arguments: &PlanArguments, device: &str) -> CommandResult<Machine> {
+fn described(
+    arguments: &QuestionArguments,
+    device: &str,
+    memory: Option<ByteSize>,
+) -> CommandResult<Machine> {
     let host_speed = arguments.host_speed.as_deref().map(|text| {
         let size = text.strip_suffix("/s").and_then(|size| size.parse::<ByteSize>().ok());
         let wrong = || configuration(format!("--host-speed {text:?}: write it as 60GB/s"));
@@ -225,7 +295,17 @@ fn described(arguments: &PlanArguments, device: &str) -> CommandResult<Machine> 
         drive: arguments.nvme.clone(),
         disk_bytes: None,
     };
-    Ok(description.machine()?)
+    let mut machine = description.machine()?;
+    if arguments.host.is_none() && memory.is_none() {
+        let bytes = machine.device_memory_bytes.map(|bytes| HOST_TO_DEVICE * bytes);
+        machine.host_memory_bytes = bytes;
+        let bytes = Bytes(bytes.unwrap_or(0));
+        machine.name += &format!(", with {bytes} of host memory, which is assumed: say --host");
+    }
+    if arguments.nvme.is_none() {
+        machine.name += ", without a drive (--nvme)";
+    }
+    Ok(machine)
 }
 
 fn print(question: &Question, answer: &Answer, advice: &[(String, f64)]) {

@@ -182,6 +182,7 @@ pub struct RunSettings {
     pub eval_every: u64,
     pub commit_every: u64,
     pub threads: Option<usize>,
+    /// What the planner otherwise chooses.
     pub overrides: Overrides,
 }
 

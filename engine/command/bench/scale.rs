@@ -1,8 +1,8 @@
 //! `ferrozero bench scale`: the largest model that the planner finds a plan for, by memory. Nothing is run: these are predictions,
 //! as those of `ferrozero plan`.
 
-use super::super::plan::{PlanArguments, question};
-use super::super::{CommandResult, configuration};
+use super::super::CommandResult;
+use super::super::plan::{QuestionArguments, answer, largest, question};
 use crate::byte_size::ByteSize;
 use crate::plan::Bytes;
 use crate::planner::Answer;
@@ -15,33 +15,32 @@ pub struct ScaleArguments {
     #[arg(long, value_name = "SIZES", value_delimiter = ',', default_value = "1GiB,2GiB,4GiB,8GiB")]
     grants: Vec<ByteSize>,
     #[command(flatten)]
-    plan: PlanArguments,
+    question: QuestionArguments,
+    /// Write the answer as JSON
+    #[arg(long)]
+    json: bool,
 }
 
 /// Runs the bench.
 pub fn run(arguments: ScaleArguments) -> CommandResult {
-    let mut question = question(&arguments.plan)?;
-    if arguments.plan.memory.is_some() || arguments.plan.max_model {
-        let text =
-            "bench scale seeks the largest model in each of --grants: leave --memory and --max-model out";
-        return Err(configuration(text.into()).into());
-    }
     let mut rows = vec![];
+    let mut machine = String::new();
     for &grant in &arguments.grants {
-        question.machine.host_memory_bytes = Some(grant.0);
-        let found = question.largest();
-        let answer = match found {
+        let mut question = question(&arguments.question, Some(grant))?;
+        machine.clone_from(&question.machine.name);
+        let sequences = arguments.question.sequences;
+        let answer = match largest(&question, sequences) {
             Some(shape) => {
                 question.shape = shape.clone();
-                Some((shape.parameters(), question.answer()?))
+                Some((shape.parameters(), answer(question, sequences)?.1))
             }
             None => None,
         };
         rows.push((grant, answer));
     }
-    match arguments.plan.json {
+    match arguments.json {
         true => println!("{}", object(&rows)),
-        false => print(&question.machine.name, &rows),
+        false => print(&machine, &rows),
     }
     Ok(())
 }

@@ -106,6 +106,8 @@ impl Default for FinetuneSettings {
 }
 
 impl Settings for FinetuneSettings {
+    type Arguments = FinetuneArguments;
+
     fn run(&self) -> &RunSettings {
         &self.run
     }

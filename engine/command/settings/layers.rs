@@ -4,6 +4,7 @@ use super::super::{CommandResult, configuration, deepspeed};
 use super::{RunArguments, RunSettings};
 use crate::Engine;
 use crate::error::{Error, Result};
+use clap::Args;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
@@ -32,6 +33,9 @@ fn document(text: &str, path: &Path) -> Result<Value> {
 
 /// Settings of a command that trains: its own beside a [`RunSettings`], in one object.
 pub trait Settings: Default + Serialize + DeserializeOwned + schemars::JsonSchema {
+    /// The options of its command.
+    type Arguments: clap::Args;
+
     /// Those that it shares with others.
     fn run(&self) -> &RunSettings;
 
@@ -151,16 +155,21 @@ pub fn resolve_run<S: Settings>(arguments: &impl Serialize, run: &RunArguments) 
     Ok((settings, committed))
 }
 
-/// The JSON schema of a file of settings.
+/// The JSON schema of a file of settings. A setting is described as the option of its name is, which has the words already.
 ///
 /// # Errors
 /// None that this program can cause.
 pub fn schema<S: Settings>() -> Result<Value> {
     let mut schema = schemars::schema_for!(S).to_value();
     let defaults = to_value(&S::default())?;
+    let options = S::Arguments::augment_args(clap::Command::new(""));
     for (key, property) in schema["properties"].as_object_mut().into_iter().flatten() {
         // Those of the command, where the shared ones have others.
         property["default"] = defaults[key].clone();
+        let option = options.get_arguments().find(|option| option.get_id() == key.as_str());
+        if let Some(help) = option.and_then(clap::Arg::get_help) {
+            property["description"] = help.to_string().into();
+        }
     }
     schema["additionalProperties"] = false.into();
     Ok(schema)

@@ -78,6 +78,8 @@ impl Default for TrainSettings {
 const PARAMETERS_MAX: u128 = 1 << 46;
 
 impl Settings for TrainSettings {
+    type Arguments = TrainArguments;
+
     fn run(&self) -> &RunSettings {
         &self.run
     }
