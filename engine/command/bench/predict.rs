@@ -16,6 +16,9 @@ use std::path::{Path, PathBuf};
 /// Steps that are made before steps are measured: the first ones make what later ones reuse.
 const WARM_UP_STEPS: usize = 2;
 const MIB: u64 = 1 << 20;
+/// By how much predictions may be off in the median and at worst, as shares of what was measured.
+const MEDIAN_LIMIT: f64 = 0.10;
+const WORST_LIMIT: f64 = 0.20;
 
 /// What to measure.
 #[derive(Debug, Clone, clap::Args)]
@@ -140,8 +143,7 @@ fn compare(arguments: &PredictArguments) -> CommandResult {
         eprintln!("round {}/{}", round + 1, arguments.rounds);
     }
     let rows: Vec<Row> = cases.iter().zip(&found).map(|(case, found)| row(case.name, found)).collect();
-    report(&rows, arguments.json);
-    Ok(())
+    report(&rows, arguments.json)
 }
 
 /// Plans and runs a configuration; answers the seconds of a step that the plan predicts, and the median of those measured.
@@ -184,17 +186,48 @@ fn row(name: &'static str, found: &[(f64, f64)]) -> Row {
     }
 }
 
-fn report(rows: &[Row], json: bool) {
+/// Tells what was found; an error where predictions are not good enough.
+fn report(rows: &[Row], json: bool) -> CommandResult {
     let mut off: Vec<f64> = rows.iter().map(|row| row.off.abs()).collect();
     off.sort_by(f64::total_cmp);
     let (middle, worst) = (off[off.len() / 2], off[off.len() - 1]);
+    let passes = middle <= MEDIAN_LIMIT && worst <= WORST_LIMIT;
     if json {
-        println!("{}", serde_json::json!({ "rows": rows, "median_off": middle, "worst_off": worst }));
-        return;
+        let found =
+            serde_json::json!({ "rows": rows, "median_off": middle, "worst_off": worst, "passes": passes });
+        println!("{found}");
+        return verdict(passes, PREDICTIONS);
     }
     println!("| configuration | predicted | measured | off |\n|---|---|---|---|");
     for Row { name, predicted_s, measured_s, off } in rows {
         println!("| {name} | {predicted_s:.3} s | {measured_s:.3} s | {:+.0} % |", 100.0 * off);
     }
     println!("\nOff by {:.0} % in the median and {:.0} % at worst.", 100.0 * middle, 100.0 * worst);
+    println!("{}: {PREDICTIONS}", if passes { "PASS" } else { "FAIL" });
+    verdict(passes, PREDICTIONS)
+}
+
+/// What is asked of predictions.
+const PREDICTIONS: &str = "predictions are to be off by 10 % at most in the median and by 20 % at worst";
+
+/// An error where what is asked for was not reached, so that the exit code says so.
+pub fn verdict(passes: bool, asked: &str) -> CommandResult {
+    if passes { Ok(()) } else { Err(format!("it was not reached that {asked}").into()) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn predictions_pass_within_both_limits_and_fail_beyond_one() {
+        let rows = |off: &[f64]| -> Vec<Row> {
+            let row = |&off| Row { name: "", predicted_s: 1.0 + off, measured_s: 1.0, off };
+            off.iter().map(row).collect()
+        };
+        assert!(report(&rows(&[0.05, -0.10, 0.20]), true).is_ok());
+        assert!(report(&rows(&[0.05, -0.11, 0.20]), true).is_err(), "the median");
+        let error = report(&rows(&[0.05, 0.10, -0.21]), false).unwrap_err().to_string();
+        assert!(error.contains("20 % at worst"), "{error}");
+    }
 }
