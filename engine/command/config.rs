@@ -76,22 +76,23 @@ fn explain<S: Settings>(file: &Path, command: &str) -> CommandResult {
 mod tests {
     use super::*;
 
-    #[test]
-    fn every_setting_is_described() {
-        let schema = schema();
+    fn expect_described(schema: &serde_json::Value) {
         let groups = [&schema["properties"], &schema["$defs"]["Overrides"]["properties"]];
         for settings in groups {
             let settings = settings.as_object().unwrap();
             assert!(settings.len() > 8);
             for (name, setting) in settings {
-                assert!(
-                    setting["description"].as_str().is_some_and(|text| text.len() > 8),
-                    "{name}: {setting}"
-                );
+                let description = setting["description"].as_str();
+                assert!(description.is_some_and(|text| text.len() > 8), "{name}: {setting}");
             }
         }
-        assert!(
-            schema["properties"]["warmup"]["description"].as_str().unwrap().contains("learning rate rises")
-        );
+        let warmup = schema["properties"]["warmup"]["description"].as_str();
+        assert!(warmup.unwrap().contains("learning rate rises"));
+    }
+
+    #[test]
+    fn every_setting_is_described() {
+        expect_described(&schema::<TrainSettings>().unwrap());
+        expect_described(&schema::<FinetuneSettings>().unwrap());
     }
 }

@@ -135,6 +135,7 @@ fn prepare(
         let all = Tensor::arange(0u32, batch.targets.elem_count() as u32, batch.targets.device())?;
         model.loss(&batch.inputs, &batch.targets, Some(&all))
     })?;
+    settings.run.check_pieces(&plan)?;
     output.say(&plan);
     let trainer = engine.trainer(plan)?;
     output.say_notices(&trainer);

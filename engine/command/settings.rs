@@ -10,6 +10,7 @@ use super::overrides::Overrides;
 use crate::byte_size::ByteSize;
 use crate::error::Result;
 use crate::learning_rate::LearningRate;
+use crate::plan::Plan;
 use crate::simulator::Machine;
 use crate::{AdamW, Config};
 use candle_core::DType;
@@ -296,6 +297,20 @@ impl RunSettings {
             piece_bytes: choices.piece_bytes,
             ..Config::default()
         })
+    }
+
+    /// Refuses pieces that the plan does not have.
+    ///
+    /// # Errors
+    /// [`Error::Configuration`](crate::Error::Configuration) for a run that resumes: it has the pieces of its checkpoint.
+    pub(super) fn check_pieces(&self, plan: &Plan) -> Result<()> {
+        let piece_bytes = 4 * plan.layout().piece_elements;
+        match self.overrides.choices().piece_bytes {
+            Some(bytes) if bytes != piece_bytes => Err(configuration(format!(
+                "the checkpoint is in pieces of {piece_bytes} bytes, and a run that resumes keeps them: leave --piece out"
+            ))),
+            _ => Ok(()),
+        }
     }
 
     pub(super) fn adamw(&self) -> AdamW {

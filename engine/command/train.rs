@@ -95,14 +95,7 @@ fn prepare(
         let batch = data.train_batch(0, 0, 1)?;
         model.loss(&batch.inputs, &batch.targets)
     })?;
-    // A run that resumes has the pieces of its checkpoint.
-    let piece_bytes = 4 * plan.layout().piece_elements;
-    if choices.piece_bytes.is_some_and(|bytes| bytes != piece_bytes) {
-        return Err(configuration(format!(
-            "the checkpoint is in pieces of {piece_bytes} bytes, and a run that resumes keeps them: leave --piece out"
-        ))
-        .into());
-    }
+    settings.run.check_pieces(&plan)?;
     output.say(&plan);
     let trainer = engine.trainer(plan)?;
     output.say_notices(&trainer);
