@@ -20,6 +20,7 @@ mod adamw;
 mod convert;
 mod error;
 mod gradient;
+mod limits;
 mod module;
 mod pinned;
 
@@ -27,6 +28,9 @@ pub use adamw::{RunCopy, RunState};
 pub use convert::HalfElement;
 pub use error::CudaError;
 pub use gradient::DeviceStatistics;
+#[doc(hidden)]
+pub use limits::{Launches, Limits, with_limits};
+pub(crate) use limits::{blocks, scratch_elements};
 pub use module::Kernels;
 pub use pinned::{Pinned, pinned_copies};
 

@@ -1,9 +1,10 @@
 //! The differentiable operations: close to the CPU's in f32, close to exact ones in 16 bits, and the same bits each time.
 
 use candle_core::{D, DType, Device, Error, Result, Tensor, Var};
+use ferrozero_kernels::cuda::{Limits, with_limits};
 use ferrozero_kernels::ops::{self, OpError};
 
-use crate::cases::{large, random, small};
+use crate::cases::{Case, causal_attention, linear_cross_entropy, random, several_blocks, small, wide_rows};
 use crate::device;
 
 /// The result of an operation and the gradients of its inputs, fetched to the CPU as f64.
@@ -31,6 +32,10 @@ fn run(operation: &dyn Fn(&[Tensor]) -> Result<Tensor>, inputs: &[Tensor]) -> Ru
     Run { result: values(&result), gradients: vars.iter().map(gradient).collect() }
 }
 
+fn all() -> Vec<Case> {
+    small().into_iter().chain(several_blocks()).chain(wide_rows()).collect()
+}
+
 fn place(inputs: &[Tensor], dtype: DType, device: &Device) -> Vec<Tensor> {
     let place = |input: &Tensor| input.to_dtype(dtype).unwrap().to_device(device).unwrap();
     inputs.iter().map(place).collect()
@@ -55,7 +60,7 @@ fn assert_runs_close(what: &str, actual: &Run, expected: &Run, tolerance: f64) {
 #[test]
 fn operations_and_their_gradients_are_those_of_the_cpu() {
     let Some(device) = device() else { return };
-    for case in small().iter().chain(&large()) {
+    for case in all() {
         let inputs = case.inputs();
         let on_device = run(&case.ours, &place(&inputs, DType::F32, &device));
         assert_runs_close(&case.name, &on_device, &run(&case.ours, &inputs), 1e-5);
@@ -65,9 +70,9 @@ fn operations_and_their_gradients_are_those_of_the_cpu() {
 #[test]
 fn operations_in_16_bits_are_close_to_exact_ones_on_the_same_inputs() {
     let Some(device) = device() else { return };
-    // The large shapes in one type: both run the same code, and the smaller mantissa finds more.
-    for (dtype, tolerance, large) in [(DType::BF16, 3e-2, large()), (DType::F16, 4e-3, vec![])] {
-        for case in small().iter().chain(&large) {
+    // The larger shapes in one type: both run the same code, and the smaller mantissa finds more.
+    for (dtype, tolerance, cases) in [(DType::BF16, 3e-2, all()), (DType::F16, 4e-3, small())] {
+        for case in cases {
             let inputs = place(&case.inputs(), dtype, &Device::Cpu);
             let exact = run(&case.composed, &place(&inputs, DType::F64, &Device::Cpu));
             let on_device = run(&case.ours, &place(&inputs, dtype, &device));
@@ -91,7 +96,7 @@ fn scattered(tensor: &Tensor) -> Tensor {
 #[test]
 fn every_run_gives_the_same_bits_whatever_the_layout() {
     let Some(device) = device() else { return };
-    for case in small().iter().chain(&large()) {
+    for case in all() {
         let inputs = place(&case.inputs(), DType::F32, &device);
         let first = run(&case.ours, &inputs);
         assert_eq!(first, run(&case.ours, &inputs), "{}", case.name);
@@ -102,6 +107,46 @@ fn every_run_gives_the_same_bits_whatever_the_layout() {
             if result.rank() < 2 { Ok(result) } else { result.t()?.contiguous()?.t() }
         };
         assert_eq!(first, run(&elsewhere, &inputs), "{} of scattered inputs", case.name);
+    }
+}
+
+#[test]
+fn blocks_that_take_turn_after_turn_give_the_same_bits() {
+    let Some(device) = device() else { return };
+    for dtype in [DType::F32, DType::BF16, DType::F16] {
+        let mut count = 0;
+        for case in several_blocks() {
+            let inputs = place(&case.inputs(), dtype, &device);
+            let expected = run(&case.ours, &inputs);
+            let limits = Limits { blocks: 2, ..Limits::default() };
+            let (found, launches) = with_limits(limits, || run(&case.ours, &inputs));
+            assert_eq!(found, expected, "{} in {dtype:?}", case.name);
+            assert_eq!(launches.in_turns, launches.count, "{}", case.name);
+            count += launches.count;
+        }
+        assert!(count > several_blocks().len(), "products alone launch nothing of ours");
+    }
+}
+
+#[test]
+fn less_scratch_memory_changes_only_the_order_of_sums() {
+    let Some(device) = device() else { return };
+    // Two heads of three, one head, four rows, and one row at a time of 11 positions; tiles of 200 logits a row, whose
+    // first and last ones are among the targets.
+    let attentions = [None, Some(1), Some(3), Some(11)].map(|window| causal_attention(2, 11, 3, 4, window));
+    let attentions = attentions.iter().map(|case| (case, vec![2 * 121, 121, 4 * 11, 1]));
+    let head = linear_cross_entropy(40, 5, 200);
+    for (case, scratch) in attentions.chain([(&head, vec![40 * 130, 1])]) {
+        let inputs = place(&case.inputs(), DType::F32, &device);
+        let (whole, mut before) = with_limits(Limits::default(), || run(&case.ours, &inputs));
+        for scratch_elements in scratch {
+            let limits = Limits { scratch_elements, ..Limits::default() };
+            let (pieces, launches) = with_limits(limits, || run(&case.ours, &inputs));
+            let what = format!("{} with {scratch_elements} elements", case.name);
+            assert!(launches.count > before.count, "{what}: {launches:?} after {before:?}");
+            assert_runs_close(&what, &pieces, &whole, 1e-5);
+            before = launches;
+        }
     }
 }
 

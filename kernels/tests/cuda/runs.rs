@@ -1,14 +1,16 @@
 //! The loops over runs: bit for bit those of the CPU, for every size and alignment.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use candle_core::Device;
 use candle_core::cuda_backend::cudarc::driver::{CudaSlice, CudaStream, CudaViewMut, DeviceRepr};
 use ferrozero_kernels::adamw::{AdamWState, AdamWStep, LowPrecision, adamw};
 use ferrozero_kernels::cuda::{
-    CudaElement, CudaError, DeviceStatistics, HalfElement, Kernels, RunCopy, RunState,
+    CudaElement, CudaError, DeviceStatistics, HalfElement, Kernels, Launches, Limits, RunCopy, RunState,
+    with_limits,
 };
-use ferrozero_kernels::gradient::{Accumulate, GradientStatistics, accumulate};
+use ferrozero_kernels::gradient::{Accumulate, BLOCK_ELEMENTS, GradientStatistics, accumulate};
 use ferrozero_kernels::philox::Stream;
 use ferrozero_kernels::quantize::{self, Code, dequantize};
 use ferrozero_kernels::{Pool, convert};
@@ -16,8 +18,40 @@ use half::{bf16, f16};
 
 use crate::device;
 
-/// Around the four elements of a thread, the 1024 of a block, and more than any grid takes at once on a small device.
-const SIZES: [usize; 10] = [0, 1, 3, 4, 5, 1023, 1024, 1025, 2049, 70_003];
+/// Around the four elements of a thread and the 1024 of a block.
+const SIZES: [usize; 9] = [0, 1, 3, 4, 5, 1023, 1024, 1025, 2049];
+/// More than two blocks of any kernel have work for at once.
+const IN_TURNS: usize = 4999;
+
+/// A run of so many elements, that many after an aligned address, on all blocks or on two, which take turn after turn.
+#[derive(Clone, Copy, Debug)]
+struct Case {
+    elements: usize,
+    offset: usize,
+    few_blocks: bool,
+}
+
+fn cases() -> impl Iterator<Item = Case> {
+    let sizes = SIZES.into_iter().chain([IN_TURNS]);
+    let cases = sizes.flat_map(|elements| [false, true].map(|few_blocks| (elements, few_blocks)));
+    let cases = cases.filter(|&(elements, few_blocks)| elements == IN_TURNS || !few_blocks);
+    cases.flat_map(|(elements, few_blocks)| [0, 1].map(|offset| Case { elements, offset, few_blocks }))
+}
+
+impl Case {
+    fn range(self) -> Range<usize> {
+        self.offset..self.offset + self.elements
+    }
+
+    fn launch(self, run: impl FnOnce() -> Result<(), CudaError>) {
+        if !self.few_blocks {
+            return run().unwrap();
+        }
+        let (done, launches) = with_limits(Limits { blocks: 2, ..Limits::default() }, run);
+        done.unwrap();
+        assert_eq!(launches, Launches { count: 1, in_turns: 1 }, "{self:?}");
+    }
+}
 
 /// A stream of its own beside candle's, as the engine has.
 fn machine() -> Option<(Kernels, Arc<CudaStream>)> {
@@ -104,7 +138,8 @@ half!(f16, F16);
 fn adamw_is_that_of_the_cpu<G: CudaElement, C: Half>() {
     let Some((kernels, stream)) = machine() else { return };
     let pool = Pool::new(1).unwrap();
-    for (elements, offset) in SIZES.into_iter().flat_map(|elements| [(elements, 0), (elements, 1)]) {
+    for case in cases() {
+        let Case { elements, offset, .. } = case;
         let [mut p, mut m, mut v] = ["p", "m", "v"].map(|name| values(name, elements));
         v.iter_mut().for_each(|v| *v *= *v);
         let gradient: Vec<G> = values("g", elements).into_iter().map(G::narrow).collect();
@@ -113,7 +148,7 @@ fn adamw_is_that_of_the_cpu<G: CudaElement, C: Half>() {
         let [mut dp, mut dm, mut dv] = [&p, &m, &v].map(|run| upload(&stream, run, offset));
         let device_gradient = upload(&stream, &gradient, offset);
         let mut device_copy = upload(&stream, &copy, offset);
-        let range = offset..offset + elements;
+        let range = case.range();
         for with_copy in [false, true] {
             let state = AdamWState { master: &mut p, first_moment: &mut m, second_moment: &mut v };
             let low_precision = with_copy.then(|| C::on_host(&mut copy));
@@ -125,9 +160,9 @@ fn adamw_is_that_of_the_cpu<G: CudaElement, C: Half>() {
             };
             let low_precision = with_copy.then(|| C::on_device(device_copy.slice_mut(range.clone())));
             let gradient = device_gradient.slice(range.clone());
-            kernels.adamw(&stream, &step(), state, &gradient, low_precision).unwrap();
+            case.launch(|| kernels.adamw(&stream, &step(), state, &gradient, low_precision));
         }
-        let what = format!("{} gradients, {elements} elements, offset {offset}", G::SUFFIX);
+        let what = format!("{} gradients, {case:?}", G::SUFFIX);
         for (name, host, device) in [("p", &p, &dp), ("m", &m, &dm), ("v", &v, &dv)] {
             let device = fetch(&stream, device, offset, elements);
             assert_eq!(bits(host), bits(&device), "{what}: {name}");
@@ -149,24 +184,25 @@ fn adamw_has_the_bits_of_the_cpu() {
 fn accumulation_is_that_of_the_cpu<G: CudaElement>() {
     let Some((kernels, stream)) = machine() else { return };
     let pool = Pool::new(1).unwrap();
-    let mut on_device = DeviceStatistics::new(&stream, 70_003).unwrap();
+    let mut on_device = DeviceStatistics::new(&stream, IN_TURNS).unwrap();
     let mut on_host = GradientStatistics::default();
     // The statistics run over all sizes: totals continue where the last run ended.
-    for (elements, offset) in SIZES.into_iter().flat_map(|elements| [(elements, 0), (elements, 1)]) {
+    for case in cases() {
+        let Case { elements, offset, .. } = case;
         let gradient: Vec<G> = values("g", elements).into_iter().map(G::narrow).collect();
         let mut sum = values("a", elements);
         let mut device_sum = upload(&stream, &sum, offset);
         let device_gradient = upload(&stream, &gradient, offset);
-        let range = offset..offset + elements;
+        let range = case.range();
         for (scale, how) in [(0.3, Accumulate::Add), (3.0, Accumulate::Overwrite), (0.1, Accumulate::Add)] {
             accumulate(&pool, &mut sum, &gradient, scale, how, &mut on_host).unwrap();
             let mut device_sum = device_sum.slice_mut(range.clone());
             let device_gradient = device_gradient.slice(range.clone());
-            kernels
-                .accumulate(&stream, &mut device_sum, &device_gradient, scale, how, &mut on_device)
-                .unwrap();
+            case.launch(|| {
+                kernels.accumulate(&stream, &mut device_sum, &device_gradient, scale, how, &mut on_device)
+            });
         }
-        let what = format!("{} gradients, {elements} elements, offset {offset}", G::SUFFIX);
+        let what = format!("{} gradients, {case:?}", G::SUFFIX);
         assert_eq!(bits(&sum), bits(&fetch(&stream, &device_sum, offset, elements)), "{what}");
         assert_eq!(on_device.read(&stream).unwrap(), on_host, "{what}");
     }
@@ -179,6 +215,23 @@ fn accumulation_and_its_statistics_have_the_bits_of_the_cpu() {
     accumulation_is_that_of_the_cpu::<f32>();
     accumulation_is_that_of_the_cpu::<bf16>();
     accumulation_is_that_of_the_cpu::<f16>();
+}
+
+/// The blocks' measures are added by one thread block of 256 threads, which here takes a second turn.
+#[test]
+fn measures_of_more_blocks_than_threads_are_those_of_the_cpu() {
+    let Some((kernels, stream)) = machine() else { return };
+    let elements = 257 * BLOCK_ELEMENTS + 1;
+    let gradient = values("g", elements);
+    let (mut sum, mut on_host) = (vec![0.0; elements], GradientStatistics::default());
+    accumulate(&Pool::new(1).unwrap(), &mut sum, &gradient, 0.3, Accumulate::Overwrite, &mut on_host)
+        .unwrap();
+    let gradient = upload(&stream, &gradient, 0);
+    let mut sum: CudaSlice<f32> = stream.alloc_zeros(elements).unwrap();
+    let mut statistics = DeviceStatistics::new(&stream, elements).unwrap();
+    let (mut sum, gradient) = (sum.as_view_mut(), gradient.as_view());
+    kernels.accumulate(&stream, &mut sum, &gradient, 0.3, Accumulate::Overwrite, &mut statistics).unwrap();
+    assert_eq!(statistics.read(&stream).unwrap(), on_host);
 }
 
 #[test]
@@ -196,6 +249,15 @@ fn elements_that_are_not_finite_are_counted() {
     assert_eq!(statistics.read(&stream).unwrap().non_finite, 3);
 }
 
+/// All of so many values and all but one of them, beside short runs.
+fn every_value(count: usize) -> [Case; 5] {
+    [(0, 0), (1, 0), (5, 1), (count, 0), (count - 1, 1)].map(|(elements, offset)| Case {
+        elements,
+        offset,
+        few_blocks: elements == count,
+    })
+}
+
 fn conversions_are_those_of_the_cpu<E: Half>() {
     let Some((kernels, stream)) = machine() else { return };
     let pool = Pool::new(1).unwrap();
@@ -203,20 +265,22 @@ fn conversions_are_those_of_the_cpu<E: Half>() {
     let halves: Vec<E> = (0..=u16::MAX).map(E::from_bits).collect();
     let between = (0..=u16::MAX).map(|i| f32::from_bits(u32::from(i).wrapping_mul(0x9e37_79b9)));
     let wide: Vec<f32> = halves.iter().map(|half| half.widen()).chain(between).collect();
-    for (elements, offset) in [(0, 0), (1, 0), (5, 1), (65_536, 0), (65_535, 1)] {
+    for case in every_value(65_536) {
+        let Case { elements, offset, .. } = case;
         let from = upload(&stream, &halves[..elements], offset);
         let mut to: CudaSlice<f32> = stream.alloc_zeros(elements + offset + 1).unwrap();
-        let range = offset..offset + elements;
-        kernels.widen(&stream, &from.slice(range.clone()), &mut to.slice_mut(range)).unwrap();
+        let range = case.range();
+        case.launch(|| kernels.widen(&stream, &from.slice(range.clone()), &mut to.slice_mut(range)));
         let mut expected = vec![0.0; elements];
         convert::widen(&pool, &halves[..elements], &mut expected).unwrap();
         assert_eq!(bits(&fetch(&stream, &to, offset, elements)), bits(&expected), "{}", E::SUFFIX);
     }
-    for (elements, offset) in [(0, 0), (1, 0), (5, 1), (131_072, 0), (131_071, 1)] {
+    for case in every_value(131_072) {
+        let Case { elements, offset, .. } = case;
         let from = upload(&stream, &wide[..elements], offset);
         let mut to = upload(&stream, &vec![E::narrow(0.0); elements], offset);
-        let range = offset..offset + elements;
-        kernels.narrow(&stream, &from.slice(range.clone()), &mut to.slice_mut(range)).unwrap();
+        let range = case.range();
+        case.launch(|| kernels.narrow(&stream, &from.slice(range.clone()), &mut to.slice_mut(range)));
         let mut expected = vec![E::narrow(0.0); elements];
         convert::narrow(&pool, &wide[..elements], &mut expected).unwrap();
         let found: Vec<u16> = fetch(&stream, &to, offset, elements).into_iter().map(E::bits).collect();
@@ -235,7 +299,8 @@ fn conversions_have_the_bits_of_the_cpu() {
 fn quantization_has_the_bits_of_the_cpu() {
     let Some((kernels, stream)) = machine() else { return };
     let pool = Pool::new(1).unwrap();
-    for (elements, offset) in SIZES.into_iter().flat_map(|elements| [(elements, 0), (elements, 1)]) {
+    for case in cases() {
+        let Case { elements, offset, .. } = case;
         let blocks = elements.div_ceil(quantize::BLOCK_ELEMENTS);
         let mut signed = values("m", elements);
         // Every scale that blocks can have: subnormal numbers, zeros, and two that are not finite.
@@ -251,7 +316,7 @@ fn quantization_has_the_bits_of_the_cpu() {
         let squares: Vec<f32> = signed.iter().map(|m| m.abs()).collect();
         // The unsigned code says so of negative elements too.
         for (code, from) in [(Code::Signed, &signed), (Code::Unsigned, &squares), (Code::Unsigned, &signed)] {
-            let what = format!("{code:?}, {elements} elements, offset {offset}");
+            let what = format!("{code:?}, {case:?}");
             let (mut codes, mut scales, mut back) =
                 (vec![0; elements], vec![0.0; blocks], vec![0.0; elements]);
             quantize::quantize(&pool, code, from, &mut codes, &mut scales).unwrap();
@@ -261,14 +326,14 @@ fn quantization_has_the_bits_of_the_cpu() {
             let mut device_codes = upload(&stream, &vec![0xa5u8; elements], offset);
             let mut device_scales = upload(&stream, &vec![0f32; blocks], offset);
             let mut device_back = upload(&stream, &vec![0f32; elements], offset);
-            let (range, block_range) = (offset..offset + elements, offset..offset + blocks);
+            let (range, block_range) = (case.range(), offset..offset + blocks);
             let source = device_from.slice(range.clone());
             let mut codes_out = device_codes.slice_mut(range.clone());
             let mut scales_out = device_scales.slice_mut(block_range.clone());
-            kernels.quantize(&stream, code, &source, &mut codes_out, &mut scales_out).unwrap();
+            case.launch(|| kernels.quantize(&stream, code, &source, &mut codes_out, &mut scales_out));
             let (codes_in, scales_in) = (device_codes.slice(range.clone()), device_scales.slice(block_range));
             let mut back_out = device_back.slice_mut(range);
-            kernels.dequantize(&stream, code, &codes_in, &scales_in, &mut back_out).unwrap();
+            case.launch(|| kernels.dequantize(&stream, code, &codes_in, &scales_in, &mut back_out));
 
             assert_eq!(fetch(&stream, &device_codes, offset, elements), codes, "{what}");
             let numbers = |values: &[f32]| -> Vec<Option<u32>> {

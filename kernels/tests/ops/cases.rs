@@ -103,7 +103,50 @@ pub fn small() -> Vec<Case> {
 /// The least, at the ends of 17 positions, above them, and in between.
 const WINDOWS_OF_17: [usize; 6] = [1, 2, 7, 16, 17, 40];
 
+/// Shapes that give more than two thread blocks to every kernel, with widths that vectors divide and others.
+#[allow(dead_code, reason = "the CPU has other loops than kernels")]
+pub fn several_blocks() -> Vec<Case> {
+    let mut cases = element_cases(&[9, 259]);
+    cases.extend(element_cases(&[3, 3, 260]));
+    cases.push(layer_norm(&[130, 514]));
+    cases.push(rms_norm(&[130, 516]));
+    for columns in [35, 36] {
+        cases.push(softmax(&[3, columns]));
+        cases.push(causal_softmax(1, 5, columns, None));
+        cases.push(causal_softmax(1, 5, columns, Some(19)));
+    }
+    for pairs in [32, 33] {
+        cases.extend(rope_cases(2, 3, 11, pairs, true));
+    }
+    cases.extend(linear_cases(130, 3, 518).into_iter().filter(|case| case.shapes.len() == 3));
+    for window in [None, Some(1), Some(17), Some(40)] {
+        cases.push(causal_attention(2, 37, 3, 5, window));
+    }
+    cases.push(grouped_causal_attention(2, 37, (6, 3), 4, Some(17)));
+    cases.push(embedding(5, 36, 7));
+    for vocabulary_size in [33, 36] {
+        cases.push(cross_entropy(260, vocabulary_size));
+    }
+    cases.push(linear_cross_entropy(260, 9, 66));
+    cases
+}
+
+/// Rows of more than four elements for each of 256 threads, and more tokens and targets than there are threads.
+#[allow(dead_code, reason = "the CPU has other loops than kernels")]
+pub fn wide_rows() -> Vec<Case> {
+    let mut cases = vec![embedding(301, 1030, 5), cross_entropy(260, 3)];
+    for width in [1030, 1032] {
+        cases.push(layer_norm(&[2, width]));
+        cases.push(rms_norm(&[2, width]));
+        cases.push(softmax(&[2, width]));
+        cases.push(causal_softmax(1, 2, width, Some(601)));
+        cases.push(cross_entropy(2, width));
+    }
+    cases
+}
+
 /// Shapes that give several tasks to every threaded loop and product, and several tiles of logits.
+#[allow(dead_code, reason = "kernels have other loops than the CPU")]
 pub fn large() -> Vec<Case> {
     let mut cases = element_cases(&[3, 129, 258]);
     cases.push(layer_norm(&[301, 193]));
@@ -258,7 +301,7 @@ fn linear_cases(rows: usize, in_width: usize, out_width: usize) -> Vec<Case> {
     ]
 }
 
-fn causal_attention(
+pub fn causal_attention(
     batch: usize,
     positions: usize,
     heads: usize,
@@ -330,7 +373,7 @@ fn cross_entropy(rows: usize, vocabulary_size: usize) -> Case {
     Case::new("cross_entropy", &[&[rows, vocabulary_size]], ours, composed)
 }
 
-fn linear_cross_entropy(rows: usize, width: usize, vocabulary_size: usize) -> Case {
+pub fn linear_cross_entropy(rows: usize, width: usize, vocabulary_size: usize) -> Case {
     let targets = targets(rows, vocabulary_size);
     let same_targets = targets.clone();
     let composed =

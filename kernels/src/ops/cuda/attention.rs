@@ -8,12 +8,10 @@ use candle_core::{CudaStorage, Layout, Result, Shape, Tensor};
 use super::launch::{Float, allocate, by_dtype, result, tensor, view};
 use super::matrix::{self, multiply};
 use super::softmax::{backward_in_place, forward_in_place};
+use crate::cuda::scratch_elements;
 use crate::ops::attention::{NAME, Sizes};
 use crate::ops::input::Input;
 use crate::ops::softmax::Rows;
-
-/// Probabilities that exist together: 64 MiB in f32.
-const TOGETHER_ELEMENTS: usize = 16 * 1024 * 1024;
 
 /// `softmax(q·kᵀ/√D, causal)·v` for every head.
 pub(in crate::ops) fn forward(
@@ -23,7 +21,7 @@ pub(in crate::ops) fn forward(
 ) -> Result<(CudaStorage, Shape)> {
     by_dtype!(NAME, qkv.dtype(), T => {
         let input = view::<T>(NAME, qkv, layout)?;
-        let attention = Attention { device: &qkv.device, sizes, qkv: &input, together: TOGETHER_ELEMENTS };
+        let attention = Attention { device: &qkv.device, sizes, qkv: &input, together: scratch_elements() };
         let shape = (sizes.batch, sizes.positions, sizes.channels);
         Ok(result(&qkv.device, attention.forward()?, shape))
     })
@@ -31,15 +29,15 @@ pub(in crate::ops) fn forward(
 
 /// The gradient of `qkv`; probabilities are made again.
 ///
-/// In a 16-bit type the gradients of keys and values are rounded after each block of rows; there is one block unless T² is more
-/// than [`TOGETHER_ELEMENTS`].
+/// In a 16-bit type the gradients of keys and values are rounded after each block of rows; there is one block unless the
+/// probabilities of a head are more than may exist together.
 pub(in crate::ops) fn backward(sizes: Sizes, qkv: &Tensor, grad: &Tensor) -> Result<Tensor> {
     let grad = grad.contiguous()?;
     let (input, upstream) = (Input::new(NAME, qkv), Input::new(NAME, &grad));
     let device = input.cuda_device()?;
     by_dtype!(NAME, qkv.dtype(), T => {
         let (input, d_out) = (input.view::<T>()?, upstream.view::<T>()?);
-        let attention = Attention { device, sizes, qkv: &input, together: TOGETHER_ELEMENTS };
+        let attention = Attention { device, sizes, qkv: &input, together: scratch_elements() };
         Ok(tensor(device, attention.backward(&d_out)?, qkv.shape()))
     })
 }
@@ -212,51 +210,5 @@ impl<T: Float> Attention<'_, T> {
             self.multiply(block, true, (&mut gradient, key), (&d_scores, ds_transposed), (self.qkv, query))?;
         }
         Ok(gradient)
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use candle_core::{DType, Device};
-
-    fn values(device: &CudaDevice, elements: &CudaSlice<f32>) -> Vec<f32> {
-        device.clone_dtoh(elements).unwrap()
-    }
-
-    fn assert_close(actual: &[f32], expected: &[f32]) {
-        assert_eq!(actual.len(), expected.len());
-        for (index, (a, b)) in actual.iter().zip(expected).enumerate() {
-            assert!((a - b).abs() < 1e-5, "element {index} is {a}, expected {b}");
-        }
-    }
-
-    #[test]
-    fn the_number_of_probabilities_that_exist_together_changes_only_the_order_of_sums() {
-        let Some(device) = super::super::first_device() else { return };
-        let wave = |count: u32, step: f64, shape: (usize, usize, usize)| {
-            let angles = Tensor::arange(0, count, &Device::Cpu).unwrap().to_dtype(DType::F32).unwrap();
-            let wave = (angles * step).unwrap().sin().unwrap().reshape(shape).unwrap();
-            wave.to_device(&device).unwrap()
-        };
-        let (qkv, d_out) = (wave(792, 0.7, (2, 11, 36)), wave(264, 1.3, (2, 11, 12)));
-        let (input, upstream) = (Input::new(NAME, &qkv), Input::new(NAME, &d_out));
-        let (input, upstream) = (input.view::<f32>().unwrap(), upstream.view::<f32>().unwrap());
-        let Device::Cuda(device) = &device else { panic!("not the device that was asked for") };
-        for window in [None, Some(1), Some(3), Some(11)] {
-            let sizes = Sizes { batch: 2, positions: 11, channels: 12, heads: 3, head_width: 4, window };
-            let attention = |together| Attention { device, sizes, qkv: &input, together };
-            let whole = attention(TOGETHER_ELEMENTS);
-            assert_eq!(whole.blocks().len(), 2);
-            let out = values(device, &whole.forward().unwrap());
-            let gradient = values(device, &whole.backward(&upstream).unwrap());
-            // Two heads, one head, four rows, and one row at a time.
-            for (together, blocks) in [(2 * 121, 4), (121, 6), (4 * 11, 18), (1, 66)] {
-                let pieces = attention(together);
-                assert_eq!(pieces.blocks().len(), blocks);
-                assert_close(&values(device, &pieces.forward().unwrap()), &out);
-                assert_close(&values(device, &pieces.backward(&upstream).unwrap()), &gradient);
-            }
-        }
     }
 }

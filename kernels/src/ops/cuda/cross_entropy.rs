@@ -8,14 +8,14 @@ use candle_core::{CudaStorage, Layout, Result, Shape, Tensor};
 use super::launch::{Float, allocate, by_dtype, enqueue, module, result, rows, size, tensor, threads, view};
 use super::matrix::{self, multiply};
 use super::staging;
+use crate::cuda::scratch_elements;
 use crate::ops::error::OpError;
 use crate::ops::input::Input;
 
 module!("cross_entropy");
 
-/// Logits of a tile: 64 MiB in f32. A tile has all rows, so that the gradient of its part of the weight is one product.
-const TILE_ELEMENTS: usize = 16 * 1024 * 1024;
-/// Entries of the vocabulary that a tile has at least.
+/// Entries of the vocabulary that a tile of logits has at least. It has all rows, so that the gradient of its part of the weight is
+/// one product.
 const TILE_COLUMNS: usize = 64;
 
 /// The mean loss, then each row's log-sum, in f32, of logits `[N, V]`.
@@ -70,7 +70,7 @@ pub(in crate::ops) fn linear_forward(
         let (hidden, weight) = (view::<T>(op, hidden.0, hidden.1)?, view::<T>(op, weight.0, weight.1)?);
         let head = Head { op, device, hidden: &hidden, weight: &weight, rows: targets.len(), width };
         let mut sums = Sums::new(op, device, &targets)?;
-        let tiles = tiles(targets.len(), vocabulary_size, TILE_ELEMENTS);
+        let tiles = tiles(targets.len(), vocabulary_size);
         let mut logits = head.allocate_logits(&tiles)?;
         for &columns in &tiles {
             head.logits(&mut logits, columns)?;
@@ -99,7 +99,7 @@ pub(in crate::ops) fn linear_backward(
         let head = Head { op, device, hidden: &h, weight: &w, rows, width };
         let upstream = Upstream::new(op, device, targets.view()?, res.view()?, upstream.view()?);
         let wanted = (hidden.track_op(), weight.track_op());
-        let tiles = tiles(rows, weight.dim(0)?, TILE_ELEMENTS);
+        let tiles = tiles(rows, weight.dim(0)?);
         let gradients = head.gradients(&upstream, &tiles, wanted)?;
         let d_hidden = gradients.hidden.map(|elements| tensor(device, elements, hidden.shape()));
         Ok((d_hidden, gradients.weight.map(|elements| tensor(device, elements, weight.shape()))))
@@ -126,8 +126,8 @@ struct Columns {
 }
 
 /// The columns of the tiles of `[rows, vocabulary_size]` logits.
-fn tiles(rows: usize, vocabulary_size: usize, tile_elements: usize) -> Vec<Columns> {
-    let width = (tile_elements / rows.max(1)).max(TILE_COLUMNS);
+fn tiles(rows: usize, vocabulary_size: usize) -> Vec<Columns> {
+    let width = (scratch_elements() / rows.max(1)).max(TILE_COLUMNS);
     let tile = |first| Columns { first, count: width.min(vocabulary_size - first) };
     (0..vocabulary_size).step_by(width).map(tile).collect()
 }
@@ -337,57 +337,5 @@ impl<T: Float> Head<'_, T> {
         unsafe { enqueue(&mut launch, threads(elements)) }?;
         drop(launch);
         Ok(out)
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use candle_core::{DType, Device};
-
-    /// Loss, log-sums, gradient of hidden states and gradient of the weight, with tiles of so many logits.
-    fn run(hidden: &Tensor, weight: &Tensor, targets: &Tensor, tile_elements: usize) -> [Vec<f32>; 3] {
-        const OP: &str = "test";
-        let ((rows, width), vocabulary_size) = (hidden.dims2().unwrap(), weight.dim(0).unwrap());
-        let [h, w, t] = [hidden, weight, targets].map(|tensor| Input::new(OP, tensor));
-        let device = h.cuda_device().unwrap();
-        let (h, w, t) = (h.view::<f32>().unwrap(), w.view::<f32>().unwrap(), t.view::<u32>().unwrap());
-        let head = Head { op: OP, device, hidden: &h, weight: &w, rows, width };
-        let tiles = tiles(rows, vocabulary_size, tile_elements);
-        let mut sums = Sums::new(OP, device, &t).unwrap();
-        let mut logits = head.allocate_logits(&tiles).unwrap();
-        for &columns in &tiles {
-            head.logits(&mut logits, columns).unwrap();
-            sums.add_tile(&logits.as_view(), columns).unwrap();
-        }
-        let (loss, _) = sums.loss().unwrap();
-        let loss = loss.as_cuda_slice::<f32>().unwrap();
-        let one = device.clone_htod(&[1f32]).unwrap();
-        let upstream = Upstream::new(OP, device, t.slice(..), loss.as_view(), one.as_view());
-        let gradients = head.gradients(&upstream, &tiles, (true, true)).unwrap();
-        let fetch = |elements: &CudaSlice<f32>| device.clone_dtoh(elements).unwrap();
-        [fetch(loss), fetch(&gradients.hidden.unwrap()), fetch(&gradients.weight.unwrap())]
-    }
-
-    #[test]
-    fn the_size_of_a_tile_changes_only_the_order_of_sums() {
-        let Some(device) = super::super::first_device() else { return };
-        let wave = |count: u32, step: f64, shape: (usize, usize)| {
-            let angles = Tensor::arange(0, count, &Device::Cpu).unwrap().to_dtype(DType::F32).unwrap();
-            let wave = (angles * step).unwrap().sin().unwrap().reshape(shape).unwrap();
-            wave.to_device(&device).unwrap()
-        };
-        let (hidden, weight) = (wave(45, 0.7, (9, 5)), wave(1000, 1.3, (200, 5)));
-        // The ends of the tiles are among the targets.
-        let targets = Tensor::new(&[0u32, 63, 64, 127, 128, 191, 192, 199, 5], &device).unwrap();
-        assert_eq!(tiles(9, 200, 1).len(), 4);
-        let whole = run(&hidden, &weight, &targets, TILE_ELEMENTS);
-        let pieces = run(&hidden, &weight, &targets, 1);
-        for (whole, pieces) in whole.iter().zip(&pieces) {
-            assert_eq!(whole.len(), pieces.len());
-            for (index, (a, b)) in pieces.iter().zip(whole).enumerate() {
-                assert!((a - b).abs() < 1e-5, "element {index} is {a}, expected {b}");
-            }
-        }
     }
 }

@@ -11,7 +11,7 @@ use candle_core::op::BackpropOp;
 use candle_core::{CudaStorage, Layout, Result, Shape, Storage, Tensor, WithDType};
 use half::{bf16, f16};
 
-use crate::cuda::CudaElement;
+use crate::cuda::{CudaElement, blocks};
 use crate::ops::error::OpError;
 use crate::ops::input::Input;
 
@@ -132,14 +132,14 @@ const BLOCKS: usize = 1 << 14;
 
 /// One thread for each of `units`.
 pub(super) fn threads(units: usize) -> LaunchConfig {
-    let blocks = units.div_ceil(THREADS).min(BLOCKS) as u32;
+    let blocks = blocks(units.div_ceil(THREADS), BLOCKS);
     LaunchConfig { grid_dim: (blocks, 1, 1), block_dim: (THREADS as u32, 1, 1), shared_mem_bytes: 0 }
 }
 
 /// One thread block for each of `rows`, with about a thread for every four of `width` elements.
 pub(super) fn rows(rows: usize, width: usize) -> LaunchConfig {
     let threads = width.div_ceil(4).next_multiple_of(32).clamp(32, THREADS) as u32;
-    let blocks = rows.min(BLOCKS) as u32;
+    let blocks = blocks(rows, BLOCKS);
     LaunchConfig { grid_dim: (blocks, 1, 1), block_dim: (threads, 1, 1), shared_mem_bytes: 0 }
 }
 

@@ -17,16 +17,3 @@ pub(super) mod recompute;
 pub(super) mod rope;
 pub(super) mod softmax;
 pub(super) mod staging;
-
-/// The first CUDA device, or nothing where the machine has none. Any other failure is one of the test.
-#[cfg(test)]
-fn first_device() -> Option<candle_core::Device> {
-    match candle_core::Device::new_cuda_with_stream(0) {
-        Ok(device) => Some(device),
-        Err(error) if error.to_string().contains("CUDA_ERROR_NO_DEVICE") => {
-            eprintln!("skipped: this machine has no CUDA device");
-            None
-        }
-        Err(error) => panic!("{error}"),
-    }
-}

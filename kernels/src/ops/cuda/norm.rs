@@ -8,6 +8,7 @@ use candle_core::cuda_backend::cudarc::driver::{
 use candle_core::{CudaStorage, Layout, Result, Shape, Tensor};
 
 use super::launch::{Float, allocate, by_dtype, enqueue, module, result, rows, size, tensor, threads, view};
+use crate::cuda::blocks;
 use crate::ops::input::Input;
 
 module!("norm");
@@ -125,7 +126,7 @@ fn column_sums<T: Float>(
         let count = row_count as u64;
         let mut launch = kernel.builder();
         launch.arg(&sums).arg(&products).arg(dy).arg(&xs).arg(&statistics).arg(&count).arg(&width);
-        let grid = (width.div_ceil(32), groups.min(65_535) as u32, 1);
+        let grid = (width.div_ceil(32), blocks(groups, 65_535), 1);
         let config = LaunchConfig { grid_dim: grid, block_dim: (32, 8, 1), shared_mem_bytes: 0 };
         // SAFETY: the arguments are those of the kernel; inputs have `row_count` rows of `width` elements, each with a pair
         // of statistics, and there is a partial sum for every group of rows and column.
