@@ -12,15 +12,21 @@ __device__ __forceinline__ void add_tile(float *maxima, float *sums, float *targ
     for (unsigned row = blockIdx.x; row < rows; row += gridDim.x) {
         const T *logit = logits + (unsigned long long)row * columns;
         float largest = -INFINITY;
-        for (unsigned at = threadIdx.x; at < columns; at += blockDim.x) {
-            float value = widen(logit[at]);
-            largest = value > largest ? value : largest;
-        }
+        for_each_four(0, columns, [&](unsigned at, unsigned count) {
+            Four<float> values = widen_four(logit + at, count);
+            for (int i = 0; i < 4; i++) {
+                float value = i < count ? values.at[i] : -INFINITY;
+                largest = value > largest ? value : largest;
+            }
+        });
         float before = first_column == 0 ? -INFINITY : maxima[row];
         largest = block_maximum(largest);
         largest = before > largest ? before : largest;
         float sum = 0.0f;
-        for (unsigned at = threadIdx.x; at < columns; at += blockDim.x) sum += expf(widen(logit[at]) - largest);
+        for_each_four(0, columns, [&](unsigned at, unsigned count) {
+            Four<float> values = widen_four(logit + at, count);
+            for (int i = 0; i < 4; i++) sum += i < count ? expf(values.at[i] - largest) : 0.0f;
+        });
         sum = block_sum(sum);
         // Every thread has read what was known: the reductions have waited for all of them.
         if (threadIdx.x == 0) {
@@ -56,25 +62,42 @@ __device__ __forceinline__ void tile_gradient(T *gradients, const T *logits, con
         float log_sum = log_sums[row];
         unsigned column = targets[row] - first_column;
         bool here = targets[row] >= first_column;
-        for (unsigned at = threadIdx.x; at < columns; at += blockDim.x) {
-            float gradient = scale * expf(widen(logits[start + at]) - log_sum);
-            if (here && at == column) gradient -= scale;
-            gradients[start + at] = narrow<T>(gradient);
-        }
+        for_each_four(0, columns, [&](unsigned at, unsigned count) {
+            Four<float> values = widen_four(logits + start + at, count);
+            for (int i = 0; i < 4; i++) {
+                float gradient = scale * expf(values.at[i] - log_sum);
+                values.at[i] = here && at + i == column ? gradient - scale : gradient;
+            }
+            narrow_four(gradients + start + at, values, count);
+        });
     }
+}
+
+// How many of up to four neighbours from `at` on there are.
+__device__ __forceinline__ unsigned up_to_four(unsigned long long at, unsigned long long elements) {
+    return elements - at < 4 ? (unsigned)(elements - at) : 4;
 }
 
 // Adds a partial product to a sum in f32, or makes it the sum.
 template <class T>
 __device__ __forceinline__ void add_widened(float *sum, const T *part, unsigned long long elements, int first) {
-    for (unsigned long long at = first_index(); at < elements; at += index_stride()) {
-        sum[at] = first ? widen(part[at]) : sum[at] + widen(part[at]);
+    for (unsigned long long at = 4 * first_index(); at < elements; at += 4 * index_stride()) {
+        unsigned count = up_to_four(at, elements);
+        Four<float> values = widen_four(part + at, count);
+        if (!first) {
+            Four<float> before = widen_four(sum + at, count);
+            for (int i = 0; i < 4; i++) values.at[i] = before.at[i] + values.at[i];
+        }
+        narrow_four(sum + at, values, count);
     }
 }
 
 template <class T>
 __device__ __forceinline__ void narrow_all(T *out, const float *values, unsigned long long elements) {
-    for (unsigned long long at = first_index(); at < elements; at += index_stride()) out[at] = narrow<T>(values[at]);
+    for (unsigned long long at = 4 * first_index(); at < elements; at += 4 * index_stride()) {
+        unsigned count = up_to_four(at, elements);
+        narrow_four(out + at, widen_four(values + at, count), count);
+    }
 }
 
 #define CROSS_ENTROPY(SUFFIX, T)                                                                                       \

@@ -68,6 +68,37 @@ template <class T> __device__ __forceinline__ void store_four(T *to, const Four<
     *reinterpret_cast<Four<T> *>(to) = four;
 }
 
+// Up to four neighbours: `count` of them, all of them by one instruction where the address allows. Those beyond are zero.
+template <class T> __device__ __forceinline__ Four<float> widen_four(const T *from, unsigned count) {
+    Four<float> values;
+    if (count == 4 && four_aligned(from)) {
+        Four<T> four = load_four(from);
+        for (int i = 0; i < 4; i++) values.at[i] = widen(four.at[i]);
+    } else {
+        for (int i = 0; i < 4; i++) values.at[i] = i < count ? widen(from[i]) : 0.0f;
+    }
+    return values;
+}
+
+template <class T> __device__ __forceinline__ void narrow_four(T *to, const Four<float> &values, unsigned count) {
+    if (count == 4 && four_aligned(to)) {
+        Four<T> four;
+        for (int i = 0; i < 4; i++) four.at[i] = narrow<T>(values.at[i]);
+        store_four(to, four);
+    } else {
+        for (int i = 0; i < 4; i++) {
+            if (i < count) to[i] = narrow<T>(values.at[i]);
+        }
+    }
+}
+
+// Gives `body` the elements from `first` to `end` of a row that are this thread's: where up to four neighbours start, and how many
+// they are. Which elements are whose depends on the number of threads alone, not on addresses, and so do sums.
+template <class Body>
+__device__ __forceinline__ void for_each_four(unsigned first, unsigned end, Body body) {
+    for (unsigned at = first + 4 * threadIdx.x; at < end; at += 4 * blockDim.x) body(at, end - at < 4 ? end - at : 4);
+}
+
 // A division that takes the short way where it can: most sizes need 32 bits, and 64-bit division is a loop of instructions.
 __device__ __forceinline__ unsigned long long divide(unsigned long long dividend, unsigned divisor) {
     return dividend >> 32 ? dividend / divisor : (unsigned)dividend / divisor;

@@ -8,7 +8,14 @@ __device__ __forceinline__ void embedding_forward(T *out, const T *weight, const
                                                   unsigned long long count, unsigned width) {
     for (unsigned long long token = blockIdx.x; token < count; token += gridDim.x) {
         const T *row = weight + (unsigned long long)tokens[token] * width;
-        for (unsigned at = threadIdx.x; at < width; at += blockDim.x) out[token * width + at] = row[at];
+        T *to = out + token * width;
+        for_each_four(0, width, [&](unsigned at, unsigned count) {
+            if (count == 4 && four_aligned(row + at) && four_aligned(to + at)) {
+                store_four(to + at, load_four(row + at));
+            } else {
+                for (unsigned i = 0; i < count; i++) to[at + i] = row[at + i];
+            }
+        });
     }
 }
 
@@ -25,23 +32,26 @@ __device__ __forceinline__ void embedding_backward(T *gradient, const T *dy, con
         int seen = 0;
         for (unsigned long long at = threadIdx.x; at < first && !seen; at += THREADS) seen = tokens[at] == token;
         if (block_any(seen)) continue;
-        // As many columns at once as there are threads.
-        for (unsigned start = 0; start < width; start += THREADS) {
-            unsigned column = start + threadIdx.x;
-            float sum = 0.0f;
+        // Four columns a thread at once.
+        for (unsigned start = 0; start < width; start += 4 * THREADS) {
+            unsigned column = start + 4 * threadIdx.x;
+            unsigned columns = column >= width ? 0 : width - column < 4 ? width - column : 4;
+            Four<float> sum = {};
             for (unsigned long long chunk = first; chunk < count; chunk += THREADS) {
                 unsigned long long mine = chunk + threadIdx.x;
                 int match = mine < count && tokens[mine] == token;
                 found[threadIdx.x] = match;
                 // Most chunks have none.
-                if (block_any(match) && column < width) {
+                if (block_any(match) && columns > 0) {
                     for (int at = 0; at < THREADS; at++) {
-                        if (found[at]) sum += widen(dy[(chunk + at) * width + column]);
+                        if (!found[at]) continue;
+                        Four<float> upstream = widen_four(dy + (chunk + at) * width + column, columns);
+                        for (int i = 0; i < 4; i++) sum.at[i] += upstream.at[i];
                     }
                 }
                 __syncthreads();
             }
-            if (column < width) gradient[(unsigned long long)token * width + column] = narrow<T>(sum);
+            if (columns > 0) narrow_four(gradient + (unsigned long long)token * width + column, sum, columns);
         }
     }
 }

@@ -12,20 +12,29 @@ struct Statistics {
 template <class T>
 __device__ __forceinline__ Statistics moments(const T *xs, unsigned width, float eps) {
     float sum = 0.0f;
-    for (unsigned at = threadIdx.x; at < width; at += blockDim.x) sum += widen(xs[at]);
+    for_each_four(0, width, [&](unsigned at, unsigned count) {
+        Four<float> x = widen_four(xs + at, count);
+        for (int i = 0; i < 4; i++) sum += x.at[i];
+    });
     float mean = block_sum(sum) / width;
     float squares = 0.0f;
-    for (unsigned at = threadIdx.x; at < width; at += blockDim.x) {
-        float centred = widen(xs[at]) - mean;
-        squares += centred * centred;
-    }
+    for_each_four(0, width, [&](unsigned at, unsigned count) {
+        Four<float> x = widen_four(xs + at, count);
+        for (int i = 0; i < 4; i++) {
+            float centred = i < count ? x.at[i] - mean : 0.0f;
+            squares += centred * centred;
+        }
+    });
     return Statistics{mean, 1.0f / sqrtf(block_sum(squares) / width + eps)};
 }
 
 template <class T>
 __device__ __forceinline__ Statistics inverse_root_mean_square(const T *xs, unsigned width, float eps) {
     float squares = 0.0f;
-    for (unsigned at = threadIdx.x; at < width; at += blockDim.x) squares += widen(xs[at]) * widen(xs[at]);
+    for_each_four(0, width, [&](unsigned at, unsigned count) {
+        Four<float> x = widen_four(xs + at, count);
+        for (int i = 0; i < 4; i++) squares += x.at[i] * x.at[i];
+    });
     return Statistics{0.0f, 1.0f / sqrtf(block_sum(squares) / width + eps)};
 }
 
@@ -35,10 +44,12 @@ __device__ __forceinline__ void layer_norm_forward(T *out, const T *xs, const T 
     for (unsigned long long row = blockIdx.x; row < rows; row += gridDim.x) {
         const T *x = xs + row * width;
         Statistics s = moments(x, width, eps);
-        for (unsigned at = threadIdx.x; at < width; at += blockDim.x) {
-            float normalised = (widen(x[at]) - s.mean) * s.inverse;
-            out[row * width + at] = narrow<T>(normalised * widen(weight[at]) + widen(bias[at]));
-        }
+        for_each_four(0, width, [&](unsigned at, unsigned count) {
+            Four<float> y = widen_four(x + at, count);
+            Four<float> w = widen_four(weight + at, count), b = widen_four(bias + at, count);
+            for (int i = 0; i < 4; i++) y.at[i] = (y.at[i] - s.mean) * s.inverse * w.at[i] + b.at[i];
+            narrow_four(out + row * width + at, y, count);
+        });
     }
 }
 
@@ -48,9 +59,11 @@ __device__ __forceinline__ void rms_norm_forward(T *out, const T *xs, const T *w
     for (unsigned long long row = blockIdx.x; row < rows; row += gridDim.x) {
         const T *x = xs + row * width;
         Statistics s = inverse_root_mean_square(x, width, eps);
-        for (unsigned at = threadIdx.x; at < width; at += blockDim.x) {
-            out[row * width + at] = narrow<T>(widen(x[at]) * s.inverse * widen(weight[at]));
-        }
+        for_each_four(0, width, [&](unsigned at, unsigned count) {
+            Four<float> y = widen_four(x + at, count), w = widen_four(weight + at, count);
+            for (int i = 0; i < 4; i++) y.at[i] = y.at[i] * s.inverse * w.at[i];
+            narrow_four(out + row * width + at, y, count);
+        });
     }
 }
 
@@ -62,59 +75,72 @@ __device__ __forceinline__ void norm_backward(T *dx, Statistics *statistics, con
         const T *x = xs + row * width, *g = dy + row * width;
         Statistics s = centred ? moments(x, width, eps) : inverse_root_mean_square(x, width, eps);
         if (threadIdx.x == 0) statistics[row] = s;
+        // Elements beyond the row's end have a weighted gradient of zero.
         float sum_g = 0.0f, sum_g_x = 0.0f;
-        for (unsigned at = threadIdx.x; at < width; at += blockDim.x) {
-            float weighted = widen(g[at]) * widen(weight[at]);
-            sum_g += weighted;
-            sum_g_x += weighted * ((widen(x[at]) - s.mean) * s.inverse);
-        }
+        for_each_four(0, width, [&](unsigned at, unsigned count) {
+            Four<float> value = widen_four(x + at, count);
+            Four<float> upstream = widen_four(g + at, count), w = widen_four(weight + at, count);
+            for (int i = 0; i < 4; i++) {
+                float weighted = upstream.at[i] * w.at[i];
+                sum_g += weighted;
+                sum_g_x += weighted * ((value.at[i] - s.mean) * s.inverse);
+            }
+        });
         float mean_g = centred ? block_sum(sum_g) / width : 0.0f;
         float mean_g_x = block_sum(sum_g_x) / width;
-        for (unsigned at = threadIdx.x; at < width; at += blockDim.x) {
-            float weighted = widen(g[at]) * widen(weight[at]);
-            float normalised = (widen(x[at]) - s.mean) * s.inverse;
-            dx[row * width + at] = narrow<T>(s.inverse * (weighted - mean_g - normalised * mean_g_x));
-        }
+        for_each_four(0, width, [&](unsigned at, unsigned count) {
+            Four<float> value = widen_four(x + at, count);
+            Four<float> upstream = widen_four(g + at, count), w = widen_four(weight + at, count);
+            for (int i = 0; i < 4; i++) {
+                float normalised = (value.at[i] - s.mean) * s.inverse;
+                value.at[i] = s.inverse * (upstream.at[i] * w.at[i] - mean_g - normalised * mean_g_x);
+            }
+            narrow_four(dx + row * width + at, value, count);
+        });
     }
 }
 
 // Rows whose contributions are summed before they join the total, which keeps the rounding error of long sums small.
 constexpr int GROUP_ROWS = 64;
-constexpr int COLUMNS = 32;
+constexpr int COLUMN_THREADS = 32;
 constexpr int ROW_THREADS = 8;
 
-// Sums of `dy`, and of `dy` times the normalised input where there are statistics, over one group of rows and 32 columns a
-// thread block: blockIdx.x counts columns, blockIdx.y groups. Results are [groups, width].
+// Sums of `dy`, and of `dy` times the normalised input where there are statistics, over one group of rows and 128 columns a
+// thread block, four a thread: blockIdx.x counts columns, blockIdx.y groups. Results are [groups, width].
 template <class T>
 __device__ __forceinline__ void column_sums(float *sums, float *products, const T *dy, const T *xs,
                                             const Statistics *statistics, unsigned long long rows, unsigned width) {
-    __shared__ float thread_sums[ROW_THREADS][COLUMNS];
-    __shared__ float thread_products[ROW_THREADS][COLUMNS];
-    unsigned column = blockIdx.x * COLUMNS + threadIdx.x;
+    __shared__ Four<float> thread_sums[ROW_THREADS][COLUMN_THREADS];
+    __shared__ Four<float> thread_products[ROW_THREADS][COLUMN_THREADS];
+    unsigned column = 4 * (blockIdx.x * COLUMN_THREADS + threadIdx.x);
+    unsigned count = column >= width ? 0 : width - column < 4 ? width - column : 4;
     unsigned long long groups = (rows + GROUP_ROWS - 1) / GROUP_ROWS;
     for (unsigned long long group = blockIdx.y; group < groups; group += gridDim.y) {
         unsigned long long end = (group + 1) * GROUP_ROWS < rows ? (group + 1) * GROUP_ROWS : rows;
-        float sum = 0.0f, product = 0.0f;
-        if (column < width) {
+        Four<float> sum = {}, product = {};
+        if (count > 0) {
             for (unsigned long long row = group * GROUP_ROWS + threadIdx.y; row < end; row += ROW_THREADS) {
-                float g = widen(dy[row * width + column]);
-                sum += g;
+                Four<float> g = widen_four(dy + row * width + column, count);
+                for (int i = 0; i < 4; i++) sum.at[i] += g.at[i];
                 if (statistics) {
                     Statistics s = statistics[row];
-                    product += g * ((widen(xs[row * width + column]) - s.mean) * s.inverse);
+                    Four<float> x = widen_four(xs + row * width + column, count);
+                    for (int i = 0; i < 4; i++) product.at[i] += g.at[i] * ((x.at[i] - s.mean) * s.inverse);
                 }
             }
         }
         thread_sums[threadIdx.y][threadIdx.x] = sum;
         thread_products[threadIdx.y][threadIdx.x] = product;
         __syncthreads();
-        if (threadIdx.y == 0 && column < width) {
+        if (threadIdx.y == 0 && count > 0) {
             for (int other = 1; other < ROW_THREADS; other++) {
-                sum += thread_sums[other][threadIdx.x];
-                product += thread_products[other][threadIdx.x];
+                for (int i = 0; i < 4; i++) {
+                    sum.at[i] += thread_sums[other][threadIdx.x].at[i];
+                    product.at[i] += thread_products[other][threadIdx.x].at[i];
+                }
             }
-            if (sums) sums[group * width + column] = sum;
-            if (statistics) products[group * width + column] = product;
+            if (sums) narrow_four(sums + group * width + column, sum, count);
+            if (statistics) narrow_four(products + group * width + column, product, count);
         }
         __syncthreads();
     }
@@ -133,8 +159,16 @@ __device__ __forceinline__ void column_totals(T *totals, const float *sums, unsi
 // Every row of `out` becomes the bias.
 template <class T>
 __device__ __forceinline__ void repeat_row(T *out, const T *row, unsigned long long elements, unsigned width) {
-    for (unsigned long long at = first_index(); at < elements; at += index_stride()) {
-        out[at] = row[at - divide(at, width) * width];
+    for (unsigned long long at = 4 * first_index(); at < elements; at += 4 * index_stride()) {
+        unsigned column = (unsigned)(at - divide(at, width) * width);
+        if (column + 4 <= width && four_aligned(row + column) && four_aligned(out + at)) {
+            store_four(out + at, load_four(row + column));
+        } else {
+            for (unsigned i = 0; i < 4 && at + i < elements; i++) {
+                out[at + i] = row[column];
+                column = column + 1 == width ? 0 : column + 1;
+            }
+        }
     }
 }
 

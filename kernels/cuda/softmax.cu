@@ -13,6 +13,9 @@ struct Visible {
     }
 
     __device__ __forceinline__ bool has(unsigned at) const { return at >= first && at < end; }
+
+    // The four neighbours, counted from the row's start, that the first column is one of.
+    __device__ __forceinline__ unsigned first_four() const { return first - first % 4; }
 };
 
 // `out` may be `scores`.
@@ -23,20 +26,28 @@ __device__ __forceinline__ void softmax_forward(T *out, const T *scores, unsigne
         const T *score = scores + row * columns;
         T *probability = out + row * columns;
         Visible seen(row, columns, query_rows, window);
-        unsigned first = seen.first + threadIdx.x;
         float largest = -INFINITY;
-        for (unsigned at = first; at < seen.end; at += blockDim.x) {
-            float scaled = scale * widen(score[at]);
-            largest = scaled > largest ? scaled : largest;
-        }
+        for_each_four(seen.first_four(), seen.end, [&](unsigned at, unsigned count) {
+            Four<float> s = widen_four(score + at, count);
+            for (int i = 0; i < 4; i++) {
+                float scaled = seen.has(at + i) ? scale * s.at[i] : -INFINITY;
+                largest = scaled > largest ? scaled : largest;
+            }
+        });
         largest = block_maximum(largest);
         float sum = 0.0f;
-        for (unsigned at = first; at < seen.end; at += blockDim.x) sum += expf(scale * widen(score[at]) - largest);
+        for_each_four(seen.first_four(), seen.end, [&](unsigned at, unsigned count) {
+            Four<float> s = widen_four(score + at, count);
+            for (int i = 0; i < 4; i++) sum += seen.has(at + i) ? expf(scale * s.at[i] - largest) : 0.0f;
+        });
         float inverse = 1.0f / block_sum(sum);
-        for (unsigned at = threadIdx.x; at < columns; at += blockDim.x) {
-            float result = seen.has(at) ? expf(scale * widen(score[at]) - largest) * inverse : 0.0f;
-            probability[at] = narrow<T>(result);
-        }
+        for_each_four(0, columns, [&](unsigned at, unsigned count) {
+            Four<float> s = widen_four(score + at, count);
+            for (int i = 0; i < 4; i++) {
+                s.at[i] = seen.has(at + i) ? expf(scale * s.at[i] - largest) * inverse : 0.0f;
+            }
+            narrow_four(probability + at, s, count);
+        });
     }
 }
 
@@ -45,16 +56,19 @@ template <class T>
 __device__ __forceinline__ void softmax_backward(T *dx, const T *dy, const T *probabilities, unsigned long long rows,
                                                  unsigned columns, unsigned query_rows, unsigned window, float scale) {
     for (unsigned long long row = blockIdx.x; row < rows; row += gridDim.x) {
-        const T *g = dy + row * columns, *probability = probabilities + row * columns;
+        const T *upstream = dy + row * columns, *probability = probabilities + row * columns;
         Visible seen(row, columns, query_rows, window);
         float dot = 0.0f;
-        for (unsigned at = seen.first + threadIdx.x; at < seen.end; at += blockDim.x)
-            dot += widen(g[at]) * widen(probability[at]);
+        for_each_four(seen.first_four(), seen.end, [&](unsigned at, unsigned count) {
+            Four<float> g = widen_four(upstream + at, count), p = widen_four(probability + at, count);
+            for (int i = 0; i < 4; i++) dot += seen.has(at + i) ? g.at[i] * p.at[i] : 0.0f;
+        });
         dot = block_sum(dot);
-        for (unsigned at = threadIdx.x; at < columns; at += blockDim.x) {
-            float result = seen.has(at) ? scale * widen(probability[at]) * (widen(g[at]) - dot) : 0.0f;
-            dx[row * columns + at] = narrow<T>(result);
-        }
+        for_each_four(0, columns, [&](unsigned at, unsigned count) {
+            Four<float> g = widen_four(upstream + at, count), p = widen_four(probability + at, count);
+            for (int i = 0; i < 4; i++) g.at[i] = seen.has(at + i) ? scale * p.at[i] * (g.at[i] - dot) : 0.0f;
+            narrow_four(dx + row * columns + at, g, count);
+        });
     }
 }
 

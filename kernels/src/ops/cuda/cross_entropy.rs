@@ -320,7 +320,7 @@ impl<T: Float> Head<'_, T> {
         let mut launch = kernel.builder();
         launch.arg(sum).arg(part).arg(&count).arg(&first);
         // SAFETY: the arguments are those of the kernel, and both have `elements` elements.
-        unsafe { enqueue(&mut launch, threads(elements)) }
+        unsafe { enqueue(&mut launch, threads(elements.div_ceil(4))) }
     }
 
     fn narrow(
@@ -334,7 +334,7 @@ impl<T: Float> Head<'_, T> {
         let mut launch = kernel.builder();
         launch.arg(&mut out).arg(values).arg(&count);
         // SAFETY: the arguments are those of the kernel, and both have `elements` elements.
-        unsafe { enqueue(&mut launch, threads(elements)) }?;
+        unsafe { enqueue(&mut launch, threads(elements.div_ceil(4))) }?;
         drop(launch);
         Ok(out)
     }

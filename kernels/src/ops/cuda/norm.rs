@@ -100,6 +100,8 @@ struct ColumnSums<T> {
 
 /// Rows that are summed before they join the total, as in `cuda/norm.cu`.
 const GROUP_ROWS: usize = 64;
+/// Columns of a thread block that sums them, as there.
+const BLOCK_COLUMNS: u32 = 128;
 
 /// Sums over the rows of `dy`, if asked for, and of `dy` times the normalised input, if that and its statistics are given.
 fn column_sums<T: Float>(
@@ -126,7 +128,7 @@ fn column_sums<T: Float>(
         let count = row_count as u64;
         let mut launch = kernel.builder();
         launch.arg(&sums).arg(&products).arg(dy).arg(&xs).arg(&statistics).arg(&count).arg(&width);
-        let grid = (width.div_ceil(32), blocks(groups, 65_535), 1);
+        let grid = (width.div_ceil(BLOCK_COLUMNS), blocks(groups, 65_535), 1);
         let config = LaunchConfig { grid_dim: grid, block_dim: (32, 8, 1), shared_mem_bytes: 0 };
         // SAFETY: the arguments are those of the kernel; inputs have `row_count` rows of `width` elements, each with a pair
         // of statistics, and there is a partial sum for every group of rows and column.
@@ -169,7 +171,7 @@ pub(super) fn repeat_row<T: Float>(
     let mut launch = kernel.builder();
     launch.arg(&mut out).arg(row).arg(&elements).arg(&width);
     // SAFETY: the arguments are those of the kernel; `elements` is a multiple of the width.
-    unsafe { enqueue(&mut launch, threads(count)) }?;
+    unsafe { enqueue(&mut launch, threads(count.div_ceil(4))) }?;
     drop(launch);
     Ok(out)
 }

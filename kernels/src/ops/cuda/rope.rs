@@ -72,7 +72,7 @@ impl Rotation {
             .arg(&interleaved);
         // SAFETY: the arguments are those of the kernel, and `Sizes` has checked that the tables have a row for every row of
         // the input.
-        unsafe { enqueue(&mut launch, threads(32 * row_count)) }?;
+        unsafe { enqueue(&mut launch, threads(row_count * (head_width / 2).div_ceil(4))) }?;
         drop(launch);
         Ok(out)
     }
