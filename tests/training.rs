@@ -308,7 +308,7 @@ fn the_model_is_the_one_that_plain_candle_has() {
     let variables = candle_nn::VarMap::new();
     let vb = VarBuilder::from_varmap(&variables, DType::F32, &Device::Cpu);
     let blocks = (0..2).map(|i| Block::new(vb.pp(format!("h.{i}")), WIDTH).unwrap()).collect();
-    let plain = Model::new(&vb, blocks).unwrap();
+    let plain = Model::new(&vb, WIDTH, blocks).unwrap();
     for (name, variable) in variables.data().lock().unwrap().iter() {
         let values = Tensor::new(trainer.parameter(name).unwrap(), &Device::Cpu).unwrap();
         variable.set(&values.reshape(variable.shape()).unwrap()).unwrap();

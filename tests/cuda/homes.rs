@@ -1,7 +1,6 @@
 //! Which homes a plan finds by itself on a device with memory of its own.
 
-use super::support::{tokens, train, trainer};
-use super::{BLOCKS, homes, on_cuda};
+use super::{BLOCKS, homes, on_cuda, tokens, train, trainer};
 use ferrozero::simulator::Machine;
 use ferrozero::{Config, Placement, Tier};
 

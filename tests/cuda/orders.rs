@@ -1,7 +1,6 @@
 //! A wait between streams that is left out is seen.
 
-use super::support::train;
-use super::{BLOCKS, folder, homes, on_cuda};
+use super::{folder, homes, on_cuda, train};
 use ferrozero::{Config, CudaCall, CudaFailure, CudaFault, CudaLane, Tier};
 
 /// What the software driver says of the runs below is read from a file of theirs, named like this.
@@ -32,10 +31,11 @@ fn forgets_a_wait() {
     let tier = if forgotten.starts_with("optimizer") { Tier::Device } else { Tier::Disk };
     let config = Config { device: base.device, slots: Some(1), boundaries, cuda_fault: fault, ..homes(tier) };
     // Wrong numbers may stop it.
-    let _ = train(config, BLOCKS, 1);
+    let _ = train(config, 2, 1);
 }
 
-/// The proof that the runs above would have found a missing order between streams: the same engine without one wait.
+/// The proof that the runs above would have found a missing order between streams: the same engine without one wait, which is one of
+/// the first twelve of each stream.
 #[test]
 fn a_wait_that_is_forgotten_is_seen() {
     if std::env::var(RACES).is_err() {
@@ -61,9 +61,10 @@ fn a_wait_that_is_forgotten_is_seen() {
         std::fs::metadata(races).is_ok_and(|file| file.len() > 0)
     };
     assert!(!sees("none"), "no wait is forgotten");
+    // Most waits come after something that has been waited for anyway, so not each of them can be missed.
     for name in ["compute", "upload", "download", "optimizer"] {
-        let seen: Vec<usize> = (0..12).filter(|index| sees(&format!("{name} {index}"))).collect();
-        println!("forgotten waits of the {name} stream that were seen: {seen:?} of 12");
-        assert!(!seen.is_empty(), "{name}");
+        let seen = (0..12).find(|index| sees(&format!("{name} {index}")));
+        println!("the first forgotten wait of the {name} stream that was seen: {seen:?}");
+        assert!(seen.is_some(), "{name}");
     }
 }

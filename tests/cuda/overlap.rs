@@ -1,8 +1,8 @@
 //! While a segment computes, the next one's parameters arrive, and while it goes back, the gradients of the one before leave and the
 //! host updates. Each segment waits until that has happened beside it, so a run that did one thing after another would not end.
 
-use super::support::{Block, Model, WIDTH, tokens};
-use super::{homes, on_cuda, runs_at_once};
+use super::support::{Block, Model};
+use super::{WIDTH, homes, on_cuda, runs_at_once, tokens};
 use candle_core::{Module, Tensor, bail};
 use ferrozero::schedule::Operation;
 use ferrozero::trace::TraceEvent;
@@ -96,7 +96,7 @@ fn parameters_arrive_gradients_leave_and_the_host_updates_beside_computing() {
             engine.segment(vb.pp(format!("h.{layer}")), make).unwrap()
         })
         .collect();
-    let model = Model::new(&vb, blocks).unwrap();
+    let model = Model::new(&vb, WIDTH, blocks).unwrap();
     let plan = engine.plan(AdamW::default(), || model.loss(&tokens(0, 0))).unwrap();
     let mut trainer = engine.trainer(plan).unwrap();
     for step in 0..2 {

@@ -1,11 +1,11 @@
 //! A steady step allocates nothing of the device's memory, and copies by way of page-locked memory alone.
 
-use super::support::{tokens, trainer};
-use super::{BLOCKS, homes, on_cuda};
+use super::{homes, on_cuda, tokens, trainer};
 use candle_core::{DType, Device, Tensor};
 use ferrozero::models::gpt::{Block, Gpt, GptConfig};
 use ferrozero::{AdamW, Config, Engine, Tier};
 
+const BLOCKS: usize = 2;
 const ACCUMULATE: usize = 2;
 const STEADY_STEPS: u64 = 12;
 /// Tensors of gradients that may be vacant at once beyond those that were in the first steps, as queues happen to run. Fewer than

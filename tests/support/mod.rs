@@ -38,9 +38,9 @@ pub const WIDTH: usize = 48;
 pub const VOCABULARY: usize = 40;
 
 impl<B: Module> Model<B> {
-    pub fn new(vb: &VarBuilder, blocks: Vec<B>) -> Result<Self> {
+    pub fn new(vb: &VarBuilder, width: usize, blocks: Vec<B>) -> Result<Self> {
         let init = Init::Randn { mean: 0.0, stdev: 0.1 };
-        Ok(Self { embedding: vb.get_with_hints((VOCABULARY, WIDTH), "embedding", init)?, blocks })
+        Ok(Self { embedding: vb.get_with_hints((VOCABULARY, width), "embedding", init)?, blocks })
     }
 
     pub fn loss(&self, tokens: &Tensor) -> Result<Tensor> {
@@ -73,7 +73,7 @@ pub fn engine_model(engine: &Engine, blocks: usize) -> ferrozero::Result<Model<S
     let blocks = (0..blocks)
         .map(|i| engine.segment(vb.pp(format!("h.{i}")), |vb| Block::new(vb, WIDTH)))
         .collect::<ferrozero::Result<_>>()?;
-    Ok(Model::new(&vb, blocks)?)
+    Ok(Model::new(&vb, WIDTH, blocks)?)
 }
 
 /// A trainer of the model.
