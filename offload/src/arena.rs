@@ -172,12 +172,6 @@ impl Lease {
         unsafe { std::slice::from_raw_parts_mut(self.as_mut_ptr().cast(), self.bytes / size_of::<u16>()) }
     }
 
-    /// Whether a CUDA device copies from and to it while the host goes on.
-    #[cfg(feature = "cuda")]
-    pub fn is_pinned_for_cuda(&self) -> bool {
-        self.arena.mapping.pinned_for_cuda.is_some()
-    }
-
     /// All pages of the lease, also those bytes past its length that pad it.
     pub fn padded(&self) -> &[u8] {
         // SAFETY: the free list gave `offset..offset + capacity_bytes` to this lease alone, the arena keeps the

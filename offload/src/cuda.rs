@@ -314,7 +314,7 @@ impl Cuda {
                 into_bytes: copy.device.bytes,
             });
         }
-        if !lease.is_pinned_for_cuda() {
+        if !pinned::is_page_locked(&lease[copy.host.clone()]) {
             locked(&self.counts).pageable_copies += 1;
         }
         Ok(copy.host.clone())

@@ -4,6 +4,8 @@ use super::{homes, on_cuda, tokens, trainer};
 use candle_core::{DType, Device, Tensor};
 use ferrozero::models::gpt::{Block, Gpt, GptConfig};
 use ferrozero::{AdamW, Config, Engine, Tier};
+use ferrozero_offload::cuda::{Cuda, CudaCopy, DeviceRange};
+use ferrozero_offload::{Arena, Budget};
 
 const BLOCKS: usize = 2;
 const ACCUMULATE: usize = 2;
@@ -52,6 +54,29 @@ fn a_steady_step_allocates_no_memory_of_the_device() {
         let most = STEADY_STEPS * tensors as u64 + MORE_AT_ONCE;
         assert!(placeholders < most, "{name}: {placeholders}");
     }
+}
+
+#[test]
+fn a_copy_from_or_to_memory_that_is_not_page_locked_is_counted() {
+    let Some(base) = on_cuda() else { return };
+    let Device::Cuda(device) = &base.device else { panic!("not the device that was asked for") };
+    let budget = Budget::new(Tier::Host, 1 << 20);
+    let cuda = Cuda::new(device.cuda_stream(), None).unwrap();
+    let page_locked = Arena::pinned_for_cuda(&budget, 4096, &cuda).unwrap();
+    let mut memory = device.alloc_zeros::<f32>(4).unwrap();
+    cuda.synchronize_all().unwrap();
+    let mut copies = |arena: &Arena| {
+        let mut lease = arena.lease(16).unwrap();
+        let before = cuda.counts().pageable_copies;
+        let copy = CudaCopy { host: 0..16, device: DeviceRange::of(&mut memory, 0..4) };
+        cuda.upload(&lease, vec![copy]).unwrap();
+        let copy = CudaCopy { host: 0..16, device: DeviceRange::of(&mut memory, 0..4) };
+        cuda.download(vec![copy], &mut lease).unwrap();
+        cuda.counts().pageable_copies - before
+    };
+    assert_eq!(copies(&page_locked), 0);
+    // This may be locked in memory, but the driver does not know of it.
+    assert_eq!(copies(&Arena::new(&budget, 4096).unwrap()), 2);
 }
 
 /// Candle's own operations on strided tensors copy shapes and strides, a hundred bytes that nobody waits for: here to add the
