@@ -90,7 +90,8 @@ impl Parts {
         let start = layout.start_offset();
         let values = storage.as_cuda_slice::<f32>()?.slice(start..start + 1);
         let stream = self.streams.stream(Lane::Compute);
-        Ok(lock(&self.number).fetch(stream, &values).map_err(candle_core::Error::wrap)?[0])
+        let fetch = || Ok(lock(&self.number).fetch(stream, &values).map_err(cuda_kernel)?[0]);
+        self.streams.fetch::<f32, Error>(fetch).map_err(candle_core::Error::wrap)
     }
 
     pub(super) fn enter(&self, masters: &DeviceRun, slot: &mut DeviceRun, run: &Run) -> Result<()> {
@@ -135,7 +136,7 @@ impl Parts {
             }
         };
         if first {
-            of_group.reset(stream).map_err(cuda_kernel)?;
+            self.streams.launch(|| of_group.reset(stream).map_err(cuda_kernel))?;
         }
         let target = f32_of_mut(target)?;
         for run in runs {
@@ -158,7 +159,7 @@ impl Parts {
             })?;
         }
         // The gradients may be freed after this, so it waits.
-        of_group.read(stream).map_err(cuda_kernel)
+        self.streams.fetch(|| of_group.read(stream).map_err(cuda_kernel))
     }
 
     pub(super) fn update(
@@ -207,9 +208,9 @@ pub(super) fn copies_into<'a>(
         let device = storage.get_mut(run.entry).and_then(Option::take).and_then(DeviceRun::as_cuda_mut);
         let within = run.entry_start..run.entry_start + run.elements;
         let device = match device.map(|storage| &mut storage.slice) {
-            Some(CudaStorageSlice::F32(values)) => DeviceRange::of_mut(values, within),
-            Some(CudaStorageSlice::BF16(values)) => DeviceRange::of_mut(values, within),
-            Some(CudaStorageSlice::F16(values)) => DeviceRange::of_mut(values, within),
+            Some(CudaStorageSlice::F32(values)) => DeviceRange::of(values, within),
+            Some(CudaStorageSlice::BF16(values)) => DeviceRange::of(values, within),
+            Some(CudaStorageSlice::F16(values)) => DeviceRange::of(values, within),
             _ => return Err(internal("device storage of another type, or twice in one piece")),
         };
         let host = run.piece_start * size..(run.piece_start + run.elements) * size;

@@ -10,9 +10,7 @@ mod pool;
 
 use crate::{Error, Lease, locked};
 use cudarc::driver::sys::{CUdeviceptr, CUevent_flags};
-use cudarc::driver::{
-    CudaContext, CudaEvent, CudaSlice, CudaStream, DevicePtr, DevicePtrMut, DriverError, result,
-};
+use cudarc::driver::{CudaContext, CudaEvent, CudaSlice, CudaStream, DevicePtrMut, DriverError, result};
 use fault::Faults;
 use std::fmt;
 use std::marker::PhantomData;
@@ -99,21 +97,11 @@ pub struct DeviceRange<'a> {
 }
 
 impl<'a> DeviceRange<'a> {
-    /// Elements `range` of `memory`, to be read.
-    pub fn of<T>(memory: &'a CudaSlice<T>, range: Range<usize>) -> Self {
-        let (start, _) = memory.device_ptr(memory.stream());
-        Self::within::<T>(start, memory.len(), range)
-    }
-
-    /// Elements `range` of `memory`, to be written.
-    pub fn of_mut<T>(memory: &'a mut CudaSlice<T>, range: Range<usize>) -> Self {
+    /// Elements `range` of `memory`, to be read or written: which of both is the copy's to say, so nobody else may use them.
+    pub fn of<T>(memory: &'a mut CudaSlice<T>, range: Range<usize>) -> Self {
         let stream = memory.stream().clone();
         let elements = memory.len();
         let (start, _) = memory.device_ptr_mut(&stream);
-        Self::within::<T>(start, elements, range)
-    }
-
-    fn within<T>(start: CUdeviceptr, elements: usize, range: Range<usize>) -> Self {
         // Slicing as the host does it: a range out of bounds is empty and its copy refused for its length.
         let inside = range.start <= range.end && range.end <= elements;
         let bytes = if inside { range.len() * size_of::<T>() } else { 0 };
@@ -233,6 +221,17 @@ impl Cuda {
     /// What `launch` says.
     pub fn launch<E: From<Error>>(&self, launch: impl FnOnce() -> Result<(), E>) -> Result<(), E> {
         if self.faults.happens(Call::Launch)? { launch() } else { Ok(()) }
+    }
+
+    /// Runs `fetch`, which fetches a few numbers of the device's and waits for them.
+    ///
+    /// # Errors
+    /// What `fetch` says.
+    pub fn fetch<T, E: From<Error>>(&self, fetch: impl FnOnce() -> Result<T, E>) -> Result<T, E> {
+        // A failure comes after the wait, as with `synchronize`: memory may be freed after this.
+        let fetched = fetch()?;
+        self.faults.happens(Call::Fetch)?;
+        Ok(fetched)
     }
 
     /// What is enqueued on a lane until now.

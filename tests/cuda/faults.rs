@@ -35,7 +35,7 @@ fn resumed(config: Config) -> Option<String> {
 
 /// A run in which every call is made.
 fn config(base: &Config, directory: &Path, call: CudaCall) -> Config {
-    let of_device = matches!(call, CudaCall::Launch | CudaCall::Wait(CudaLane::Optimizer));
+    let of_device = matches!(call, CudaCall::Launch | CudaCall::Fetch | CudaCall::Wait(CudaLane::Optimizer));
     Config {
         directory: Some(directory.to_owned()),
         backend: BackendChoice::Auto,

@@ -9,10 +9,12 @@ use std::sync::Mutex;
 pub enum Call {
     /// The engine allocates memory of the device.
     Allocate,
-    /// The engine launches a kernel.
+    /// The engine launches a kernel, or sets a few numbers to zero.
     Launch,
-    /// A copy between host and device.
+    /// A copy between the tiers of host and device.
     Copy,
+    /// A loss, a norm or a count is fetched.
+    Fetch,
     /// An event is recorded.
     Record,
     /// A stream is told to wait for an event.
@@ -23,10 +25,11 @@ pub enum Call {
 
 impl Call {
     /// All calls that can be made to fail.
-    pub const ALL: [Self; 9] = [
+    pub const ALL: [Self; 10] = [
         Self::Allocate,
         Self::Launch,
         Self::Copy,
+        Self::Fetch,
         Self::Record,
         Self::Wait(Lane::Compute),
         Self::Wait(Lane::Upload),
