@@ -1,5 +1,6 @@
 //! On a device with memory of its own, the schedule of a step lets transfers and the host's update run beside computing: a step
 //! waits for the bus only when the bus cannot keep up. Costed by the simulator, so nothing here depends on how busy a machine is.
+//! The software CUDA driver has no clock of its own with which a bus could be set, so these numbers are predictions.
 
 use super::layout;
 use candle_core::DType;
