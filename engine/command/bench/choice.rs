@@ -1,11 +1,13 @@
 //! `ferrozero bench predict --choice`: for three budgets of memory, the planner's choice against all homes and slots that fit,
-//! each really run, in turns, on a slow disk.
+//! each really run, in turns, on a slow disk. Plans with the same schedule are one plan, and the chosen one is no other.
 
 use super::super::CommandResult;
 use super::predict::{measure, median, slow_disk, verdict};
 use super::workload::Sizes;
 use crate::arrangement::GroupPlacement;
 use crate::error::Error;
+use crate::plan::Plan;
+use crate::schedule::Operation;
 use crate::{Config, Placement, Tier};
 use serde::Serialize;
 use std::path::Path;
@@ -16,7 +18,7 @@ const DISK_BYTES_PER_S: f64 = 1e8;
 const BUDGETS_MIB: [u64; 3] = [72, 104, 136];
 const SLOTS: [usize; 3] = [1, 2, 3];
 /// Times that the planner's choice and the fastest others are run.
-const ROUNDS: usize = 3;
+const ROUNDS: usize = 5;
 /// The share of the best that the planner's choice is to reach.
 const GOOD_ENOUGH: f64 = 0.95;
 const CHOICES: &str = "the planner's choice is to reach 0.95 of the best of all others, for each budget";
@@ -82,14 +84,27 @@ fn budget(memory_mib: u64, directory: &Path, steps: usize) -> CommandResult<Row>
         throttle: slow_disk(DISK_BYTES_PER_S)?,
         ..Config::default()
     };
-    let run = |config: Config| measure(SIZES, config, directory, steps).map(|(_, measured_s)| measured_s);
+    let mut seen: Vec<Vec<Operation>> = vec![];
+    let run = |config: Config| {
+        let found = measure(SIZES, config, directory, steps, &mut |_| true)?;
+        Ok::<_, Box<dyn std::error::Error>>(found.map_or(f64::NAN, |(_, measured_s)| measured_s))
+    };
+    let mut is_new = |plan: &Plan| {
+        let schedule = plan.train_schedule();
+        let is_new = !seen.contains(&schedule);
+        if is_new {
+            seen.push(schedule);
+        }
+        is_new
+    };
+    measure(SIZES, config.clone(), directory, steps, &mut is_new)?;
     let mut others = vec![];
     for placement in placements() {
         for slots in SLOTS {
             let fixed =
                 Config { placement: Placement::Each(placement), slots: Some(slots), ..config.clone() };
-            match run(fixed.clone()) {
-                Ok(step_s) => others.push((step_s, fixed)),
+            match measure(SIZES, fixed.clone(), directory, steps, &mut is_new) {
+                Ok(found) => others.extend(found.map(|(_, measured_s)| (measured_s, fixed))),
                 Err(error) if matches!(error.downcast_ref(), Some(Error::BudgetTooSmall { .. })) => {}
                 Err(error) => return Err(error),
             }

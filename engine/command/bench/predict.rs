@@ -7,6 +7,7 @@
 use super::super::{CommandResult, configuration};
 use super::choice;
 use super::workload::Sizes;
+use crate::plan::Plan;
 use crate::probe;
 use crate::simulator::Machine;
 use crate::{Config, Engine, Placement, Throttle, Tier};
@@ -138,7 +139,7 @@ fn compare(arguments: &PredictArguments) -> CommandResult {
         probe::forget();
         for (case, found) in cases.iter().zip(&mut found) {
             let config = Config { machine: given.clone(), ..case.config.clone() };
-            found.push(measure(case.sizes, config, &arguments.dir, arguments.steps.into())?);
+            found.extend(measure(case.sizes, config, &arguments.dir, arguments.steps.into(), &mut |_| true)?);
         }
         eprintln!("round {}/{}", round + 1, arguments.rounds);
     }
@@ -146,18 +147,33 @@ fn compare(arguments: &PredictArguments) -> CommandResult {
     report(&rows, arguments.json)
 }
 
-/// Plans and runs a configuration; answers the seconds of a step that the plan predicts, and the median of those measured.
-pub fn measure(sizes: Sizes, config: Config, directory: &Path, steps: usize) -> CommandResult<(f64, f64)> {
+/// Plans a configuration, and runs it if the plan is wanted; answers the seconds of a step that the plan predicts, and the
+/// median of those measured.
+pub fn measure(
+    sizes: Sizes,
+    config: Config,
+    directory: &Path,
+    steps: usize,
+    wanted: &mut dyn FnMut(&Plan) -> bool,
+) -> CommandResult<Option<(f64, f64)>> {
     let folder = directory.join("predict");
     let _ = std::fs::remove_dir_all(&folder);
-    let result = measure_in(sizes, Config { directory: Some(folder.clone()), ..config }, steps);
+    let result = measure_in(sizes, Config { directory: Some(folder.clone()), ..config }, steps, wanted);
     let _ = std::fs::remove_dir_all(&folder);
     result
 }
 
-fn measure_in(sizes: Sizes, config: Config, steps: usize) -> CommandResult<(f64, f64)> {
+fn measure_in(
+    sizes: Sizes,
+    config: Config,
+    steps: usize,
+    wanted: &mut dyn FnMut(&Plan) -> bool,
+) -> CommandResult<Option<(f64, f64)>> {
     let engine = Engine::new(config)?;
     let (plan, workload) = sizes.plan(&engine)?;
+    if !wanted(&plan) {
+        return Ok(None);
+    }
     let predicted_s = plan.prediction().map_or(f64::NAN, |prediction| prediction.forecast.step_s);
     let mut trainer = engine.trainer(plan)?;
     let mut measured = vec![];
@@ -168,7 +184,7 @@ fn measure_in(sizes: Sizes, config: Config, steps: usize) -> CommandResult<(f64,
             measured.push(report.step_s);
         }
     }
-    Ok((predicted_s, median(measured)))
+    Ok(Some((predicted_s, median(measured))))
 }
 
 /// The middle of several numbers.
