@@ -96,6 +96,8 @@ pub struct Depths {
     /// Micro-batches that run vertically: all of them through a segment before the next one, so that its parameters
     /// cross once for all. With 1 each goes through all segments by itself.
     pub vertical: usize,
+    /// Calls that keep the graph of their forward, from the last on. The others compute it again in their backward.
+    pub kept: usize,
 }
 
 /// Every buffer is longer by this than what it holds. Buffers lie one after another and most hold a power of two: without it the
@@ -178,6 +180,8 @@ pub struct Arrangement {
     pub vertical: usize,
     /// Number of passages.
     pub passages: usize,
+    /// The first call that keeps the graph of its forward.
+    first_kept: usize,
 }
 
 /// What decides an arrangement.
@@ -215,6 +219,7 @@ impl Arrangement {
             gradient_sets: depths.gradient_sets,
             vertical: depths.vertical,
             passages: 0,
+            first_kept: needs.calls.len().saturating_sub(depths.kept),
         };
         this.add_slots(needs.layout, depths.slots);
         this.add_homes(needs);
@@ -237,6 +242,11 @@ impl Arrangement {
     /// Whether a buffer is memory of a device that has its own.
     pub fn is_on_device(&self, buffer: Buffer) -> bool {
         self.device.apart && self.buffers[buffer.0].tier == Tier::Device
+    }
+
+    /// Whether a call keeps the graph of its forward until its backward; its boundary then stays on the device.
+    pub fn keeps(&self, call: usize) -> bool {
+        call >= self.first_kept
     }
 
     /// The number of a micro-batch among those that run vertically with it.
@@ -354,15 +364,16 @@ impl Arrangement {
     }
 
     fn add_boundaries(&mut self, needs: &Needs) {
-        if self.boundary_home == Tier::Device || !needs.calls.iter().any(|call| call.boundary_moves) {
+        let calls = needs.calls.iter().enumerate();
+        let moving: Vec<(usize, &Call)> =
+            calls.filter(|&(index, call)| call.boundary_moves && !self.keeps(index)).collect();
+        if self.boundary_home == Tier::Device || moving.is_empty() {
             return;
         }
         self.passages = 2;
-        let moving = |call: &&Call| call.boundary_moves;
         match self.boundary_home {
             Tier::Host => {
-                let moving = needs.calls.iter().enumerate().filter(|(_, call)| call.boundary_moves);
-                let each = moving.flat_map(|(index, call)| {
+                let each = moving.into_iter().flat_map(|(index, call)| {
                     (0..self.vertical).map(move |place| (index, place, call.boundary_elements))
                 });
                 for (index, place, elements) in each.collect::<Vec<_>>() {
@@ -376,8 +387,7 @@ impl Arrangement {
                 }
             }
             _ => {
-                let largest =
-                    needs.calls.iter().filter(moving).map(|call| call.boundary_elements).max().unwrap_or(0);
+                let largest = moving.iter().map(|(_, call)| call.boundary_elements).max().unwrap_or(0);
                 let pieces = needs.layout.piece_count(largest);
                 let elements = largest.min(needs.layout.piece_elements);
                 self.boundary_pool = (0..2 * pieces)

@@ -259,7 +259,8 @@ impl Draft<'_> {
     }
 
     fn moves(&self, call: usize) -> bool {
-        self.builder.arrangement.boundary_home != Tier::Device && self.builder.calls[call].boundary_moves
+        let Builder { arrangement, calls, .. } = self.builder;
+        arrangement.boundary_home != Tier::Device && calls[call].boundary_moves && !arrangement.keeps(call)
     }
 
     /// Sees to it that the parameters of a group are in a slot, with the update that was left pending.
@@ -323,7 +324,8 @@ impl Draft<'_> {
     fn forward(&mut self, call: usize, micro_batch: usize, train: bool) {
         let slot = self.fetch(self.builder.calls[call].group);
         let passage = (train && self.moves(call)).then(|| self.next_passage());
-        self.operations.push(Operation::Forward { call, micro_batch, slot, passage });
+        let keeps = train && self.builder.arrangement.keeps(call);
+        self.operations.push(Operation::Forward { call, micro_batch, slot, passage, keeps });
         let Some(passage) = passage else { return };
         for piece in 0..self.boundary_pieces(call) {
             let buffer = self.boundary_buffer(call, micro_batch, piece);
@@ -374,7 +376,8 @@ impl Draft<'_> {
                 self.fetch_beside(self.builder.calls[before].group, slot);
             }
             let gradients = self.next_gradient_set();
-            self.operations.push(Operation::Backward { call, micro_batch, slot, passage, gradients });
+            let kept = self.builder.arrangement.keeps(call);
+            self.operations.push(Operation::Backward { call, micro_batch, slot, passage, kept, gradients });
             self.accumulate(group, gradients, (micro_batch, &micro_batches));
         }
     }

@@ -78,6 +78,9 @@ pub struct Config {
     /// Micro-batches that run vertically, all of them through a segment before the next one, so that its parameters cross
     /// once for all; none: what makes steps shortest.
     pub vertical: Option<usize>,
+    /// Calls of segments that keep the graph of their forward, from the last one on, and are not computed again in the backward;
+    /// none: what makes steps shortest, within the limit of memory.
+    pub kept: Option<usize>,
     /// How fast the machine is, from `ferrozero probe`; none: measured when the plan is made, in less than a second.
     pub machine: Option<Machine>,
     /// Faults that the disk tier acts out, for tests.
@@ -115,6 +118,7 @@ impl Default for Config {
             gradient_sets: None,
             updates: None,
             vertical: None,
+            kept: None,
             machine: None,
             faults: None,
             throttle: None,
@@ -404,6 +408,7 @@ impl Engine {
                 state_pieces: config.state_pieces,
                 gradient_sets: config.gradient_sets,
                 vertical: config.vertical,
+                kept: config.kept,
                 updates: config.updates,
                 piece_bytes: config.piece_bytes,
             },

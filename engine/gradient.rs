@@ -46,6 +46,8 @@ pub struct GradientSink<'a> {
     /// Collects the names of parameters without a gradient.
     missing: Vec<String>,
     observation: Option<Observation>,
+    /// What the rehearsal notes when the forward has run again.
+    recomputed: Option<&'a dyn Fn() -> candle_core::Result<()>>,
 }
 
 impl<'a> GradientSink<'a> {
@@ -56,12 +58,22 @@ impl<'a> GradientSink<'a> {
         group: usize,
         resident: &'a Mutex<ResidentGradients>,
     ) -> Self {
-        Self { layout, tensors, group, resident, missing: vec![], observation: None }
+        Self { layout, tensors, group, resident, missing: vec![], observation: None, recomputed: None }
     }
 
     /// Shows the gradients to an observer, if there is one, before they are taken.
     pub(crate) fn observed(self, observation: Option<Observation>) -> Self {
         Self { observation, ..self }
+    }
+
+    /// Calls `note` between the forward that runs again and its backward.
+    pub fn noting(self, note: &'a dyn Fn() -> candle_core::Result<()>) -> Self {
+        Self { recomputed: Some(note), ..self }
+    }
+
+    /// The segment's forward has run again.
+    pub fn note_recomputed(&self) -> candle_core::Result<()> {
+        self.recomputed.map_or(Ok(()), |note| note())
     }
 
     /// No gradient reached the segment's input: whatever lies before it would silently not be trained.

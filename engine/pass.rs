@@ -11,9 +11,10 @@ use crate::layout::Layout;
 use crate::registry::GroupTensors;
 use crate::rehearsal::{Rehearsal, Trial};
 use crate::schedule::{Operation, Queue};
+use crate::segment::Output;
 use crate::simulator::Compute;
 use crate::vacancy::{self, DeviceRun, Leaves};
-use candle_core::{Shape, Tensor, TensorId};
+use candle_core::{Tensor, TensorId};
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
@@ -291,14 +292,14 @@ pub enum Forward {
 }
 
 impl Forward {
-    /// Runs the module with its parameters in place.
-    pub fn compute(
-        &mut self,
-        run: impl FnOnce() -> candle_core::Result<(DeviceRun, Shape)>,
-    ) -> Result<(DeviceRun, Shape)> {
+    /// Runs the module with its parameters in place; `run` is told whether its graph is kept.
+    pub fn compute(&mut self, run: impl Fn(bool) -> candle_core::Result<Output>) -> Result<Output> {
         match self {
             Self::Trial(trial) => trial.forward(run),
-            Self::Scheduled { pass, group, granted } => with_parameters(pass, *group, granted, run),
+            Self::Scheduled { pass, group, granted } => {
+                let keeps = matches!(granted.grant()?.operation, Operation::Forward { keeps: true, .. });
+                with_parameters(pass, *group, granted, || run(keeps))
+            }
         }
     }
 
@@ -353,7 +354,7 @@ pub enum Backward {
 }
 
 /// Gradients of the inputs and of the group's parameters.
-type Gradients = (Vec<Option<Tensor>>, Vec<DeviceRun>);
+pub type Gradients = (Vec<Option<Tensor>>, Vec<DeviceRun>);
 
 impl Backward {
     /// Whether the rehearsal has seen a segment like this one, so that it need not run again.
@@ -434,6 +435,15 @@ fn with_parameters<T>(
     Ok(result?)
 }
 
+/// Memory of a call whose graph is kept from its forward to its backward.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct KeptGraph {
+    /// Bytes from the one to the other.
+    pub bytes: u64,
+    /// Bytes while one of the two runs, beyond those of a backward that computes again.
+    pub beyond_bytes: u64,
+}
+
 /// What the rehearsal found out.
 #[derive(Debug, Clone)]
 pub struct Observed {
@@ -444,6 +454,8 @@ pub struct Observed {
     /// The most of them, in bytes, that a micro-batch holds between two segments: what each one more takes that runs
     /// vertically.
     pub parked_bytes: u64,
+    /// What each call takes where its graph is kept, where memory is counted.
+    pub kept: Vec<KeptGraph>,
     /// How long computing takes.
     pub compute: Compute,
 }

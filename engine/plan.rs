@@ -6,7 +6,7 @@ use crate::builder::{Builder, gradient_passes_through};
 use crate::engine::AdamW;
 use crate::error::Error;
 use crate::layout::Layout;
-use crate::pass::Observed;
+use crate::pass::{KeptGraph, Observed};
 use crate::schedule::{Operation, Stream};
 use crate::simulator::{Compute, Forecast, Machine, Simulator};
 use ferrozero_offload::Tier;
@@ -59,6 +59,8 @@ pub struct Choices {
     pub gradient_sets: Option<usize>,
     /// Micro-batches that run vertically.
     pub vertical: Option<usize>,
+    /// Calls that keep the graph of their forward, from the last on.
+    pub kept: Option<usize>,
     /// When updates are made, where there is a choice: with clipping.
     pub updates: Option<Updates>,
     /// Bytes of a piece, a multiple of 4 KiB; none: 4 MiB, which no plan chooses otherwise.
@@ -94,6 +96,8 @@ pub struct Plan {
     depths: Depths,
     working_bytes: Option<u64>,
     parked_bytes: u64,
+    /// What the graphs that are kept take beside the model's other tensors.
+    kept_bytes: u64,
     gradient_passes_through: bool,
 }
 
@@ -130,8 +134,10 @@ impl Plan {
         let passes = gradient_passes_through(&observed.calls, accumulate, depths.vertical, clip.is_some());
         let needs =
             Needs { layout, calls: &observed.calls, gradient_passes_through: passes, device: limits.device };
+        let arrangement = Arrangement::new(&needs, placements, boundary_home, depths);
         Self {
-            arrangement: Arc::new(Arrangement::new(&needs, placements, boundary_home, depths)),
+            kept_bytes: kept_bytes(observed, &arrangement),
+            arrangement: Arc::new(arrangement),
             depths,
             updates_at_once: false,
             prediction: None,
@@ -226,6 +232,7 @@ impl Plan {
             + self.gradient_bytes()
             + boundaries * self.bytes_of_passage()
             + self.activation_bytes().unwrap_or(0)
+            + self.kept_bytes
             + if self.limits.device.apart { 0 } else { BOOKKEEPING_BYTES + self.thread_bytes() }
     }
 
@@ -266,7 +273,8 @@ impl Plan {
 
     /// Bytes of all boundary activations that are kept at once.
     fn boundary_bytes(&self) -> u64 {
-        let of_one: u64 = self.calls.iter().map(|call| 4 * call.boundary_elements as u64).sum();
+        let calls = self.calls.iter().enumerate().filter(|(index, _)| !self.arrangement.keeps(*index));
+        let of_one: u64 = calls.map(|(_, call)| 4 * call.boundary_elements as u64).sum();
         self.depths.vertical as u64 * of_one
     }
 
@@ -334,7 +342,7 @@ impl Plan {
         self.prediction.as_ref()
     }
 
-    /// Slots, pieces and micro-batches that run vertically.
+    /// Slots, pieces, micro-batches that run vertically, and graphs that are kept.
     pub fn depths(&self) -> Depths {
         self.depths
     }
@@ -364,6 +372,19 @@ impl Plan {
         self.disk_home_bytes() > 0
             || (self.arrangement.boundary_home == Tier::Disk && self.arrangement.passages > 0)
     }
+}
+
+/// Most bytes of graphs that are kept, beyond a step in which all is computed again: a call's own is among the working bytes then.
+fn kept_bytes(observed: &Observed, arrangement: &Arrangement) -> u64 {
+    let calls = observed.calls.iter().zip(&observed.kept).enumerate();
+    let kept: Vec<_> = calls.filter(|(index, _)| arrangement.keeps(*index)).map(|(_, kept)| kept).collect();
+    let stays = |call: &Call| arrangement.boundary_home != Tier::Device && call.boundary_moves;
+    let bytes_of = |&(call, graph): &(&Call, &KeptGraph)| {
+        graph.bytes + if stays(call) { 4 * call.boundary_elements as u64 } else { 0 }
+    };
+    let all: u64 = arrangement.vertical as u64 * kept.iter().map(bytes_of).sum::<u64>();
+    let last = kept.last().map_or(0, bytes_of);
+    all - last + kept.iter().map(|(_, graph)| graph.beyond_bytes).max().unwrap_or(0)
 }
 
 /// Bytes for people.
@@ -430,6 +451,9 @@ impl Plan {
         }
         row("gradients on their way", Some(self.gradient_bytes()), of_use(&[BufferUse::GradientPieces]), 0);
         row("activations and other tensors", self.activation_bytes(), 0, 0);
+        if self.depths.kept > 0 {
+            row(&format!("graphs that are kept ({})", self.depths.kept), Some(self.kept_bytes), 0, 0);
+        }
         rows
     }
 
@@ -461,6 +485,10 @@ impl fmt::Display for Plan {
                 let when = if self.updates_at_once { "at once" } else { "with the next forward" };
                 writeln!(f, "  updates are made {when}")?;
             }
+        }
+        if self.depths.kept > 0 {
+            let (kept, calls) = (self.depths.kept, self.calls.len());
+            writeln!(f, "  the last {kept} of {calls} segments are not computed again in the backward")?;
         }
         match (self.accumulate, self.depths.vertical) {
             (1, _) => {}

@@ -4,7 +4,7 @@
 use crate::arrangement::{Depths, DeviceKind};
 use crate::engine::{AdamW, DEFAULT_PIECE_BYTES, check_piece};
 use crate::error::{Error, Result};
-use crate::pass::Observed;
+use crate::pass::{KeptGraph, Observed};
 use crate::plan::{Bytes, Choices, Limits, Plan};
 use crate::schedule::Stream;
 use crate::search::Search;
@@ -93,7 +93,9 @@ impl Question {
         let logits = self.machine.is_apart();
         let own = self.shape.working_bytes(self.tokens(), element_bytes, logits);
         let parked = self.shape.parked_bytes(self.tokens(), element_bytes, logits);
+        let graph = self.shape.kept_bytes(self.tokens(), element_bytes);
         Observed {
+            kept: vec![KeptGraph { bytes: graph, beyond_bytes: 0 }; calls.len()],
             calls,
             working_bytes: Some(kept + own),
             parked_bytes: kept + parked,
@@ -337,7 +339,14 @@ mod tests {
         let pools = [(4, 1), (16, 2)].into_iter();
         let each = pools.flat_map(|pools| [1, 4].map(|look_ahead| (pools, look_ahead)));
         each.flat_map(|((state_pieces, gradient_sets), look_ahead)| {
-            [1, 2].map(|slots| Depths { slots, look_ahead, state_pieces, gradient_sets, vertical: 1 })
+            [1, 2].map(|slots| Depths {
+                slots,
+                look_ahead,
+                state_pieces,
+                gradient_sets,
+                vertical: 1,
+                kept: 0,
+            })
         })
     }
 

@@ -8,11 +8,13 @@ use crate::device::ComputeDevice;
 use crate::error::{Error, Result};
 use crate::gradient::{GradientSink, ResidentGradients};
 use crate::layout::Layout;
-use crate::pass::{Observed, lock};
+use crate::pass::{KeptGraph, Observed, lock};
 use crate::registry::GroupTensors;
+use crate::segment::Output;
 use crate::simulator::{Compute, ComputeTime};
 use crate::vacancy::{self, DeviceRun};
 use candle_core::{DType, Shape, Tensor};
+use std::cell::Cell;
 use std::collections::{BTreeSet, HashMap};
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
@@ -46,6 +48,19 @@ struct Known {
     output: Option<(Shape, DType)>,
     forward: Measured,
     backward: Measured,
+    /// The part of the backward that is the forward again.
+    again: Measured,
+    /// A forward whose graph is kept: its peak, and what stays of it beside its output.
+    kept_peak_bytes: u64,
+    kept_bytes: u64,
+}
+
+impl Known {
+    fn kept(&self) -> KeptGraph {
+        let forward = self.kept_peak_bytes.saturating_sub(self.backward.bytes);
+        let backward = self.kept_bytes.saturating_sub(self.again.bytes);
+        KeptGraph { bytes: self.kept_bytes, beyond_bytes: forward.max(backward) }
+    }
 }
 
 /// What runs of one kind of segment took, in one direction.
@@ -90,6 +105,16 @@ impl Measured {
     }
 }
 
+/// What was measured of something that ran.
+struct Tried<T> {
+    result: T,
+    /// The most that it had beyond the parameters.
+    bytes: u64,
+    /// The most that the whole rehearsal had meanwhile, parameters apart.
+    needed_bytes: u64,
+    seconds: f64,
+}
+
 /// One turn of a segment: a number of a call.
 #[derive(Debug, Clone, Copy)]
 enum Turn {
@@ -112,6 +137,12 @@ struct Findings {
 }
 
 impl Findings {
+    /// By call.
+    fn kept(&self) -> Vec<KeptGraph> {
+        let known = |kind: &Kind| self.known.get(kind).map(Known::kept).unwrap_or_default();
+        self.calls.iter().map(|(_, kind)| known(kind)).collect()
+    }
+
     fn compute(&self) -> Compute {
         let mut compute = Compute::none(self.calls.len());
         for &(turn, before_s) in &self.turns {
@@ -123,6 +154,9 @@ impl Findings {
             };
             if let (Some(of_turn), Some(measured)) = (of_turn, measured) {
                 *of_turn = ComputeTime { before_s, within_s: measured.typical_s() };
+            }
+            if let (Some(again_s), Some(known)) = (compute.again_s.get_mut(call), known) {
+                *again_s = known.again.typical_s();
             }
         }
         compute.detach.before_s = self.after_s;
@@ -198,6 +232,7 @@ impl Rehearsal {
             calls: findings.calls.iter().map(|(call, _)| call.clone()).collect(),
             working_bytes: (findings.peak_bytes > 0).then_some(findings.peak_bytes),
             parked_bytes: findings.parked_bytes,
+            kept: findings.kept(),
             compute: findings.compute(),
         })
     }
@@ -213,6 +248,7 @@ impl Rehearsal {
             for known in findings.known.values_mut() {
                 known.forward.seconds.clear();
                 known.backward.seconds.clear();
+                known.again.seconds.clear();
             }
             findings.pass = pass;
         }
@@ -365,11 +401,8 @@ impl Trial {
         Ok(self.moves.then(zeros).transpose()?)
     }
 
-    /// Runs the first ones of its kind; for the others the output's shape is known.
-    pub fn forward(
-        &mut self,
-        run: impl FnOnce() -> candle_core::Result<(DeviceRun, Shape)>,
-    ) -> Result<(DeviceRun, Shape)> {
+    /// Runs the first ones of its kind, the very first with its graph kept too; for the others the output's shape is known.
+    pub fn forward(&mut self, run: impl Fn(bool) -> candle_core::Result<Output>) -> Result<Output> {
         if self.known {
             let output =
                 lock(&self.rehearsal.findings).known.get(&self.kind).and_then(|known| known.output.clone());
@@ -377,15 +410,32 @@ impl Trial {
                 output.ok_or_else(|| crate::work::internal("a known segment without an output"))?;
             self.count(|known| known.forward.bytes);
             let device = self.rehearsal.device.device();
-            return Ok((DeviceRun::zeros(shape.elem_count(), dtype, device)?, shape));
+            return Ok(Output::of(DeviceRun::zeros(shape.elem_count(), dtype, device)?, shape));
         }
-        let (output, bytes, seconds) = self.measured(run)?;
+        if !lock(&self.rehearsal.findings).known.contains_key(&self.kind) {
+            self.try_with_graph(&run)?;
+        }
+        let (output, bytes, seconds) = self.measured(|| run(false))?;
         let mut findings = lock(&self.rehearsal.findings);
         let known = findings.known.entry(self.kind.clone()).or_default();
-        known.output = Some((output.1.clone(), output.0.dtype()));
+        known.output = Some((output.shape.clone(), output.values.dtype()));
         known.forward.add(bytes, seconds);
         drop(findings);
         Ok(output)
+    }
+
+    /// Measures what a forward takes whose graph is kept.
+    fn try_with_graph(&self, run: impl Fn(bool) -> candle_core::Result<Output>) -> Result<()> {
+        let device = &self.rehearsal.device;
+        let before_bytes = device.used_bytes();
+        let Tried { result: output, bytes, .. } = self.tried(|| run(true))?;
+        let value_bytes = (output.shape.elem_count() * output.values.dtype().size_in_bytes()) as u64;
+        let held_bytes = device.used_bytes().saturating_sub(before_bytes);
+        let mut findings = lock(&self.rehearsal.findings);
+        let known = findings.known.entry(self.kind.clone()).or_default();
+        known.kept_peak_bytes = bytes;
+        known.kept_bytes = held_bytes.saturating_sub(value_bytes);
+        Ok(())
     }
 
     /// Runs the first ones of its kind.
@@ -394,23 +444,44 @@ impl Trial {
         run: impl FnOnce(&mut GradientSink) -> candle_core::Result<T>,
     ) -> Result<T> {
         let rehearsal = self.rehearsal.clone();
-        let mut sink = GradientSink::new(
-            &rehearsal.layout,
-            &rehearsal.tensors,
-            self.group,
-            &rehearsal.resident_gradients,
-        );
-        let (gradients, bytes, seconds) = self.measured(|| run(&mut sink))?;
+        let Rehearsal { layout, tensors, device, resident_gradients, .. } = &*rehearsal;
+        let parameters_in_place: Cell<Option<(Instant, u64)>> = Cell::new(None);
+        let again = Cell::new(None);
+        let note_again = || {
+            if let Some((started, with_parameters_bytes)) = parameters_in_place.get() {
+                device.synchronize().map_err(candle_core::Error::wrap)?;
+                let held = device.used_bytes().saturating_sub(with_parameters_bytes);
+                again.set(Some((held, started.elapsed().as_secs_f64())));
+            }
+            Ok(())
+        };
+        let mut sink = GradientSink::new(layout, tensors, self.group, resident_gradients).noting(&note_again);
+        let (gradients, bytes, seconds) = self.measured(|| {
+            parameters_in_place.set(Some((Instant::now(), device.used_bytes())));
+            run(&mut sink)
+        })?;
+        let missing = sink.missing();
         let mut findings = lock(&rehearsal.findings);
-        findings.missing.extend(sink.missing());
+        findings.missing.extend(missing);
         if let Some(known) = findings.known.get_mut(&self.kind) {
             known.backward.add(bytes, seconds);
+            if let Some((bytes, seconds)) = again.get() {
+                known.again.add(bytes, seconds);
+            }
         }
         Ok(gradients)
     }
 
     /// Runs something with parameters of zero in place, and measures the bytes that it needs beyond them and its seconds.
     fn measured<T>(&self, run: impl FnOnce() -> candle_core::Result<T>) -> Result<(T, u64, f64)> {
+        let trial = self.tried(run)?;
+        let mut findings = lock(&self.rehearsal.findings);
+        findings.peak_bytes = findings.peak_bytes.max(trial.needed_bytes);
+        Ok((trial.result, trial.bytes, trial.seconds))
+    }
+
+    /// As [`Self::measured`], of something that no plan has to have room for.
+    fn tried<T>(&self, run: impl FnOnce() -> candle_core::Result<T>) -> Result<Tried<T>> {
         let Rehearsal { layout, tensors, device, base_bytes, .. } = &*self.rehearsal;
         let before_bytes = device.used_bytes();
         tensors.fill(self.group, device.zeros(&layout.groups[self.group])?)?;
@@ -423,10 +494,8 @@ impl Trial {
         let seconds = started.elapsed().as_secs_f64();
         let bytes = device.peak_bytes().saturating_sub(with_parameters_bytes);
         drop(tensors.take(self.group)?);
-        let needed = before_bytes.saturating_sub(*base_bytes) + bytes;
-        let mut findings = lock(&self.rehearsal.findings);
-        findings.peak_bytes = findings.peak_bytes.max(needed);
-        Ok((result?, bytes, seconds))
+        let needed_bytes = before_bytes.saturating_sub(*base_bytes) + bytes;
+        Ok(Tried { result: result?, bytes, needed_bytes, seconds })
     }
 
     /// Counts a segment that is skipped as if it had run now.

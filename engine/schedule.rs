@@ -140,10 +140,18 @@ pub enum Operation {
     CopyDown { group: GroupIndex, stream: Stream, piece: usize, home: Buffer, buffer: Buffer },
     /// The resident parameters enter their tensors, for all micro-batches.
     Attach { slot: Slot },
-    /// A segment runs without a graph; with `passage` its input leaves the device afterwards.
-    Forward { call: usize, micro_batch: usize, slot: Slot, passage: Option<Passage> },
-    /// A segment runs again with a graph and propagates back; its gradients leave in `gradients`.
-    Backward { call: usize, micro_batch: usize, slot: Slot, passage: Option<Passage>, gradients: GradientSet },
+    /// A segment runs; with `passage` its input leaves the device afterwards, and where it `keeps` its graph that stays for the
+    /// backward.
+    Forward { call: usize, micro_batch: usize, slot: Slot, passage: Option<Passage>, keeps: bool },
+    /// A segment propagates back, by the graph that was `kept` or by that of running again; its gradients leave in `gradients`.
+    Backward {
+        call: usize,
+        micro_batch: usize,
+        slot: Slot,
+        passage: Option<Passage>,
+        kept: bool,
+        gradients: GradientSet,
+    },
     /// A micro-batch ends: the gradients of resident parameters leave, if it was a training pass, and after the last one
     /// the parameters leave their tensors for `slot`.
     Detach { micro_batch: usize, slot: Option<Slot>, gradients: Option<GradientSet> },

@@ -65,6 +65,19 @@ struct Policy {
     order: [Stream; 4],
     /// Whether whole groups are at home on a device with memory of its own, as many as fit.
     admit: bool,
+    /// Whether graphs are kept.
+    graphs: Graphs,
+}
+
+/// Which graphs of forwards are kept.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Graphs {
+    /// As many as the depths say.
+    AsFixed,
+    /// As many as there is room for when all states are as far away as they can be.
+    BeforeStates,
+    /// As many as there is room for when states are as near as they can be.
+    AfterStates,
 }
 
 impl Search<'_> {
@@ -178,7 +191,8 @@ impl Search<'_> {
 
     /// Whether what is fixed can be, however much memory there is.
     fn check_depths(&self) -> Result<()> {
-        let Choices { slots, look_ahead, state_pieces, gradient_sets, updates, .. } = self.limits.choices;
+        let Choices { slots, look_ahead, state_pieces, gradient_sets, kept, updates, .. } =
+            self.limits.choices;
         let wrong = |text: String| Err(Error::Configuration(text));
         let depths = [("slots", slots), ("look_ahead", look_ahead), ("gradient_sets", gradient_sets)];
         if let Some((name, _)) = depths.iter().find(|(_, depth)| *depth == Some(0)) {
@@ -188,6 +202,10 @@ impl Search<'_> {
             return wrong(format!(
                 "state_pieces is {pieces}: an update has a piece of each of {STREAMS} streams, so use a multiple of {STREAMS}"
             ));
+        }
+        let calls = self.observed.iter().map(|(_, observed)| observed.calls.len()).min().unwrap_or(0);
+        if let Some(kept) = kept.filter(|&kept| kept > calls) {
+            return wrong(format!("kept is {kept}, and a step runs {calls} segments: use from 0 to as many"));
         }
         if updates.is_some() && self.clip.is_none() {
             return wrong(
@@ -216,10 +234,10 @@ impl Search<'_> {
             .and_then(|found| found.first())
         {
             Some((plan, _)) => {
-                let Depths { slots, look_ahead, state_pieces, gradient_sets, vertical } = plan.depths();
+                let Depths { slots, look_ahead, state_pieces, gradient_sets, vertical, kept } = plan.depths();
                 format!(
                     "{culprit}. Without what was fixed it fits, as with slots {slots}, look_ahead {look_ahead}, state_pieces \
-                     {state_pieces}, gradient_sets {gradient_sets}, vertical {vertical} and homes that are chosen"
+                     {state_pieces}, gradient_sets {gradient_sets}, vertical {vertical}, kept {kept} and homes that are chosen"
                 )
             }
             None => culprit,
@@ -238,6 +256,7 @@ impl Search<'_> {
                     state_pieces: choices.state_pieces.unwrap_or(state_pieces),
                     gradient_sets: choices.gradient_sets.unwrap_or(gradient_sets),
                     vertical,
+                    kept: choices.kept.unwrap_or(0),
                 });
             }
         }
@@ -262,8 +281,15 @@ impl Search<'_> {
     }
 
     fn policies(&self, observed: &Observed) -> Vec<Policy> {
+        let graphs: &[Graphs] = match self.limits.choices.kept {
+            None if self.has_limit() && observed.working_bytes.is_some() => {
+                &[Graphs::AsFixed, Graphs::AfterStates, Graphs::BeforeStates]
+            }
+            _ => &[Graphs::AsFixed],
+        };
+        let with_graphs = |(order, admit)| graphs.iter().map(move |&graphs| Policy { order, admit, graphs });
         if self.limits.choices.placement != Placement::Auto {
-            return vec![Policy { order: ORDERS[0], admit: false }];
+            return with_graphs((ORDERS[0], false)).collect();
         }
         // What the model's own tensors take must be known to say what fits beside them.
         let can_admit = self.limits.device.apart
@@ -271,21 +297,58 @@ impl Search<'_> {
             && self.limits.device_bytes.is_some();
         let admissions: &[bool] = if can_admit { &[true, false] } else { &[false] };
         let orders: &[[Stream; 4]] = if self.has_disk { &ORDERS } else { &ORDERS[..1] };
-        let each =
-            orders.iter().flat_map(|&order| admissions.iter().map(move |&admit| Policy { order, admit }));
-        each.collect()
+        let each = orders.iter().flat_map(|&order| admissions.iter().map(move |&admit| (order, admit)));
+        each.flat_map(with_graphs).collect()
+    }
+
+    /// Whether there is a limit to the memory that graphs would take: without one nobody knows how many fit.
+    fn has_limit(&self) -> bool {
+        let Limits { memory_bytes, device_bytes, device, .. } = &self.limits;
+        device_bytes.or(if device.apart { None } else { *memory_bytes }).is_some()
+    }
+
+    /// A plan by `policy`.
+    fn place(
+        &self,
+        observed: &Observed,
+        (boundaries, depths): (Tier, Depths),
+        policy: Policy,
+    ) -> Result<Plan> {
+        let with = |kept| (boundaries, Depths { kept, ..depths });
+        let as_many_as_fit = |placements: &[GroupPlacement]| {
+            let fits = |kept| self.plan_with(&self.layout, observed, placements.to_vec(), with(kept)).fits();
+            let (mut fitting, mut too_many) = (0, observed.calls.len() + 1);
+            while too_many - fitting > 1 {
+                let kept = fitting.midpoint(too_many);
+                *if fits(kept) { &mut fitting } else { &mut too_many } = kept;
+            }
+            with(fitting)
+        };
+        match policy.graphs {
+            Graphs::AsFixed => self.place_states(observed, with(depths.kept), policy),
+            Graphs::BeforeStates => self.place_states(observed, as_many_as_fit(&self.farthest()), policy),
+            Graphs::AfterStates => {
+                let plan = self.place_states(observed, with(0), policy)?;
+                let at = as_many_as_fit(plan.placements());
+                Ok(self.plan_with(&self.layout, observed, plan.placements().to_vec(), at))
+            }
+        }
+    }
+
+    /// Everything as far away as it can be.
+    fn farthest(&self) -> Vec<GroupPlacement> {
+        let mut placements = vec![self.start(); self.layout.groups.len()];
+        // The resident group is always on the device, and its masters too if that can be.
+        if self.limits.device.holds_masters() {
+            placements[self.layout.resident()].master = Tier::Device;
+        }
+        placements
     }
 
     /// Everything in the farthest tier, and then as much as fits brought closer by `policy`.
-    fn place(&self, observed: &Observed, at: (Tier, Depths), policy: Policy) -> Result<Plan> {
-        let (layout, device) = (&self.layout, self.limits.device);
-        let make = |placements: Vec<GroupPlacement>| self.plan_with(layout, observed, placements, at);
-        let resident = layout.resident();
-        let mut placements = vec![self.start(); layout.groups.len()];
-        // The resident group is always on the device, and its masters too if that can be.
-        if device.holds_masters() {
-            placements[resident].master = Tier::Device;
-        }
+    fn place_states(&self, observed: &Observed, at: (Tier, Depths), policy: Policy) -> Result<Plan> {
+        let make = |placements: Vec<GroupPlacement>| self.plan_with(&self.layout, observed, placements, at);
+        let placements = self.farthest();
         let mut plan = make(placements.clone());
         if policy.admit {
             plan = self.admit_groups(&make, plan, placements);
@@ -535,7 +598,8 @@ mod tests {
             device: DeviceKind { dtype: DType::BF16, apart: true },
         };
         let calls = (0..GROUPS).map(call).collect();
-        let observed = Observed { calls, working_bytes, parked_bytes: 0, compute: Compute::none(GROUPS) };
+        let observed =
+            Observed { calls, working_bytes, parked_bytes: 0, kept: vec![], compute: Compute::none(GROUPS) };
         let mut search = Search {
             layout,
             limits,

@@ -3,10 +3,11 @@
 //! Going forward, a segment waits for its group, lets the module compute, and makes the parameters vacant again: what
 //! stays in candle's graph is one operation with the segment's input. Going back, that operation fetches the group again, computes
 //! the segment once more with a graph, feeds the upstream gradient into it, and hands every parameter's gradient to the
-//! executor (recomputation as in Chen et al., "Training deep nets with sublinear memory cost", arXiv 1604.06174).
+//! executor (recomputation as in Chen et al., "Training deep nets with sublinear memory cost", arXiv 1604.06174). Where the
+//! schedule says that the forward keeps its graph, the operation holds it until then, and nothing is computed again.
 
 use crate::error::{Error, Result};
-use crate::pass::Passes;
+use crate::pass::{Backward, Gradients, Passes, lock};
 use crate::vacancy::{self, DeviceRun};
 use candle_core::{
     CpuStorage, CudaStorage, CustomOp1, CustomOp2, CustomOp3, DType, Layout, Module, Shape, Tensor, bail,
@@ -85,19 +86,11 @@ fn call(
         ));
     }
     let mut forward = passes.begin_forward(group, kind, inputs)?;
-    let output = forward.compute(|| {
-        let inputs: Vec<Tensor> = inputs.iter().map(|input| input.detach()).collect();
-        let output = run(&inputs)?;
-        let shape = output.shape().clone();
-        // An output that is a view of an input must not take the input's storage with it.
-        let shared = inputs.iter().any(|input| vacancy::share_storage(input, &output));
-        if !matches!(output.dtype(), DType::F32 | DType::BF16 | DType::F16) {
-            bail!("a segment's output must be F32, BF16 or F16, not {:?}", output.dtype())
-        }
-        let values = if shared { vacancy::copy(&output)? } else { vacancy::into_run(output)? };
-        Ok((values, shape))
+    let output = forward.compute(|keeps| match keeps {
+        true => Output::with_graph(&*run, inputs),
+        false => Output::alone(&*run, inputs),
     });
-    let (mut values, shape) = match output {
+    let Output { mut values, shape, graph } = match output {
         Ok(output) => output,
         Err(error) => {
             forward.finish(None)?;
@@ -114,7 +107,8 @@ fn call(
     let inputs: Vec<Tensor> = inputs.iter().map(|&input| input.clone()).collect();
     let tracked: Vec<Tensor> = inputs.iter().filter(|input| input.track_op()).cloned().collect();
     let first = inputs[0].clone();
-    let operation = SegmentOperation { passes: passes.clone(), group, call, run, inputs, output };
+    let graph = Mutex::new(graph);
+    let operation = SegmentOperation { passes: passes.clone(), group, call, run, inputs, output, graph };
     let node = match tracked.as_slice() {
         // The parameters are not in the graph, so without a tracked input candle would not come back to this segment.
         [] => {
@@ -138,6 +132,54 @@ fn call(
     Ok(node)
 }
 
+/// What a segment's module computed.
+pub(crate) struct Output {
+    pub values: DeviceRun,
+    pub shape: Shape,
+    /// How, if that is kept.
+    graph: Option<Graph>,
+}
+
+/// How a segment's module came to its output, until its backward.
+struct Graph {
+    leaves: Vec<Tensor>,
+    end: Tensor,
+}
+
+impl Output {
+    /// Without a graph.
+    fn alone(run: &Run, inputs: &[&Tensor]) -> candle_core::Result<Self> {
+        let inputs: Vec<Tensor> = inputs.iter().map(|input| input.detach()).collect();
+        let value = ops::without_graph(|| run(&inputs))?;
+        // An output that is a view of an input must not take the input's storage with it.
+        let shared = inputs.iter().any(|input| vacancy::share_storage(input, &value));
+        Self::new(value, shared, None)
+    }
+
+    /// With its graph. The inputs are copied, because candle's graph must not go on beyond them and their storage is others'.
+    fn with_graph(run: &Run, inputs: &[&Tensor]) -> candle_core::Result<Self> {
+        let leaves = inputs.iter().map(|input| leaf_of(input)).collect::<candle_core::Result<Vec<_>>>()?;
+        let (end, value) = ops::keep(|| run(&leaves))?;
+        // A value that is in the graph too may be what its operation needs in the backward.
+        let shared = value.id() == end.id();
+        Self::new(value, shared, Some(Graph { leaves, end }))
+    }
+
+    /// Values alone.
+    pub fn of(values: DeviceRun, shape: Shape) -> Self {
+        Self { values, shape, graph: None }
+    }
+
+    fn new(value: Tensor, shared: bool, graph: Option<Graph>) -> candle_core::Result<Self> {
+        if !matches!(value.dtype(), DType::F32 | DType::BF16 | DType::F16) {
+            bail!("a segment's output must be F32, BF16 or F16, not {:?}", value.dtype())
+        }
+        let shape = value.shape().clone();
+        let values = if shared { vacancy::copy(&value)? } else { vacancy::into_run(value)? };
+        Ok(Self { values, shape, graph })
+    }
+}
+
 /// The segment as candle's graph knows it.
 struct SegmentOperation {
     passes: Passes,
@@ -147,6 +189,8 @@ struct SegmentOperation {
     inputs: Vec<Tensor>,
     /// What the module computed, until the graph's node takes it.
     output: Mutex<Option<(DeviceRun, Shape)>>,
+    /// The graph of the forward, where that is kept.
+    graph: Mutex<Option<Graph>>,
 }
 
 impl SegmentOperation {
@@ -179,6 +223,9 @@ impl SegmentOperation {
             backward.finish(None)?;
             return Ok(tracked().map(|input| input.zeros_like()).collect::<candle_core::Result<_>>()?);
         }
+        if let Some(graph) = lock(&self.graph).take() {
+            return self.backward_of(graph, backward, upstream);
+        }
         let boundary = backward.take_boundary()?;
         let moved = boundary.is_some();
         let first = &self.inputs[0];
@@ -194,6 +241,7 @@ impl SegmentOperation {
         let gradients = backward.compute(|sink| {
             let mut store = ops::recompute(|| {
                 let output = (self.run)(&leaves)?;
+                sink.note_recomputed()?;
                 if output.shape() != upstream.shape() {
                     bail!("a segment gave {:?} and, run again, {:?}", upstream.shape(), output.shape())
                 }
@@ -211,6 +259,23 @@ impl SegmentOperation {
         if moved {
             backward.return_boundary(self.passes.leaves().take(&leaves[0])?)?;
         }
+        self.finish(backward, gradients)
+    }
+
+    /// The backward of a graph that was kept.
+    fn backward_of(&self, graph: Graph, mut backward: Backward, upstream: &Tensor) -> Result<Vec<Tensor>> {
+        let Graph { leaves, end } = graph;
+        let gradients = backward.compute(|sink| {
+            let mut store = ops::backward(&end.apply_op1(Inject(upstream.clone()))?)?;
+            let of_inputs = leaves.iter().map(|leaf| store.remove(leaf)).collect();
+            Ok((of_inputs, sink.collect(&mut store)?))
+        });
+        drop((leaves, end));
+        self.finish(backward, gradients)
+    }
+
+    /// Hands over the gradients of the parameters, and answers those of the tracked inputs.
+    fn finish(&self, backward: Backward, gradients: Result<Gradients>) -> Result<Vec<Tensor>> {
         let (of_inputs, of_parameters) = match gradients {
             Ok(gradients) => gradients,
             Err(error) => {
@@ -228,7 +293,7 @@ impl SegmentOperation {
 }
 
 /// An input as a leaf of the segment's own graph: a copy that gets a gradient, if candle tracks it outside.
-fn leaf_of(input: &Tensor) -> Result<Tensor> {
+fn leaf_of(input: &Tensor) -> candle_core::Result<Tensor> {
     if input.track_op() && input.dtype().is_float() {
         Ok(vacancy::copy(input)?.into_tensor(input.shape(), true))
     } else {

@@ -14,6 +14,9 @@ use std::path::Path;
 /// and the gradients that are under way beside it. Counted over the engine's own blocks, whose attention keeps no scores.
 const WORKING_WIDTHS: u64 = 34;
 
+/// Tensors of a block's graph of the model's width that stay until the backward: input, norms and the sum between them.
+const KEPT_WIDTHS: u64 = 4;
+
 /// Rows whose logits the engine's cross-entropy on the CPU device has at once.
 const LOGIT_ROWS: u64 = 256;
 
@@ -332,6 +335,20 @@ impl ModelShape {
         block.max(loss) * element_bytes as u64
     }
 
+    /// Bytes that the graph of a segment holds from its forward to its backward, over B·T `tokens`, with a copy of its input.
+    pub fn kept_bytes(&self, tokens: usize, element_bytes: usize) -> u64 {
+        let (tokens, c, f) = (tokens as u64, self.hidden as u64, self.feed_forward as u64);
+        let (q, kv) =
+            ((self.heads * self.head_width) as u64, (self.key_value_heads * self.head_width) as u64);
+        // Before and within the perceptron: its input, what its activation reads, and what that gives.
+        let perceptron = match self.family {
+            Family::Gpt => 2 * f,
+            Family::Llama => 3 * f,
+        };
+        let block = KEPT_WIDTHS * c + 2 * (q + kv) + perceptron;
+        tokens * block * element_bytes as u64 / self.segments_per_block as u64
+    }
+
     /// Bytes of the model's own tensors that a micro-batch of B·T `tokens` holds between two segments, boundaries apart: the
     /// gradient of the head, which comes with the loss, and some activations; with `logits`, those and their gradients too.
     pub fn parked_bytes(&self, tokens: usize, element_bytes: usize, logits: bool) -> u64 {
@@ -363,14 +380,16 @@ impl ModelShape {
         let tokens = (batch * sequence) as f64;
         let (matrices, attention, head) = self.forward_flop(sequence, speeds.spares_windows);
         let mut compute = Compute::none(self.segments());
-        for (segment, (forward, backward)) in
-            compute.forward.iter_mut().zip(&mut compute.backward).enumerate()
+        let Compute { forward, backward, again_s, .. } = &mut compute;
+        for (segment, ((forward, backward), again_s)) in
+            forward.iter_mut().zip(backward).zip(again_s).enumerate()
         {
             let attention = attention.get(segment / self.segments_per_block).copied().unwrap_or(0.0);
             let block_s = matrices / speeds.matmul + attention / speeds.attention;
             let forward_s = tokens * block_s / self.segments_per_block as f64;
             *forward = ComputeTime { before_s: 0.0, within_s: forward_s };
             *backward = ComputeTime { before_s: 0.0, within_s: 3.0 * forward_s };
+            *again_s = forward_s;
         }
         // The head and its gradients come between the last forward and the first backward.
         if let Some(last) = compute.backward.last_mut() {

@@ -43,6 +43,8 @@ pub struct Compute {
     pub forward: Vec<ComputeTime>,
     /// Backward of each call, recomputation included.
     pub backward: Vec<ComputeTime>,
+    /// Seconds of each call's backward in which it computes its forward again.
+    pub again_s: Vec<f64>,
     /// End of a pass.
     pub detach: ComputeTime,
 }
@@ -51,14 +53,24 @@ impl Compute {
     /// Of a step of `calls` calls that takes no time.
     pub fn none(calls: usize) -> Self {
         let zero = ComputeTime::default();
-        Self { attach: zero, forward: vec![zero; calls], backward: vec![zero; calls], detach: zero }
+        Self {
+            attach: zero,
+            forward: vec![zero; calls],
+            backward: vec![zero; calls],
+            again_s: vec![0.0; calls],
+            detach: zero,
+        }
     }
 
     fn time(&self, operation: &Operation) -> ComputeTime {
         match *operation {
             Operation::Attach { .. } => self.attach,
             Operation::Forward { call, .. } => self.forward.get(call).copied().unwrap_or_default(),
-            Operation::Backward { call, .. } => self.backward.get(call).copied().unwrap_or_default(),
+            Operation::Backward { call, kept, .. } => {
+                let ComputeTime { before_s, within_s } = self.backward.get(call).copied().unwrap_or_default();
+                let spared_s = if kept { self.again_s.get(call).copied().unwrap_or(0.0) } else { 0.0 };
+                ComputeTime { before_s, within_s: (within_s - spared_s).max(0.0) }
+            }
             Operation::Detach { .. } => self.detach,
             _ => ComputeTime::default(),
         }
@@ -314,7 +326,8 @@ mod tests {
         let dtype = if apart { DType::BF16 } else { DType::F32 };
         let device = DeviceKind { dtype, apart };
         let needs = Needs { layout, calls, gradient_passes_through: true, device };
-        let depths = Depths { slots: 1, look_ahead: 1, state_pieces: 4, gradient_sets: 1, vertical: 1 };
+        let depths =
+            Depths { slots: 1, look_ahead: 1, state_pieces: 4, gradient_sets: 1, vertical: 1, kept: 0 };
         Arrangement::new(&needs, vec![GroupPlacement::all(home); layout.groups.len()], Tier::Device, depths)
     }
 
@@ -338,7 +351,11 @@ mod tests {
         Operation::Upload { group: 0, piece, buffer: Buffer(buffer), slot: SLOT, staging: None }
     }
 
-    const FORWARD: Operation = Operation::Forward { call: 0, micro_batch: 0, slot: SLOT, passage: None };
+    const FORWARD: Operation = forward(SLOT);
+
+    const fn forward(slot: Slot) -> Operation {
+        Operation::Forward { call: 0, micro_batch: 0, slot, passage: None, keeps: false }
+    }
 
     /// Begin and end of each operation of the schedules, in seconds.
     fn times(machine: &Machine, schedules: &[&[Operation]]) -> Vec<Vec<(f64, f64)>> {
@@ -442,9 +459,7 @@ mod tests {
             upload_bytes_per_s: F32_BYTES * ALIGNMENT_ELEMENTS as f64 / 2.0,
             ..machine()
         };
-        let other = Slot(1);
-        let forward = Operation::Forward { call: 0, micro_batch: 0, slot: other, passage: None };
-        let times = times(&machine, &[&[upload(0, 0), forward]]).remove(0);
+        let times = times(&machine, &[&[upload(0, 0), forward(Slot(1))]]).remove(0);
         // When the copy is done 2 of the 4 s of computing are, and the other 2 have the processors for themselves.
         assert_eq!(times, [(0.0, 3.0), (1.5, 5.0)]);
     }

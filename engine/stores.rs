@@ -1,6 +1,6 @@
 //! What of a run lies on disk: the stores, what a commit says about the model, and how a commit is matched to it.
 
-use crate::arrangement::GroupPlacement;
+use crate::arrangement::{Call, GroupPlacement};
 use crate::engine::Config;
 use crate::error::{Error, Result};
 use crate::layout::{Group, Layout};
@@ -142,7 +142,9 @@ impl Stores {
             }
         }
         if plan.arrangement.boundary_home == Tier::Disk {
-            for (call, of_call) in plan.calls.iter().enumerate().filter(|(_, call)| call.boundary_moves) {
+            let leaves =
+                |&(index, call): &(usize, &Call)| call.boundary_moves && !plan.arrangement.keeps(index);
+            for (call, of_call) in plan.calls.iter().enumerate().filter(leaves) {
                 let bytes = 4 * of_call.boundary_elements as u64;
                 for place in 0..plan.arrangement.vertical {
                     let name = format!("boundary {call} of micro-batch {place}");

@@ -1,6 +1,6 @@
 //! Where never changes what: losses and weights have the same bits for every placement, disk backend, number of slots,
-//! look-ahead, pieces of state, gradient sets, moment of updates, piece size, number of threads, home of boundaries and number of
-//! micro-batches that run vertically.
+//! look-ahead, pieces of state, gradient sets, moment of updates, piece size, number of threads, home of boundaries, number of
+//! micro-batches that run vertically, and number of segments that are not computed again.
 
 mod support;
 
@@ -65,6 +65,12 @@ fn ways() -> Vec<Way> {
                 Config { boundaries: Some(boundaries), slots: Some(slots), ..memory() },
             ));
         }
+    }
+    for (kept, boundaries) in [(1, Tier::Device), (2, Tier::Disk), (3, Tier::Host), (BLOCKS, Tier::Disk)] {
+        ways.push(way(
+            format!("{kept} graphs kept, boundaries on {boundaries}"),
+            Config { kept: Some(kept), boundaries: Some(boundaries), ..memory() },
+        ));
     }
     for mixed in [
         GroupPlacement {

@@ -28,8 +28,16 @@ fn peaks_stay_within_the_plan_and_less_is_refused() {
         }
     }
     for boundaries in [Tier::Device, Tier::Host, Tier::Disk] {
-        for (clip, vertical) in [(None, 1), (None, 4), (Some(1.0), 3)] {
-            activations_within_the_plan(clip, vertical, boundaries);
+        for (clip, vertical, kept) in [
+            (None, 1, 0),
+            (None, 4, 0),
+            (Some(1.0), 3, 0),
+            (None, 1, 1),
+            (Some(1.0), 1, 5),
+            (None, 4, 1),
+            (None, 3, 8),
+        ] {
+            activations_within_the_plan(clip, (vertical, kept), boundaries);
         }
     }
     too_little_is_refused();
@@ -66,13 +74,14 @@ fn within_the_plan(placement: Placement, clip: Option<f64>, accumulate: usize, b
     clean(&config);
 }
 
-/// Activations that are most of what is planned, of four micro-batches that run vertically.
-fn activations_within_the_plan(clip: Option<f64>, vertical: usize, boundaries: Tier) {
+/// Activations that are most of what is planned, of micro-batches that run vertically and segments whose graphs are kept.
+fn activations_within_the_plan(clip: Option<f64>, (vertical, kept): (usize, usize), boundaries: Tier) {
     let config = Config {
         placement: Placement::All(Tier::Disk),
         clip,
         accumulate: 4,
         vertical: Some(vertical),
+        kept: Some(kept),
         boundaries: Some(boundaries),
         piece_bytes: Some(64 << 10),
         ..config(None)
@@ -86,7 +95,7 @@ fn activations_within_the_plan(clip: Option<f64>, vertical: usize, boundaries: T
         trainer.step(|_| model.loss(&long)).unwrap();
     }
     let usage = trainer.usage();
-    println!("{clip:?}, {vertical} vertical, boundaries on {boundaries}: {usage:?}");
+    println!("{clip:?}, {vertical} vertical, {kept} kept, boundaries on {boundaries}: {usage:?}");
     assert!(usage.peak_device_bytes <= usage.planned_device_bytes, "{config:?}: {usage:?}");
     assert!(usage.peak_host_bytes <= usage.planned_host_bytes, "{config:?}: {usage:?}");
     assert!(2 * usage.peak_device_bytes > usage.planned_device_bytes, "{config:?}: {usage:?}");

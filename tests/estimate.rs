@@ -15,9 +15,14 @@ static ALLOCATOR: CountingAllocator = CountingAllocator;
 #[test]
 fn estimated_memory_is_near_what_a_rehearsal_measures() {
     let mut ratios = vec![];
-    for (layers, hidden, heads, batch, sequence, vertical) in
-        [(4, 128, 4, 4, 64, 1), (2, 256, 8, 8, 128, 1), (6, 192, 4, 2, 128, 1), (4, 192, 4, 4, 128, 4)]
-    {
+    for (layers, hidden, heads, batch, sequence, vertical, kept) in [
+        (4, 128, 4, 4, 64, 1, 0),
+        (2, 256, 8, 8, 128, 1, 0),
+        (6, 192, 4, 2, 128, 1, 0),
+        (4, 192, 4, 4, 128, 4, 0),
+        (8, 128, 4, 4, 64, 1, 8),
+        (6, 192, 4, 4, 128, 3, 4),
+    ] {
         let config = GptConfig { vocabulary: 256, layers, hidden, heads, sequence };
         let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
         let engine = Engine::new(Config {
@@ -28,6 +33,7 @@ fn estimated_memory_is_near_what_a_rehearsal_measures() {
             slots: Some(2),
             accumulate: vertical,
             vertical: Some(vertical),
+            kept: Some(kept),
             ..Config::default()
         })
         .unwrap();
@@ -41,6 +47,7 @@ fn estimated_memory_is_near_what_a_rehearsal_measures() {
             boundaries: Some(Tier::Device),
             slots: Some(2),
             vertical: Some(vertical),
+            kept: Some(kept),
             ..Choices::default()
         };
         let shape = ModelShape::gpt(256, layers, hidden, heads, sequence);
@@ -67,7 +74,7 @@ fn estimated_memory_is_near_what_a_rehearsal_measures() {
         };
         let answer = question.answer().unwrap();
         let ratio = answer.plan.device_bytes() as f64 / plan.device_bytes() as f64;
-        println!("{layers} × {hidden}, {vertical} × {batch} × {sequence}: {ratio:.2}");
+        println!("{layers} × {hidden}, {vertical} × {batch} × {sequence}, {kept} kept: {ratio:.2}");
         ratios.push(ratio);
     }
     assert!(ratios.iter().all(|ratio| (0.65..1.35).contains(ratio)), "{ratios:?}");

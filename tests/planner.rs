@@ -1,6 +1,7 @@
 //! Plans of models that do not exist: they keep to every limit, they are as published systems found, and what is better
 //! makes nothing slower.
 
+use ferrozero::arrangement::Depths;
 use ferrozero::planner::{Answer, Question};
 use ferrozero::shape::ModelShape;
 use ferrozero::simulator::Machine;
@@ -151,6 +152,7 @@ fn what_is_fixed_is_kept() {
         state_pieces: Some(8),
         gradient_sets: Some(1),
         vertical: Some(2),
+        kept: Some(1),
         updates: Some(Updates::AtOnce),
         piece_bytes: Some(64 << 10),
     };
@@ -160,7 +162,8 @@ fn what_is_fixed_is_kept() {
     };
     let answer = question(Updates::AtOnce).answer().unwrap();
     assert_eq!((answer.depths.slots, answer.depths.look_ahead, answer.boundaries), (3, 2, Tier::Host));
-    assert_eq!((answer.depths.state_pieces, answer.depths.gradient_sets, answer.depths.vertical), (8, 1, 2));
+    let Depths { state_pieces, gradient_sets, vertical, kept, .. } = answer.depths;
+    assert_eq!((state_pieces, gradient_sets, vertical, kept), (8, 1, 2, 1));
     assert_eq!(answer.plan.layout().piece_elements, 16 << 10);
     assert!(answer.plan.to_string().contains("updates are made at once"));
     let deferred = question(Updates::NextForward).answer().unwrap();

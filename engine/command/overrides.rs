@@ -46,6 +46,10 @@ pub struct Overrides {
     #[arg(long, value_name = "NUMBER")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub vertical: Option<u16>,
+    /// Segments that keep what their backward needs, from the last one on, and are not computed again
+    #[arg(long, value_name = "NUMBER")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub kept: Option<u16>,
     /// When updates are made that clipping makes wait for the norm
     #[arg(long)]
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -80,6 +84,7 @@ impl Overrides {
             state_pieces: self.state_pieces.map(usize::from),
             gradient_sets: self.gradient_sets.map(usize::from),
             vertical: self.vertical.map(usize::from),
+            kept: self.kept.map(usize::from),
             updates: self.updates.map(UpdateTime::updates),
             piece_bytes: self.piece.map(|size| size.0 as usize),
         }

@@ -372,6 +372,7 @@ fn object(question: &Question, answer: &Answer, advice: &[(String, f64)]) -> ser
         "state_pieces": answer.depths.state_pieces,
         "gradient_sets": answer.depths.gradient_sets,
         "vertical": answer.depths.vertical,
+        "kept": answer.depths.kept,
         "forecast": answer.forecast,
         "tokens_per_s": answer.tokens_per_s,
         "advice": advice.iter().map(|(text, times)| json!({ "with": text, "times": times })).collect::<Vec<_>>(),

@@ -293,6 +293,7 @@ impl RunSettings {
             state_pieces: choices.state_pieces,
             gradient_sets: choices.gradient_sets,
             vertical: choices.vertical,
+            kept: choices.kept,
             updates: choices.updates,
             piece_bytes: choices.piece_bytes,
             ..Config::default()

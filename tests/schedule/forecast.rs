@@ -38,7 +38,8 @@ proptest! {
         let builder = Builder { layout: &layout, calls: &calls, arrangement: &arrangement, accumulate, clip };
         let time = ComputeTime { before_s, within_s };
         let each = vec![time; calls.len()];
-        let compute = Compute { attach: time, forward: each.clone(), backward: each, detach: time };
+        let again_s = vec![within_s / 3.0; calls.len()];
+        let compute = Compute { attach: time, forward: each.clone(), backward: each, again_s, detach: time };
         let schedule = builder.train(clip);
         let simulator = Simulator {
             layout: &layout,

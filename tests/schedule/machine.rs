@@ -70,6 +70,8 @@ pub struct Machine {
     slots: Vec<SlotContent>,
     sets: Vec<Option<Set>>,
     passages: Vec<Option<Passing>>,
+    /// Graphs of calls that are kept, each with the moment of its forward.
+    graphs: Vec<(usize, Moment)>,
     disk: HashMap<(Extent, usize), Content>,
     /// What survives a restart.
     committed: HashMap<(Extent, usize), Content>,
@@ -113,7 +115,10 @@ impl Machine {
         accumulate: usize,
         clip: bool,
     ) -> Self {
-        let moves = |call: &Call| call.boundary_moves && arrangement.boundary_home != ferrozero::Tier::Device;
+        let moves = |index: usize, call: &Call| {
+            let away = arrangement.boundary_home != ferrozero::Tier::Device;
+            call.boundary_moves && away && !arrangement.keeps(index)
+        };
         let groups = Groups {
             pieces: layout.groups.iter().map(|group| layout.piece_count(group.elements)).collect(),
             trainable_pieces: layout
@@ -123,7 +128,10 @@ impl Machine {
                 .collect(),
             calls: calls
                 .iter()
-                .map(|call| (call.group, layout.piece_count(call.boundary_elements), moves(call)))
+                .enumerate()
+                .map(|(index, call)| {
+                    (call.group, layout.piece_count(call.boundary_elements), moves(index, call))
+                })
                 .collect(),
         };
         Self {
@@ -136,6 +144,7 @@ impl Machine {
             slots: vec![None; arrangement.slots.len()],
             sets: vec![None; arrangement.gradient_sets],
             passages: vec![None; arrangement.passages],
+            graphs: vec![],
             disk: HashMap::new(),
             committed: HashMap::new(),
             normed_step: 0,
@@ -223,18 +232,24 @@ impl Machine {
                 Ok(())
             }
             Operation::Attach { slot } => self.expect_parameters(slot.0, self.layout.resident(), moment),
-            Operation::Forward { call, slot, passage, .. } => {
+            Operation::Forward { call, slot, passage, keeps, .. } => {
                 let (group, pieces, _) = self.layout.calls[call];
                 self.expect_parameters(slot.0, group, moment)?;
+                if keeps {
+                    self.graphs.push((call, moment));
+                }
                 if let Some(passage) = passage {
                     let pieces = (0..pieces).collect();
                     self.passages[passage.0] = Some(Passing { call, moment, pieces });
                 }
                 Ok(())
             }
-            Operation::Backward { call, slot, passage, gradients, .. } => {
+            Operation::Backward { call, slot, passage, kept, gradients, .. } => {
                 let (group, pieces, moves) = self.layout.calls[call];
                 self.expect_parameters(slot.0, group, moment)?;
+                let graph = self.graphs.iter().position(|graph| *graph == (call, moment));
+                ensure(graph.is_some() == kept, || format!("a graph of call {call} in {:?}", self.graphs))?;
+                graph.map(|graph| self.graphs.remove(graph));
                 let passing = passage.and_then(|passage| self.passages[passage.0].take());
                 let expected = moves.then(|| Passing { call, moment, pieces: (0..pieces).collect() });
                 ensure(passing == expected, || format!("boundary {passing:?} and not {expected:?}"))?;

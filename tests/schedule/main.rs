@@ -70,13 +70,14 @@ fn case() -> impl Strategy<Value = Case> {
     let groups = groups.prop_map(|(kind, other, which)| {
         which.iter().map(|&first| if first { kind.clone() } else { other.clone() }).collect::<Vec<_>>()
     });
-    let depths = (1..4_usize, 1..6_usize, 1..4_usize, 1..3_usize, 1..4_usize).prop_map(
-        |(slots, look_ahead, quads, gradient_sets, vertical)| Depths {
+    let depths = (1..4_usize, 1..6_usize, 1..4_usize, 1..3_usize, 1..4_usize, 0..4_usize).prop_map(
+        |(slots, look_ahead, quads, gradient_sets, vertical, kept)| Depths {
             slots,
             look_ahead,
             state_pieces: 4 * quads,
             gradient_sets,
             vertical,
+            kept,
         },
     );
     let model = (groups, parameters(), 1..4_usize);
@@ -295,19 +296,19 @@ fn no_operation_of_a_step_is_superfluous() {
     let layout = layout(&[parameters.to_vec(), parameters.to_vec()], &parameters, ALIGNMENT_ELEMENTS);
     let calls = [0, 1, 0].map(|group| Call { group, boundary_elements: 2500, boundary_moves: true });
     let steps = [
-        (Tier::Disk, 2, 1, true),
-        (Tier::Host, 1, 1, false),
-        (Tier::Device, 2, 1, false),
-        (Tier::Disk, 3, 3, true),
-        (Tier::Host, 2, 2, false),
+        (Tier::Disk, 2, 1, true, 0),
+        (Tier::Host, 1, 1, false, 2),
+        (Tier::Device, 2, 1, false, 0),
+        (Tier::Disk, 3, 3, true, 1),
+        (Tier::Host, 2, 2, false, 3),
     ];
-    for (tier, accumulate, vertical, clip) in steps {
+    for (tier, accumulate, vertical, clip, kept) in steps {
         let mut placements = vec![GroupPlacement::all(tier); 3];
         placements[2].master = Tier::Device;
         let passes = gradient_passes_through(&calls, accumulate, vertical, clip);
         let device = DeviceKind { dtype: DType::F32, apart: false };
         let needs = Needs { layout: &layout, calls: &calls, gradient_passes_through: passes, device };
-        let depths = Depths { slots: 1, look_ahead: 2, state_pieces: 4, gradient_sets: 1, vertical };
+        let depths = Depths { slots: 1, look_ahead: 2, state_pieces: 4, gradient_sets: 1, vertical, kept };
         let arrangement = Arrangement::new(&needs, placements, tier, depths);
         let builder = Builder { layout: &layout, calls: &calls, arrangement: &arrangement, accumulate, clip };
         let mut run = Run::new(builder, 0);
@@ -329,7 +330,7 @@ fn no_operation_of_a_step_is_superfluous() {
             // These only look, at least where nobody waits for the norm.
             let looks = match operation {
                 Operation::Attach { .. } => true,
-                Operation::Forward { passage, .. } => passage.is_none(),
+                Operation::Forward { passage, keeps, .. } => passage.is_none() && !keeps,
                 Operation::Norm => !clip,
                 _ => false,
             };

@@ -38,7 +38,7 @@ fn costed(
     let passes = gradient_passes_through(&calls, accumulate, vertical, clip);
     let needs = Needs { layout: &layout, calls: &calls, gradient_passes_through: passes, device };
     let placements = vec![GroupPlacement::all(Tier::Host); LAYERS + 1];
-    let depths = Depths { slots: 2, look_ahead: 4, state_pieces: 16, gradient_sets: 2, vertical };
+    let depths = Depths { slots: 2, look_ahead: 4, state_pieces: 16, gradient_sets: 2, vertical, kept: 0 };
     let arrangement = Arrangement::new(&needs, placements, boundaries, depths);
     let builder = Builder { layout: &layout, calls: &calls, arrangement: &arrangement, accumulate, clip };
     let layer_bytes = 4.0 * LAYER_ELEMENTS as f64;

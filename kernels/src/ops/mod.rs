@@ -56,6 +56,6 @@ pub use error::OpError;
 pub use linear::linear;
 pub use log_sums::linear_log_sums;
 pub use norm::{layer_norm, rms_norm};
-pub use recompute::{backward, before_backward, closing_linear, recompute};
+pub use recompute::{backward, before_backward, closing_linear, keep, recompute, without_graph};
 pub use rope::{rope, rope_by_position, rope_i};
 pub use softmax::{causal_softmax, softmax_last_dim};

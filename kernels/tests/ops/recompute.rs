@@ -110,3 +110,37 @@ fn gradients_made_in_the_forward_are_those_of_the_backward() {
         assert!((scaled - 3.0 * later).abs() <= 1e-6, "{scaled} and not three times {later}");
     }
 }
+
+#[test]
+fn gradients_of_a_kept_graph_are_those_of_a_recomputation_and_its_value_is_that_of_a_plain_forward() {
+    for case in small().into_iter().chain(large()) {
+        let inputs = case.inputs();
+        let variables: Vec<Var> = inputs.iter().map(|input| Var::from_tensor(input).unwrap()).collect();
+        let tensors: Vec<Tensor> = variables.iter().map(|variable| variable.as_tensor().clone()).collect();
+        let expected = ops::without_graph(|| (case.ours)(&inputs)).unwrap();
+        let upstream = upstream(expected.dims(), expected.dtype()).unwrap();
+        let again = ops::recompute(|| (case.ours)(&tensors)?.apply_op1(Inject(upstream.clone()))?.backward());
+        let (end, value) = ops::before_backward(|| ops::keep(|| (case.ours)(&tensors))).unwrap();
+        assert_eq!(elements(&value), elements(&expected), "{}", case.name);
+        let kept = ops::backward(&end.apply_op1(Inject(upstream)).unwrap()).unwrap();
+        let again = again.unwrap();
+        for variable in &variables {
+            let [kept, again] = [&kept, &again].map(|gradients| elements(gradients.get(variable).unwrap()));
+            assert_eq!(kept, again, "{}", case.name);
+        }
+    }
+}
+
+#[test]
+fn the_value_of_a_closing_layer_is_beside_its_graph() {
+    let [residual, xs] = [random(&[2, 3], 1), random(&[2, 4], 2)];
+    let weight = Var::from_tensor(&random(&[3, 4], 3)).unwrap();
+    let closing = || ops::closing_linear(&residual, &xs, &weight, None);
+    let (end, value) = ops::keep(closing).unwrap();
+    assert!(end.to_vec2::<f32>().is_err() && (&end + 1.0).is_err());
+    assert_eq!(elements(&value), elements(&closing().unwrap()));
+    // One that does not close the part is refused where it is used, and another value is in the graph.
+    assert!(ops::keep(|| closing()? + 1.0).is_err());
+    let (end, value) = ops::keep(|| closing().and_then(|_| &residual * 2.0)).unwrap();
+    assert_eq!(end.id(), value.id());
+}
