@@ -115,6 +115,46 @@ pub struct BufferSpec {
     pub use_: BufferUse,
 }
 
+/// Buffers with one use after another, for the pieces of something: the last may be smaller.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Buffers {
+    first: usize,
+    count: usize,
+}
+
+impl Buffers {
+    /// The buffer of a piece.
+    pub fn of_piece(self, piece: usize) -> Option<Buffer> {
+        (piece < self.count).then_some(Buffer(self.first + piece))
+    }
+
+    fn all(self) -> impl Iterator<Item = Buffer> {
+        (self.first..self.first + self.count).map(Buffer)
+    }
+}
+
+/// What [`Buffers`] are like. A large model has millions of pieces, and a search makes hundreds of arrangements, so buffers are
+/// counted and not listed.
+#[derive(Debug, Clone, Copy)]
+struct BufferRun {
+    buffers: Buffers,
+    each: BufferSpec,
+    last_bytes: usize,
+}
+
+impl BufferRun {
+    fn spec(&self, buffer: usize) -> BufferSpec {
+        let is_last = buffer + 1 == self.buffers.first + self.buffers.count;
+        BufferSpec { bytes: if is_last { self.last_bytes } else { self.each.bytes }, ..self.each }
+    }
+
+    /// Bytes, with `size` of those of a buffer.
+    fn bytes(&self, size: impl Fn(usize) -> u64) -> u64 {
+        let BufferRun { buffers: Buffers { count, .. }, each, last_bytes } = *self;
+        count.saturating_sub(1) as u64 * size(each.bytes) + if count > 0 { size(last_bytes) } else { 0 }
+    }
+}
+
 /// What a buffer is for: the rows of the plan's table.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum BufferUse {
@@ -148,16 +188,16 @@ pub struct Arrangement {
     pub placements: Vec<GroupPlacement>,
     /// Home of boundary activations.
     pub boundary_home: Tier,
-    /// All buffers.
-    pub buffers: Vec<BufferSpec>,
+    /// All buffers, in the order of their numbers.
+    runs: Vec<BufferRun>,
     /// All slots.
     pub slots: Vec<SlotSpec>,
     /// Slots that each group may use: one of its own where the device is home, else those of its class.
     pub slots_of: Vec<Vec<Slot>>,
     /// Buffers that are home to the pieces of a stream.
-    pub homes: HashMap<(GroupIndex, Stream), Vec<Buffer>>,
+    homes: HashMap<(GroupIndex, Stream), Buffers>,
     /// Buffers that are home to the pieces of a boundary, by call and place of its micro-batch.
-    boundary_homes: HashMap<(usize, usize), Vec<Buffer>>,
+    boundary_homes: HashMap<(usize, usize), Buffers>,
     /// Pieces between disk and slot.
     pub fetch_pool: Vec<Buffer>,
     /// Pieces between disk and optimizer.
@@ -203,7 +243,7 @@ impl Arrangement {
         let mut this = Self {
             placements,
             boundary_home,
-            buffers: vec![],
+            runs: vec![],
             slots: vec![],
             slots_of: vec![],
             homes: HashMap::new(),
@@ -241,7 +281,24 @@ impl Arrangement {
 
     /// Whether a buffer is memory of a device that has its own.
     pub fn is_on_device(&self, buffer: Buffer) -> bool {
-        self.device.apart && self.buffers[buffer.0].tier == Tier::Device
+        self.device.apart && self.buffer(buffer).is_some_and(|buffer| buffer.tier == Tier::Device)
+    }
+
+    /// All buffers, in the order of their numbers.
+    pub fn buffers(&self) -> impl Iterator<Item = BufferSpec> + '_ {
+        self.runs.iter().flat_map(|run| run.buffers.all().map(|buffer| run.spec(buffer.0)))
+    }
+
+    /// What a buffer is like.
+    pub fn buffer(&self, buffer: Buffer) -> Option<BufferSpec> {
+        let after = self.runs.partition_point(|run| run.buffers.first <= buffer.0);
+        let run = self.runs.get(after.checked_sub(1)?)?;
+        (buffer.0 < run.buffers.first + run.buffers.count).then(|| run.spec(buffer.0))
+    }
+
+    /// The buffer that is home to a piece of a stream; none where it has another home.
+    pub fn home_of(&self, group: GroupIndex, stream: Stream, piece: usize) -> Option<Buffer> {
+        self.homes.get(&(group, stream))?.of_piece(piece)
     }
 
     /// Whether a call keeps the graph of its forward until its backward; its boundary then stays on the device.
@@ -256,29 +313,29 @@ impl Arrangement {
 
     /// The buffer that is home to a piece of a micro-batch's boundary; none where it has another home.
     pub fn boundary_home_of(&self, call: usize, micro_batch: usize, piece: usize) -> Option<Buffer> {
-        self.boundary_homes.get(&(call, self.place(micro_batch)))?.get(piece).copied()
+        self.boundary_homes.get(&(call, self.place(micro_batch)))?.of_piece(piece)
     }
 
     fn add_slots(&mut self, layout: &Layout, slots: usize) {
         let elements = |group: &Group| group.table.iter().map(|entry| entry.elements).collect::<Vec<_>>();
         let in_slot = |place: &GroupPlacement| place.master == Tier::Device && self.device.holds_masters();
+        let has_own = |group: &Group, placement: &GroupPlacement| in_slot(placement) || group.resident;
+        let mut members: HashMap<Vec<usize>, usize> = HashMap::new();
+        for (group, placement) in layout.groups.iter().zip(&self.placements) {
+            if !has_own(group, placement) {
+                *members.entry(elements(group)).or_default() += 1;
+            }
+        }
         let mut classes: HashMap<Vec<usize>, Vec<Slot>> = HashMap::new();
         for (group, placement) in layout.groups.iter().zip(&self.placements) {
             let tensor_elements = elements(group);
             // The resident group is in its slot throughout a pass, so it shares it with nobody.
-            if in_slot(placement) || group.resident {
+            if has_own(group, placement) {
                 self.slots_of.push(vec![Slot(self.slots.len())]);
                 self.slots.push(SlotSpec { tensor_elements });
                 continue;
             }
-            let members = layout
-                .groups
-                .iter()
-                .zip(&self.placements)
-                .filter(|(other, place)| {
-                    !in_slot(place) && !other.resident && elements(other) == tensor_elements
-                })
-                .count();
+            let members = members.get(&tensor_elements).copied().unwrap_or(0);
             let class = classes.entry(tensor_elements.clone()).or_insert_with(|| {
                 let first = self.slots.len();
                 let count = slots.min(members);
@@ -289,9 +346,31 @@ impl Arrangement {
         }
     }
 
-    fn add_buffer(&mut self, tier: Tier, elements: usize, use_: BufferUse) -> Buffer {
-        self.buffers.push(BufferSpec { tier, bytes: 4 * elements + STAGGER_BYTES, use_ });
-        Buffer(self.buffers.len() - 1)
+    /// `count` buffers of `elements`, the last one of `last_elements`.
+    fn add_buffers(
+        &mut self,
+        (tier, use_): (Tier, BufferUse),
+        (count, elements, last_elements): (usize, usize, usize),
+    ) -> Buffers {
+        let first = self.runs.last().map_or(0, |run| run.buffers.first + run.buffers.count);
+        let buffers = Buffers { first, count };
+        let bytes = |elements| 4 * elements + STAGGER_BYTES;
+        let each = BufferSpec { tier, bytes: bytes(elements), use_ };
+        if count > 0 {
+            self.runs.push(BufferRun { buffers, each, last_bytes: bytes(last_elements) });
+        }
+        buffers
+    }
+
+    fn add_buffer(&mut self, tier: Tier, elements: usize, use_: BufferUse) -> Option<Buffer> {
+        self.add_buffers((tier, use_), (1, elements, elements)).of_piece(0)
+    }
+
+    /// Buffers for all pieces of `elements`.
+    fn add_pieces(&mut self, tier: Tier, (layout, elements): (&Layout, usize), use_: BufferUse) -> Buffers {
+        let count = layout.piece_count(elements);
+        let last = count.checked_sub(1).map_or(0, |last| layout.piece_range(elements, last).len());
+        self.add_buffers((tier, use_), (count, layout.piece_elements, last))
     }
 
     fn add_homes(&mut self, needs: &Needs) {
@@ -304,12 +383,7 @@ impl Arrangement {
                     continue;
                 }
                 let elements = stream.elements(needs.layout, group);
-                let pieces = (0..needs.layout.piece_count(elements))
-                    .map(|piece| {
-                        let range = needs.layout.piece_range(elements, piece);
-                        self.add_buffer(tier, range.len(), BufferUse::Home(stream))
-                    })
-                    .collect();
+                let pieces = self.add_pieces(tier, (needs.layout, elements), BufferUse::Home(stream));
                 self.homes.insert((group, stream), pieces);
             }
         }
@@ -325,7 +399,7 @@ impl Arrangement {
         let layout = needs.layout;
         let elements = Self::largest_piece(layout);
         let pool = |this: &mut Self, count: usize, use_| -> Vec<Buffer> {
-            (0..count).map(|_| this.add_buffer(Tier::Host, elements, use_)).collect()
+            this.add_buffers((Tier::Host, use_), (count, elements, elements)).all().collect()
         };
         let updated_here = |this: &Self, group: usize| this.updated_on_device(group);
         let most_pieces = |keep: &dyn Fn(&Self, usize) -> bool, this: &Self| {
@@ -357,9 +431,9 @@ impl Arrangement {
         self.gradient_pool = pool(self, gradient_pieces, BufferUse::GradientPieces);
         if needs.gradient_passes_through {
             let pieces = most_pieces(&updated_here, self) * depths.gradient_sets;
-            self.device_gradient_pool = (0..pieces)
-                .map(|_| self.add_buffer(Tier::Device, elements, BufferUse::GradientPieces))
-                .collect();
+            let of_device = (Tier::Device, BufferUse::GradientPieces);
+            self.device_gradient_pool =
+                self.add_buffers(of_device, (pieces, elements, elements)).all().collect();
         }
     }
 
@@ -377,12 +451,8 @@ impl Arrangement {
                     (0..self.vertical).map(move |place| (index, place, call.boundary_elements))
                 });
                 for (index, place, elements) in each.collect::<Vec<_>>() {
-                    let pieces = (0..needs.layout.piece_count(elements))
-                        .map(|piece| {
-                            let range = needs.layout.piece_range(elements, piece);
-                            self.add_buffer(Tier::Host, range.len(), BufferUse::BoundaryHome)
-                        })
-                        .collect();
+                    let pieces =
+                        self.add_pieces(Tier::Host, (needs.layout, elements), BufferUse::BoundaryHome);
                     self.boundary_homes.insert((index, place), pieces);
                 }
             }
@@ -390,9 +460,9 @@ impl Arrangement {
                 let largest = moving.iter().map(|(_, call)| call.boundary_elements).max().unwrap_or(0);
                 let pieces = needs.layout.piece_count(largest);
                 let elements = largest.min(needs.layout.piece_elements);
-                self.boundary_pool = (0..2 * pieces)
-                    .map(|_| self.add_buffer(Tier::Host, elements, BufferUse::BoundaryPieces))
-                    .collect();
+                let passing = (Tier::Host, BufferUse::BoundaryPieces);
+                self.boundary_pool =
+                    self.add_buffers(passing, (2 * pieces, elements, elements)).all().collect();
             }
         }
     }
@@ -402,16 +472,22 @@ impl Arrangement {
             return;
         }
         let elements = Self::largest_piece(needs.layout);
-        self.gradient_staging = Some(self.add_buffer(Tier::Host, elements, BufferUse::Staging));
+        self.gradient_staging = self.add_buffer(Tier::Host, elements, BufferUse::Staging);
         if needs.device.dtype != DType::F32 {
-            self.upload_staging = Some(self.add_buffer(Tier::Host, elements, BufferUse::Staging));
+            self.upload_staging = self.add_buffer(Tier::Host, elements, BufferUse::Staging);
         }
     }
 
     /// Bytes of all buffers of a tier, each rounded up to a page as the arena does.
     pub fn buffer_bytes(&self, tier: Tier) -> u64 {
-        let of_tier = self.buffers.iter().filter(|buffer| buffer.tier == tier);
-        of_tier.map(|buffer| buffer.bytes.next_multiple_of(4096) as u64).sum()
+        let of_tier = self.runs.iter().filter(|run| run.each.tier == tier);
+        of_tier.map(|run| run.bytes(|bytes| bytes.next_multiple_of(4096) as u64)).sum()
+    }
+
+    /// Bytes of all buffers of some uses.
+    pub fn bytes_of_uses(&self, uses: &[BufferUse]) -> u64 {
+        let of_uses = self.runs.iter().filter(|run| uses.contains(&run.each.use_));
+        of_uses.map(|run| run.bytes(|bytes| bytes as u64)).sum()
     }
 
     /// Elements of all slots.

@@ -151,7 +151,7 @@ impl<'a> Builder<'a> {
             for stream in Stream::STATE {
                 let home = self.arrangement.placements[group].home(stream);
                 for piece in 0..self.layout.piece_count(stream.elements(self.layout, group)) {
-                    let of_piece = self.arrangement.homes.get(&(group, stream)).map(|home| home[piece]);
+                    let of_piece = self.arrangement.home_of(group, stream, piece);
                     let on_device = of_piece.filter(|&home| self.arrangement.is_on_device(home));
                     let buffer = match of_piece {
                         Some(home) if on_device.is_none() => home,
@@ -181,8 +181,8 @@ impl<'a> Builder<'a> {
             for stream in Stream::STATE.into_iter().filter(|&stream| placement.home(stream) != Tier::Disk) {
                 let elements = stream.elements(self.layout, group).min(changes);
                 for piece in 0..self.layout.piece_count(elements) {
-                    let buffer = match self.arrangement.homes.get(&(group, stream)) {
-                        Some(home) => draft.copied_down(group, stream, piece, home[piece]),
+                    let buffer = match self.arrangement.home_of(group, stream, piece) {
+                        Some(home) => draft.copied_down(group, stream, piece, home),
                         None => {
                             let buffer = draft.fetch_pool.next();
                             let slot = draft.own_slot(group);
@@ -312,8 +312,8 @@ impl Draft<'_> {
 
     /// The buffer that holds a piece of master parameters for the device, read from disk if that is its home.
     fn fetched_master(&mut self, group: GroupIndex, piece: usize) -> Buffer {
-        if let Some(home) = self.builder.arrangement.homes.get(&(group, Stream::Master)) {
-            return home[piece];
+        if let Some(home) = self.builder.arrangement.home_of(group, Stream::Master, piece) {
+            return home;
         }
         let buffer = self.fetch_pool.next();
         let extent = Extent::State(group, Stream::Master);
@@ -435,10 +435,10 @@ impl Draft<'_> {
     /// The buffers that a group's gradient is summed in, by piece.
     fn gradient_buffers(&mut self, group: GroupIndex) -> Vec<Buffer> {
         let Builder { layout, arrangement, .. } = self.builder;
-        let home = arrangement.homes.get(&(group, Stream::Gradient));
         let pieces = 0..layout.piece_count(layout.groups[group].trainable_elements);
-        let buffers = pieces.map(|piece| match home {
-            Some(home) => home[piece],
+        let home = |piece| arrangement.home_of(group, Stream::Gradient, piece);
+        let buffers = pieces.map(|piece| match home(piece) {
+            Some(home) => home,
             None if arrangement.updated_on_device(group) => self.device_gradient_pool.next(),
             None => self.gradient_pool.next(),
         });
@@ -453,8 +453,8 @@ impl Draft<'_> {
 
     /// The buffer that holds a piece of a state stream, read from disk if that is its home.
     fn state_buffer(&mut self, group: GroupIndex, stream: Stream, piece: usize) -> Buffer {
-        if let Some(home) = self.builder.arrangement.homes.get(&(group, stream)) {
-            return home[piece];
+        if let Some(home) = self.builder.arrangement.home_of(group, stream, piece) {
+            return home;
         }
         let buffer = self.state_pool.next();
         let extent = Extent::State(group, stream);

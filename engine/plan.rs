@@ -332,9 +332,17 @@ impl Plan {
 
     /// What a step by this plan will take on a machine.
     pub fn forecast(&self, machine: &Machine, compute: &Compute) -> Forecast {
+        self.simulator(machine, compute).forecast(&self.train_schedule())
+    }
+
+    /// Seconds that a step by this plan cannot take less than.
+    pub(crate) fn least_s(&self, machine: &Machine, compute: &Compute) -> f64 {
+        self.simulator(machine, compute).least_s(&self.train_schedule())
+    }
+
+    fn simulator<'a>(&'a self, machine: &'a Machine, compute: &'a Compute) -> Simulator<'a> {
         let (layout, calls, arrangement) = (&self.layout, &self.calls, &self.arrangement);
-        let simulator = Simulator { layout, calls, arrangement, machine, compute };
-        simulator.forecast(&self.train_schedule())
+        Simulator { layout, calls, arrangement, machine, compute }
     }
 
     /// Why it was chosen: what a step is to take, by the machine's numbers and the computing time of the rehearsal.
@@ -431,10 +439,7 @@ impl Plan {
             row(stream.name(), Some(in_slots), home(Tier::Host), home(Tier::Disk));
         }
         row(&format!("slots ({})", self.arrangement.slots.len()), Some(self.slot_bytes()), 0, 0);
-        let of_use = |uses: &[BufferUse]| -> u64 {
-            let of_use = self.arrangement.buffers.iter().filter(|buffer| uses.contains(&buffer.use_));
-            of_use.map(|buffer| buffer.bytes as u64).sum()
-        };
+        let of_use = |uses: &[BufferUse]| self.arrangement.bytes_of_uses(uses);
         match self.arrangement.boundary_home {
             Tier::Disk => {
                 let buffers = of_use(&[BufferUse::BoundaryPieces]);

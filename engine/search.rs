@@ -94,9 +94,18 @@ impl Search<'_> {
             _ => &[false],
         };
         let costed = fitting.len() * moments.len();
+        let mut candidates = vec![];
+        for (plan, observed) in fitting {
+            let coarse = self.costed(&plan, observed);
+            candidates.push((coarse.least_s(machine, &observed.compute), plan, coarse, observed));
+        }
+        candidates.sort_by(|one, other| one.0.total_cmp(&other.0));
         let mut best: Option<(Plan, Prediction)> = None;
-        for (mut plan, observed) in fitting {
-            let mut coarse = self.costed(&plan, observed);
+        for (least_s, mut plan, mut coarse, observed) in candidates {
+            // Not worth costing, nor are those after it.
+            if best.as_ref().is_some_and(|(_, best)| least_s > (1.0 + SAME_TIME) * best.forecast.step_s) {
+                break;
+            }
             for &at_once in moments {
                 (plan.updates_at_once, coarse.updates_at_once) = (at_once, at_once);
                 let forecast = coarse.forecast(machine, &observed.compute);

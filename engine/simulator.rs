@@ -177,6 +177,25 @@ impl Simulator<'_> {
         }
     }
 
+    /// Seconds that a step cannot take less than: what its busiest queue has to do, or the processors where they are shared.
+    pub fn least_s(&self, schedule: &[Operation]) -> f64 {
+        let mut of_queues = [0.0; Queue::ALL.len()];
+        let mut shared_s = 0.0;
+        let all = self.machine.processors.unwrap_or(0) as f64;
+        for operation in schedule {
+            let before_s = self.compute.time(operation).before_s;
+            of_queues[operation.queue() as usize] += self.alone_s(operation) + before_s;
+            if let Cost::Seconds { seconds, processors } = self.cost(operation)
+                && all > 0.0
+            {
+                shared_s += before_s + seconds * processors / all;
+            }
+        }
+        // All reads are made by one disk.
+        let reads_s = of_queues[Queue::FetchRead as usize] + of_queues[Queue::StateRead as usize];
+        of_queues.into_iter().chain([shared_s, reads_s]).fold(0.0, f64::max)
+    }
+
     /// When each operation runs. A schedule is submitted when the norm of the one before is known and its computing is done.
     pub fn run(&self, schedules: &[&[Operation]]) -> Trace {
         Clockwork::new(*self).run(schedules)

@@ -107,7 +107,7 @@ impl Trainer {
         }
         let mut buffers = vec![];
         let mut reservations = vec![];
-        for buffer in &plan.arrangement.buffers {
+        for buffer in plan.arrangement.buffers() {
             if compute.is_apart() && buffer.tier == Tier::Device {
                 reservations.push(device.reserve(buffer.bytes as u64)?);
                 buffers.push(BufferMemory::Device(compute.f32_zeros(buffer.bytes / 4)?));

@@ -124,7 +124,7 @@ fn lives(uses: &[Use]) -> Vec<(f64, f64)> {
 fn always(plan: &Plan, at_s: f64) -> Occupancy {
     let arrangement = &plan.arrangement;
     let mut always = Occupancy { at_s, device_bytes: 0, host_bytes: 0, disk_bytes: plan.disk_home_bytes() };
-    for buffer in arrangement.buffers.iter().filter(|buffer| matches!(buffer.use_, BufferUse::Home(_))) {
+    for buffer in arrangement.buffers().filter(|buffer| matches!(buffer.use_, BufferUse::Home(_))) {
         *always.of_tier(buffer.tier) += page(buffer.bytes);
     }
     for slot in masters(plan) {
@@ -146,7 +146,7 @@ fn memory_of(plan: &Plan, resource: Resource) -> Option<(Tier, u64)> {
     let boundary = |call: usize| plan.calls().get(call).map_or(0, |call| call.boundary_elements);
     match resource {
         Resource::Buffer(buffer) => {
-            let buffer = plan.arrangement.buffers.get(buffer.0)?;
+            let buffer = plan.arrangement.buffer(buffer)?;
             (!matches!(buffer.use_, BufferUse::Home(_))).then(|| (buffer.tier, page(buffer.bytes)))
         }
         Resource::Slot(slot) if masters(plan).any(|home| home == slot.0) => None,

@@ -140,7 +140,7 @@ impl Machine {
             accumulate,
             vertical: arrangement.vertical,
             clip,
-            buffers: vec![Content::Nothing; arrangement.buffers.len()],
+            buffers: vec![Content::Nothing; arrangement.buffers().count()],
             slots: vec![None; arrangement.slots.len()],
             sets: vec![None; arrangement.gradient_sets],
             passages: vec![None; arrangement.passages],
