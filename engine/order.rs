@@ -30,11 +30,12 @@ struct Entry<T> {
 
 /// The operations that are not done yet, each with a note of the reader's.
 pub struct Order<T> {
-    entries: HashMap<u64, Entry<T>>,
+    /// By number, from [`Self::first_id`] on; none for those that are done.
+    entries: VecDeque<Option<Entry<T>>>,
+    first_id: u64,
     last_user: HashMap<Resource, u64>,
     /// Operations, not done yet, that use a resource together.
     sharers: HashMap<Resource, HashSet<u64>>,
-    next_id: u64,
     /// Operations that have not started.
     queues: [VecDeque<u64>; Queue::ALL.len()],
     /// How many have started and are not done.
@@ -45,10 +46,10 @@ impl<T> Order<T> {
     /// Without operations.
     pub fn new() -> Self {
         Self {
-            entries: HashMap::new(),
+            entries: VecDeque::new(),
+            first_id: 0,
             last_user: HashMap::new(),
             sharers: HashMap::new(),
-            next_id: 0,
             queues: Queue::ALL.map(|_| VecDeque::new()),
             in_flight: Queue::ALL.map(|_| 0),
         }
@@ -56,17 +57,16 @@ impl<T> Order<T> {
 
     /// Appends an operation.
     pub fn admit(&mut self, operation: Operation, note: T) {
-        let id = self.next_id;
-        self.next_id += 1;
+        let id = self.first_id + self.entries.len() as u64;
         let mut waiting_for = 0;
         for earlier in self.awaited(&operation, id) {
-            if let Some(earlier) = self.entries.get_mut(&earlier) {
+            if let Some(earlier) = self.entry_mut(earlier) {
                 earlier.dependents.push(id);
                 waiting_for += 1;
             }
         }
         self.queues[operation.queue() as usize].push_back(id);
-        self.entries.insert(id, Entry { operation, note, waiting_for, dependents: vec![] });
+        self.entries.push_back(Some(Entry { operation, note, waiting_for, dependents: vec![] }));
     }
 
     /// The earlier operations, perhaps done, that a new one waits for.
@@ -83,38 +83,60 @@ impl<T> Order<T> {
         awaited
     }
 
+    fn place(&self, id: u64) -> Option<usize> {
+        id.checked_sub(self.first_id).map(|place| place as usize)
+    }
+
+    fn entry(&self, id: u64) -> Option<&Entry<T>> {
+        self.entries.get(self.place(id)?)?.as_ref()
+    }
+
+    fn entry_mut(&mut self, id: u64) -> Option<&mut Entry<T>> {
+        let place = self.place(id)?;
+        self.entries.get_mut(place)?.as_mut()
+    }
+
+    fn remove(&mut self, id: u64) -> Option<Entry<T>> {
+        let place = self.place(id)?;
+        let entry = self.entries.get_mut(place)?.take();
+        while self.entries.front().is_some_and(Option::is_none) {
+            self.entries.pop_front();
+            self.first_id += 1;
+        }
+        entry
+    }
+
     /// The next operation of a queue, whether it may start or not.
     pub fn next(&self, queue: Queue) -> Option<Operation> {
         let id = self.queues[queue as usize].front()?;
-        self.entries.get(id).map(|entry| entry.operation)
+        self.entry(*id).map(|entry| entry.operation)
     }
 
     /// The next operation of a queue, if it may start now.
     pub fn startable(&self, queue: Queue) -> Option<(u64, Operation)> {
         let id = *self.queues[queue as usize].front()?;
-        let entry = self.entries.get(&id)?;
+        let entry = self.entry(id)?;
         let free = self.in_flight[queue as usize] < depth(queue);
         (free && entry.waiting_for == 0).then_some((id, entry.operation))
     }
 
     /// Starts the operation that [`Self::startable`] answered for its queue.
     pub fn start(&mut self, id: u64) -> Option<&mut T> {
-        let entry = self.entries.get_mut(&id)?;
-        let queue = entry.operation.queue() as usize;
+        let queue = self.entry(id)?.operation.queue() as usize;
         self.queues[queue].pop_front();
         self.in_flight[queue] += 1;
-        Some(&mut entry.note)
+        self.entry_mut(id).map(|entry| &mut entry.note)
     }
 
     /// An operation that was started is done: those that waited for it wait no more.
     pub fn finish(&mut self, id: u64) -> Option<(Operation, T)> {
-        let entry = self.entries.remove(&id)?;
+        let entry = self.remove(id)?;
         self.in_flight[entry.operation.queue() as usize] -= 1;
         if let Some(sharers) = entry.operation.shared_resource().and_then(|r| self.sharers.get_mut(&r)) {
             sharers.remove(&id);
         }
         for dependent in entry.dependents {
-            if let Some(dependent) = self.entries.get_mut(&dependent) {
+            if let Some(dependent) = self.entry_mut(dependent) {
                 dependent.waiting_for -= 1;
             }
         }
@@ -123,8 +145,9 @@ impl<T> Order<T> {
 
     /// Forgets everything that has not started.
     pub fn cancel_waiting(&mut self) {
-        for id in self.queues.iter_mut().flat_map(|queue| queue.drain(..)) {
-            self.entries.remove(&id);
+        let waiting: Vec<u64> = self.queues.iter_mut().flat_map(|queue| queue.drain(..)).collect();
+        for id in waiting {
+            self.remove(id);
         }
     }
 
@@ -135,7 +158,7 @@ impl<T> Order<T> {
 
     /// Whether `operation` is not done yet.
     pub fn contains(&self, operation: Operation) -> bool {
-        self.entries.values().any(|entry| entry.operation == operation)
+        self.entries.iter().flatten().any(|entry| entry.operation == operation)
     }
 
     /// Whether a queue has nothing more to do.

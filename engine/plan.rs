@@ -67,6 +67,21 @@ pub struct Choices {
     pub piece_bytes: Option<usize>,
 }
 
+impl Choices {
+    /// These with slots, pieces, gradient sets and micro-batches as in `depths`.
+    pub(crate) fn with_depths(&self, depths: Depths) -> Self {
+        let Depths { slots, look_ahead, state_pieces, gradient_sets, vertical, kept: _ } = depths;
+        Self {
+            slots: Some(slots),
+            look_ahead: Some(look_ahead),
+            state_pieces: Some(state_pieces),
+            gradient_sets: Some(gradient_sets),
+            vertical: Some(vertical),
+            ..self.clone()
+        }
+    }
+}
+
 /// What the user grants and fixes. Everything that is none is the planner's choice.
 #[derive(Debug, Clone)]
 pub struct Limits {
@@ -335,9 +350,10 @@ impl Plan {
         self.simulator(machine, compute).forecast(&self.train_schedule())
     }
 
-    /// Seconds that a step by this plan cannot take less than.
-    pub(crate) fn least_s(&self, machine: &Machine, compute: &Compute) -> f64 {
-        self.simulator(machine, compute).least_s(&self.train_schedule())
+    /// Seconds that a step by this plan cannot take less than, and the bytes that it writes to disk.
+    pub(crate) fn least(&self, machine: &Machine, compute: &Compute) -> (f64, u64) {
+        let (simulator, schedule) = (self.simulator(machine, compute), self.train_schedule());
+        (simulator.least_s(&schedule), simulator.moved_bytes(&schedule, true))
     }
 
     fn simulator<'a>(&'a self, machine: &'a Machine, compute: &'a Compute) -> Simulator<'a> {

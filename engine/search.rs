@@ -12,7 +12,7 @@ use crate::layout::{ALIGNMENT_ELEMENTS, Layout};
 use crate::pass::Observed;
 use crate::plan::{Choices, Limits, Placement, Plan, Prediction, Updates};
 use crate::schedule::Stream;
-use crate::simulator::Machine;
+use crate::simulator::{Forecast, Machine};
 use ferrozero_offload::Tier;
 use std::sync::Arc;
 
@@ -97,14 +97,20 @@ impl Search<'_> {
         let mut candidates = vec![];
         for (plan, observed) in fitting {
             let coarse = self.costed(&plan, observed);
-            candidates.push((coarse.least_s(machine, &observed.compute), plan, coarse, observed));
+            let (least_s, written_bytes) = coarse.least(machine, &observed.compute);
+            candidates.push((least_s, wear(&plan, written_bytes), plan, coarse, observed));
         }
-        candidates.sort_by(|one, other| one.0.total_cmp(&other.0));
+        candidates.sort_by(|one, other| one.0.total_cmp(&other.0).then(one.1.cmp(&other.1)));
         let mut best: Option<(Plan, Prediction)> = None;
-        for (least_s, mut plan, mut coarse, observed) in candidates {
-            // Not worth costing, nor are those after it.
-            if best.as_ref().is_some_and(|(_, best)| least_s > (1.0 + SAME_TIME) * best.forecast.step_s) {
-                break;
+        for (least_s, wear_of_it, mut plan, mut coarse, observed) in candidates {
+            // What is at its best slower, or as fast and no better otherwise, is not worth costing.
+            let is_worse = |(best, prediction): &(Plan, Prediction)| {
+                let Forecast { step_s, written_bytes, .. } = prediction.forecast;
+                let is_heavier = wear_of_it >= wear(best, written_bytes);
+                least_s > step_s * if is_heavier { 1.0 - SAME_TIME } else { 1.0 + SAME_TIME }
+            };
+            if best.as_ref().is_some_and(is_worse) {
+                continue;
             }
             for &at_once in moments {
                 (plan.updates_at_once, coarse.updates_at_once) = (at_once, at_once);
@@ -549,12 +555,15 @@ impl Room {
 /// Of plans that are equally fast, the one that wears the disk least is better, and of those the smallest.
 fn is_better(found: &(Plan, Prediction), best: &(Plan, Prediction)) -> bool {
     let ratio = found.1.forecast.step_s / best.1.forecast.step_s;
-    let wear = |(plan, prediction): &(Plan, Prediction)| {
-        (prediction.forecast.written_bytes, plan.device_bytes() + plan.host_bytes())
-    };
     // Steps that take no time at all are equal.
     let is_same = ratio.is_nan() || (ratio - 1.0).abs() <= SAME_TIME;
-    if is_same { wear(found) < wear(best) } else { ratio < 1.0 }
+    let wear_of = |(plan, prediction): &(Plan, Prediction)| wear(plan, prediction.forecast.written_bytes);
+    if is_same { wear_of(found) < wear_of(best) } else { ratio < 1.0 }
+}
+
+/// What a plan takes beside time: bytes written to disk, and bytes of memory.
+fn wear(plan: &Plan, written_bytes: u64) -> (u64, u64) {
+    (written_bytes, plan.device_bytes() + plan.host_bytes())
 }
 
 /// Of two refusals, the one that less is missing for. One for the host's memory came of a plan that the device has room

@@ -160,21 +160,23 @@ impl Simulator<'_> {
         let busiest = busy_s.iter().max_by(|a, b| a.1.total_cmp(&b.1));
         let waited_s: f64 =
             trace.events.iter().filter(|event| event.step == STEPS).map(|event| event.waited_s).sum();
-        let moved = |writes: bool| -> u64 {
-            let moves = schedule.iter().filter_map(|operation| match self.cost(operation) {
-                Cost::Transfer { write, bytes } if write == writes => Some(bytes as u64),
-                _ => None,
-            });
-            moves.sum()
-        };
         Forecast {
             step_s,
             exposed_stall: if step_s > 0.0 { waited_s / step_s } else { 0.0 },
             busiest: busiest.map_or(Queue::Compute, |&(queue, _)| queue),
             busy_s,
-            read_bytes: moved(false),
-            written_bytes: moved(true),
+            read_bytes: self.moved_bytes(schedule, false),
+            written_bytes: self.moved_bytes(schedule, true),
         }
+    }
+
+    /// Bytes that a schedule reads from disk, or writes.
+    pub fn moved_bytes(&self, schedule: &[Operation], writes: bool) -> u64 {
+        let moves = schedule.iter().filter_map(|operation| match self.cost(operation) {
+            Cost::Transfer { write, bytes } if write == writes => Some(bytes as u64),
+            _ => None,
+        });
+        moves.sum()
     }
 
     /// Seconds that a step cannot take less than: what its busiest queue has to do, or the processors where they are shared.
