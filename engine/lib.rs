@@ -56,6 +56,9 @@
 //! | host | pieces of state at home, pieces on their way | one arena, made once |
 //! | disk | everything else, in two places of which the last commit holds one | files reserved before the first step |
 //!
+//! What is within a segment is computed again in the backward. Where a limit is granted and leaves room, the last segments keep it
+//! instead ([`Config::kept`]).
+//!
 //! # Modules
 //!
 //! A step is data: [`schedule`] says what operations are, [`builder`] makes lists of them, [`plan`] counts them

@@ -232,7 +232,7 @@ impl Rehearsal {
             calls: findings.calls.iter().map(|(call, _)| call.clone()).collect(),
             working_bytes: (findings.peak_bytes > 0).then_some(findings.peak_bytes),
             parked_bytes: findings.parked_bytes,
-            kept: findings.kept(),
+            kept: if findings.peak_bytes > 0 { findings.kept() } else { vec![] },
             compute: findings.compute(),
         })
     }

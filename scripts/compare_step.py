@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Compares training steps on the CPU: ferrozero with states on disk, PyTorch, and DeepSpeed's ZeRO-Infinity.
 
-The model is a GPT in f32 whose blocks are recomputed in the backward pass, trained by AdamW. With --config FILE it is
+The model is a GPT in f32 whose blocks are recomputed in the backward pass, unless --keep-graphs, trained by AdamW. With --config FILE it is
 the Llama-like model of a Hugging Face config.json, random, and PyTorch's is transformers' own (pip install transformers);
 --smollm2 takes the shape of SmolLM2-135M:
 
@@ -130,7 +130,8 @@ def gpt(arguments, use_reentrant):
         def forward(self, inputs, targets):
             xs = self.wte(inputs) + self.wpe(torch.arange(inputs.shape[1]))
             for block in self.h:
-                xs = checkpoint(block, xs, use_reentrant=use_reentrant)
+                keep = arguments.keep_graphs
+                xs = block(xs) if keep else checkpoint(block, xs, use_reentrant=use_reentrant)
             logits = functional.linear(self.ln_f(xs), self.wte.weight)
             return functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
@@ -138,11 +139,12 @@ def gpt(arguments, use_reentrant):
 
 
 def llama(arguments):
-    """transformers' model of a config.json, with its layers recomputed in the backward pass."""
+    """transformers' model of a config.json, with its layers recomputed in the backward pass unless their graphs are kept."""
     torch, transformers = common.need("torch"), common.need("transformers")
     config = transformers.AutoConfig.for_model(**json.loads(arguments.config.read_text()))
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    if not arguments.keep_graphs:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
     model.train()
 
     def loss(inputs, targets):
@@ -296,6 +298,8 @@ def main():
     pipeline = "let DeepSpeed read and write states beside its updates, with three times the buffers"
     options.add_argument("--pipeline", action="store_true", help=pipeline)
     options.add_argument("--config", type=Path, help="config.json of a Llama-like model, in place of the GPT")
+    keep = "compute nothing again in the backward, here and in PyTorch; without DeepSpeed"
+    options.add_argument("--keep-graphs", action="store_true", help=keep)
     options.add_argument("--smollm2", action="store_true", help="the shape of SmolLM2-135M")
     arguments = common.parse(options)
     for name in SIZES:
@@ -326,10 +330,13 @@ def compare(arguments):
         command += ["--config", arguments.config]
     for name in SIZES:
         command += [f"--{name}", getattr(arguments, name)]
+    if arguments.keep_graphs:
+        layers = json.loads(arguments.config.read_text())["num_hidden_layers"] if arguments.config else arguments.layers
+        command += ["--kept", layers]
     ours = common.Server(OURS, [*command, "--dir", arguments.dir / "ferrozero"])
     environment = {"OMP_NUM_THREADS": str(common.cpus()), "DS_ACCELERATOR": "cpu"}
     peers = [(TORCH, "torch", environment)]
-    if not arguments.config:
+    if not (arguments.config or arguments.keep_graphs):
         peers.append((DEEPSPEED, "deepspeed", environment))
     servers, unavailable = common.start_peers(peers, arguments)
     answers = common.take_turns([ours, *servers], ["step"], arguments.rounds, unavailable)

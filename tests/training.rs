@@ -175,11 +175,12 @@ fn a_parameter_without_a_gradient_is_named_before_training_starts() {
 /// A segment with a mask and a scale beside its hidden state.
 #[test]
 fn segments_take_several_inputs_and_captures() {
-    let run = |placement: Placement, boundaries: Option<Tier>| {
+    let run = |placement: Placement, boundaries: Option<Tier>, kept: usize| {
         let backend = BackendChoice::Memory;
         let engine = Engine::new(Config {
             placement,
             boundaries,
+            kept: Some(kept),
             backend,
             piece_bytes: Some(4096),
             ..Config::default()
@@ -210,16 +211,64 @@ fn segments_take_several_inputs_and_captures() {
         assert!(losses[2] < losses[0]);
         (losses, trainer.weights_digest().unwrap())
     };
-    let expected = run(Placement::All(Tier::Device), None);
-    assert_eq!(run(Placement::All(Tier::Disk), None), expected);
-    assert_eq!(run(Placement::All(Tier::Disk), Some(Tier::Disk)), expected);
+    let expected = run(Placement::All(Tier::Device), None, 0);
+    assert_eq!(run(Placement::All(Tier::Disk), None, 0), expected);
+    assert_eq!(run(Placement::All(Tier::Disk), Some(Tier::Disk), 0), expected);
+    assert_eq!(run(Placement::All(Tier::Disk), Some(Tier::Disk), 1), expected);
+    assert_eq!(run(Placement::All(Tier::Disk), None, 2), expected);
+}
+
+/// Operations that need their own result for the gradient, results that are inputs, and outputs that others read too.
+#[test]
+fn a_graph_that_is_kept_has_all_that_its_backward_reads() {
+    let run = |kept: usize, boundaries: Tier| {
+        let engine = Engine::new(Config {
+            placement: Placement::All(Tier::Disk),
+            backend: BackendChoice::Memory,
+            boundaries: Some(boundaries),
+            kept: Some(kept),
+            ..Config::default()
+        })
+        .unwrap();
+        let vb = engine.var_builder();
+        let weight = |name: &str| {
+            engine
+                .segment(vb.pp(name), |vb| {
+                    vb.get_with_hints((4, 4), "weight", Init::Randn { mean: 0.0, stdev: 0.5 })
+                })
+                .unwrap()
+        };
+        let segments = ["a", "b", "c"].map(weight);
+        let start = vb.get_with_hints((2, 4), "start", Init::Randn { mean: 0.0, stdev: 1.0 }).unwrap();
+        let loss = || {
+            let first = segments[0].call(&[&(&start * 2.0)?], |w, inputs| inputs[0].matmul(w)?.tanh())?;
+            let beside = first.sqr()?.sum_all()?;
+            let second = segments[1].call(&[&first], |w, inputs| {
+                let product = inputs[0].matmul(w)?;
+                Tensor::cat(&[&product, &inputs[0]], 0)?.narrow(0, 0, 2)
+            })?;
+            let third = segments[2]
+                .call(&[&second], |w, inputs| candle_nn::ops::softmax(&inputs[0].matmul(w)?, 1))?;
+            third.sqr()?.sum_all()? + beside
+        };
+        let plan = engine.plan(AdamW::default(), loss).unwrap();
+        let mut trainer = engine.trainer(plan).unwrap();
+        let losses: Vec<f32> = (0..3).map(|_| trainer.step(|_| loss()).unwrap().loss).collect();
+        (losses, trainer.weights_digest().unwrap())
+    };
+    let expected = run(0, Tier::Device);
+    for kept in 1..=3 {
+        assert_eq!(run(kept, Tier::Device), expected, "{kept}");
+    }
 }
 
 #[test]
 fn a_parameter_tied_across_segments_is_resident_and_trained_once() {
-    let run = |placement: Placement| {
+    let run = |placement: Placement, kept: usize| {
+        let kept = Some(kept);
         let engine =
-            Engine::new(Config { placement, backend: BackendChoice::Memory, ..Config::default() }).unwrap();
+            Engine::new(Config { placement, kept, backend: BackendChoice::Memory, ..Config::default() })
+                .unwrap();
         let vb = engine.var_builder();
         let root = vb.clone();
         let make = |vb: VarBuilder<'static>| {
@@ -242,14 +291,19 @@ fn a_parameter_tied_across_segments_is_resident_and_trained_once() {
         let losses: Vec<f32> = (0..3).map(|_| trainer.step(|_| loss()).unwrap().loss).collect();
         (losses, trainer.weights_digest().unwrap())
     };
-    assert_eq!(run(Placement::All(Tier::Device)), run(Placement::All(Tier::Disk)));
+    let expected = run(Placement::All(Tier::Device), 0);
+    for kept in 0..=2 {
+        assert_eq!(run(Placement::All(Tier::Disk), kept), expected);
+    }
 }
 
 #[test]
 fn a_segment_that_runs_twice_is_updated_once_with_both_gradients() {
-    let run = |placement: Placement| {
+    let run = |placement: Placement, kept: usize| {
+        let kept = Some(kept);
         let engine =
-            Engine::new(Config { placement, backend: BackendChoice::Memory, ..Config::default() }).unwrap();
+            Engine::new(Config { placement, kept, backend: BackendChoice::Memory, ..Config::default() })
+                .unwrap();
         let block = engine.segment(engine.var_builder().pp("shared"), |vb| Block::new(vb, 8)).unwrap();
         let xs = Tensor::ones((2, 8), DType::F32, &Device::Cpu).unwrap();
         let loss = || block.forward(&block.forward(&xs)?)?.sqr()?.mean_all();
@@ -258,7 +312,10 @@ fn a_segment_that_runs_twice_is_updated_once_with_both_gradients() {
         let losses: Vec<f32> = (0..3).map(|_| trainer.step(|_| loss()).unwrap().loss).collect();
         (losses, trainer.weights_digest().unwrap())
     };
-    assert_eq!(run(Placement::All(Tier::Device)), run(Placement::All(Tier::Disk)));
+    let expected = run(Placement::All(Tier::Device), 0);
+    for kept in 0..=2 {
+        assert_eq!(run(Placement::All(Tier::Disk), kept), expected);
+    }
 }
 
 #[test]

@@ -87,6 +87,10 @@ fn ways(base: &Config) -> Vec<(String, Config)> {
         let config = Config { boundaries: Some(boundaries), ..base(Tier::Disk) };
         ways.push((format!("boundaries on {boundaries}"), config));
     }
+    for (kept, boundaries) in [(1, Tier::Host), (BLOCKS, Tier::Disk)] {
+        let config = Config { kept: Some(kept), boundaries: Some(boundaries), ..base(Tier::Disk) };
+        ways.push((format!("{kept} graphs kept, boundaries on {boundaries}"), config));
+    }
     for piece_bytes in [4096, 1 << 20] {
         let config = Config { piece_bytes: Some(piece_bytes), ..base(Tier::Disk) };
         ways.push((format!("pieces of {piece_bytes}"), config));

@@ -50,6 +50,10 @@ pub struct StepArguments {
     /// Placement to compare with, in turns
     #[arg(long, value_enum)]
     against: Option<Home>,
+    /// Segments that keep what their backward needs, from the last one on, and are not computed again; in the placement that is
+    /// compared with all are
+    #[arg(long, default_value_t = 0)]
+    kept: usize,
     /// Measured steps of each
     #[arg(long, default_value_t = 5)]
     rounds: usize,
@@ -96,6 +100,7 @@ struct Footprint {
 #[derive(Debug, Serialize)]
 struct Measured {
     placement: &'static str,
+    kept: usize,
     step_s: Spread,
     tokens_per_s: f64,
     exposed_stall: f64,
@@ -108,7 +113,8 @@ pub fn run(arguments: StepArguments) -> CommandResult {
     if arguments.serve {
         return serve(&arguments);
     }
-    let homes: Vec<Home> = std::iter::once(arguments.placement).chain(arguments.against).collect();
+    let first = (arguments.placement, arguments.kept);
+    let homes: Vec<_> = std::iter::once(first).chain(arguments.against.map(|home| (home, 0))).collect();
     let mut servers =
         homes.iter().map(|&home| Server::start(&arguments, home)).collect::<CommandResult<Vec<_>>>()?;
     // The first step of each makes what later ones reuse.
@@ -124,10 +130,11 @@ pub fn run(arguments: StepArguments) -> CommandResult {
     }
     let tokens = (arguments.batch * arguments.seq) as f64;
     let mut measured = vec![];
-    for ((server, steps), &home) in servers.into_iter().zip(&steps).zip(&homes) {
+    for ((server, steps), &(home, kept)) in servers.into_iter().zip(&steps).zip(&homes) {
         let step_s = figure(steps, "step_s");
         measured.push(Measured {
             placement: home.name(),
+            kept,
             step_s,
             tokens_per_s: tokens / step_s.median,
             exposed_stall: figure(steps, "exposed_stall").median,
@@ -149,13 +156,16 @@ fn report(arguments: &StepArguments, measured: &[Measured]) -> CommandResult {
         println!("{}", json!({ "measured": measured, "speed": speed }));
         return Ok(());
     }
-    println!("| placement | median step | tokens/s | exposed stall | peak resident | planned |");
-    println!("|---|---|---|---|---|---|");
+    println!(
+        "| placement | graphs kept | median step | tokens/s | exposed stall | peak resident | planned |"
+    );
+    println!("|---|---|---|---|---|---|---|");
     let mib = |bytes: u64| format!("{} MiB", bytes >> 20);
     for row in measured {
         println!(
-            "| {} | {:.2} s ({:.2} to {:.2}) | {:.0} | {:.1} % | {} | {} |",
+            "| {} | {} | {:.2} s ({:.2} to {:.2}) | {:.0} | {:.1} % | {} | {} |",
             row.placement,
+            row.kept,
             row.step_s.median,
             row.step_s.least,
             row.step_s.most,
@@ -179,7 +189,7 @@ struct Server {
 }
 
 impl Server {
-    fn start(arguments: &StepArguments, home: Home) -> CommandResult<Self> {
+    fn start(arguments: &StepArguments, (home, kept): (Home, usize)) -> CommandResult<Self> {
         let mut command = Command::new(std::env::current_exe()?);
         command.args(["bench", "step", "--serve", "--placement", home.name()]);
         let sizes = [
@@ -189,6 +199,7 @@ impl Server {
             ("--vocab", arguments.vocab),
             ("--seq", arguments.seq),
             ("--batch", arguments.batch),
+            ("--kept", kept),
         ];
         for (option, size) in sizes {
             command.arg(option).arg(size.to_string());
@@ -231,7 +242,8 @@ impl Server {
 }
 
 fn serve(arguments: &StepArguments) -> CommandResult {
-    let folder = arguments.dir.join(arguments.placement.name());
+    let name = format!("{}-{}", arguments.placement.name(), arguments.kept);
+    let folder = arguments.dir.join(name);
     let _ = std::fs::remove_dir_all(&folder);
     let footprint = serve_in(arguments, folder.clone());
     let _ = std::fs::remove_dir_all(&folder);
@@ -250,7 +262,13 @@ fn serve_in(arguments: &StepArguments, folder: PathBuf) -> CommandResult<Footpri
         Home::Disk => (Tier::Disk, Some(folder)),
     };
     let placement = Placement::All(tier);
-    let engine = Engine::new(Config { directory, placement, clip: arguments.clip, ..Config::default() })?;
+    let engine = Engine::new(Config {
+        directory,
+        placement,
+        clip: arguments.clip,
+        kept: Some(arguments.kept),
+        ..Config::default()
+    })?;
     let model = Model::new(arguments, &engine)?;
     let random = Stream::new(1, "tokens");
     let tokens = |first: u64| {
