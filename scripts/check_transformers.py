@@ -48,6 +48,9 @@ def main():
     if wrong:
         sys.exit(f"{arguments.folder}: {wrong}")
     tokens = AutoTokenizer.from_pretrained(arguments.folder)(arguments.text, return_tensors="pt").input_ids
+    if tokens.shape[1] < 2:
+        sys.exit(f"{arguments.folder}: its tokenizer makes {tokens.shape[1]} tokens of the text: give a longer --text, or see what "
+                 "class tokenizer_config.json says")
     with torch.no_grad():
         loss = model(tokens, labels=tokens).loss.item()
     if not 0 < loss < float("inf"):

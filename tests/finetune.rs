@@ -162,6 +162,10 @@ fn a_model_that_learnt_nothing_is_written_as_it_was() {
         let [before, after] =
             ["model", "out"].map(|name| tensors(&folder.path().join(name).join("model.safetensors")));
         assert!(before == after, "{family}");
+        // Else transformers takes GPT-2's own class, which finds no tokens in a vocabulary of words.
+        let written = std::fs::read_to_string(folder.path().join("out/tokenizer_config.json")).unwrap();
+        let written: Value = serde_json::from_str(&written).unwrap();
+        assert_eq!(written["tokenizer_class"], "PreTrainedTokenizerFast", "{family}");
     }
 }
 

@@ -12,10 +12,13 @@ use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use std::path::Path;
 
+/// What tells transformers of which class a tokenizer is.
+const TOKENIZER_CONFIGURATION: &str = "tokenizer_config.json";
+
 /// Files beside the weights that transformers reads, if they are there.
 const COPIED: [&str; 7] = [
     "generation_config.json",
-    "tokenizer_config.json",
+    TOKENIZER_CONFIGURATION,
     "special_tokens_map.json",
     "vocab.json",
     "merges.txt",
@@ -178,8 +181,13 @@ pub fn write_model(
                 std::fs::copy(&from, out.join(name)).map_err(failed(&from))?;
             }
         }
+        // Without the file transformers takes the class of the model's family, which cuts text its own way and not as
+        // tokenizer.json says.
+        if !pretrained.path.join(TOKENIZER_CONFIGURATION).exists() {
+            write_json(TOKENIZER_CONFIGURATION, &json!({ "tokenizer_class": "PreTrainedTokenizerFast" }))?;
+        }
     } else {
-        write_json("tokenizer_config.json", &pretrained.tokenizer_configuration()?)?;
+        write_json(TOKENIZER_CONFIGURATION, &pretrained.tokenizer_configuration()?)?;
     }
     let mut configuration: Value = pretrained.configuration.clone();
     configuration["dtype"] = json!("float32");
