@@ -173,11 +173,16 @@ pub(crate) fn decode(dtype: DType, bytes: &[u8], out: &mut [f32]) {
 /// What a model's parameters are called in a file, and how they lie there; none: the tensor is no parameter.
 pub type Naming<'a> = dyn Fn(&str) -> Option<(String, Arrangement)> + 'a;
 
+/// What a parameter is called in a file, if it has a name there.
+pub type StoredName = fn(&str) -> Option<String>;
+
 /// The weights of a folder or file.
 #[derive(Debug)]
 pub struct Weights {
     /// Folder or file, for messages.
     source: PathBuf,
+    /// Where names in the file are others, for messages.
+    stored_name: Option<StoredName>,
     tensors: HashMap<String, StoredTensor>,
 }
 
@@ -210,14 +215,20 @@ impl Weights {
                 tensors.insert(name, tensor);
             }
         }
-        Ok(Self { source: folder.to_owned(), tensors })
+        Ok(Self { source: folder.to_owned(), stored_name: None, tensors })
     }
 
-    /// Opens a GGUF file, of which `content` is the table of contents.
+    /// Opens a GGUF file, of which `content` is the table of contents, and `stored_name` says for messages what `naming` says the
+    /// other way round.
     ///
     /// # Errors
     /// [`Error::File`], and [`Error::Weights`] if it is shorter than its table says.
-    pub fn of_gguf(path: &Path, content: &gguf_file::Content, naming: &Naming) -> Result<Self> {
+    pub fn of_gguf(
+        path: &Path,
+        content: &gguf_file::Content,
+        naming: &Naming,
+        stored_name: StoredName,
+    ) -> Result<Self> {
         let failed = |source| Error::File { path: path.to_owned(), source };
         let file = Arc::new(File::open(path).map_err(failed)?);
         let file_bytes = file.metadata().map_err(failed)?.len();
@@ -266,7 +277,15 @@ impl Weights {
                 return Err(damaged(format!("{stored} is {name}, which it has already by another name")));
             }
         }
-        Ok(Self { source: path.to_owned(), tensors })
+        Ok(Self { source: path.to_owned(), stored_name: Some(stored_name), tensors })
+    }
+
+    /// A parameter's name, with the one in the file where it is another.
+    fn called(&self, name: &str) -> String {
+        match self.stored_name.and_then(|stored_name| stored_name(name)) {
+            Some(stored) => format!("{name} (in the file {stored})"),
+            None => name.to_owned(),
+        }
     }
 
     /// Shape of the parameter of a name, if it is there.
@@ -307,17 +326,23 @@ impl InitialValues for Weights {
                 Some(tensor) if tensor.parameter_shape() == *shape => {}
                 Some(tensor) => {
                     let found = tensor.parameter_shape();
+                    let name = self.called(name);
                     let reason =
                         format!("{name} has the shape {found:?}, and the configuration says {shape:?}");
                     return Err(tensor.damaged(reason));
                 }
                 None if crate::models::linear::Adapting::is_adapter(name) => {}
-                None => return wrong(format!("it has no {name}, which the model of its configuration has")),
+                None => {
+                    let name = self.called(name);
+                    return wrong(format!("it has no {name}, which the model of its configuration has"));
+                }
             }
         }
         let asked: HashSet<&String> = parameters.iter().map(|(name, _)| name).collect();
         match self.tensors.keys().filter(|name| !asked.contains(name)).min() {
-            Some(name) => wrong(format!("it has {name}, which the model of its configuration has not")),
+            Some(name) => {
+                wrong(format!("it has {}, which the model of its configuration has not", self.called(name)))
+            }
             None => Ok(()),
         }
     }

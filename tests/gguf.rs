@@ -393,14 +393,19 @@ fn tensors_that_are_missing_left_over_or_of_another_shape_are_named() {
     write_model(&path, &[]);
     let missing =
         refusal(&with_tensors(&path, |tensors| tensors.retain(|(name, _)| name != "blk.0.ffn_up.weight")));
-    assert!(missing.contains("it has no model.layers.0.mlp.up_proj.weight"), "{missing}");
+    let both = "it has no model.layers.0.mlp.up_proj.weight (in the file blk.0.ffn_up.weight), which";
+    assert!(missing.contains(both), "{missing}");
     let embedding =
         refusal(&with_tensors(&path, |tensors| tensors.retain(|(name, _)| name != "token_embd.weight")));
     assert!(embedding.contains("it has no token_embd.weight"), "{embedding}");
     for name in ["blk.0.attn_gate.weight", "blk.1.attn_q.weight", "adapter"] {
         let left = refusal(&with_tensors(&path, |tensors| tensors.push((name.into(), vector(&[1.0; 32])))));
-        let known =
-            if name == "blk.1.attn_q.weight" { "model.layers.1.self_attn.q_proj.weight" } else { name };
+        let known = match name {
+            "blk.1.attn_q.weight" => {
+                "model.layers.1.self_attn.q_proj.weight (in the file blk.1.attn_q.weight)"
+            }
+            name => name,
+        };
         assert!(left.contains(&format!("it has {known}, which")), "{left}");
     }
     let shape = refusal(&with_tensors(&path, |tensors| {
@@ -408,7 +413,10 @@ fn tensors_that_are_missing_left_over_or_of_another_shape_are_named() {
             *tensor = vector(&[1.0; WIDTH / 2]);
         }
     }));
-    assert!(shape.contains("model.norm.weight has the shape [8]"), "{shape}");
+    assert!(
+        shape.contains("model.norm.weight (in the file output_norm.weight) has the shape [8]"),
+        "{shape}"
+    );
 }
 
 #[test]

@@ -221,33 +221,84 @@ pub(super) fn tokenizer_configuration(content: &Content) -> Value {
     configuration
 }
 
-/// The name of a tensor of a GGUF file of GPT-2's in its Hugging Face checkpoints, or none for what is no parameter. Matrices lie
-/// as [out, in], which is the transpose of those checkpoints' and as the model has them.
-pub(super) fn gpt2_parameter_name(stored: &str) -> Option<(String, Arrangement)> {
-    let named = |name: &str| Some((name.to_owned(), Arrangement::Same));
-    match stored {
-        "token_embd.weight" => return named("wte.weight"),
-        "position_embd.weight" => return named("wpe.weight"),
-        // The head is the token embedding, which some files have twice.
-        "output.weight" => return None,
-        _ => {}
-    }
-    let known = [
+/// How a family's tensors are called in GGUF files and in Hugging Face's checkpoints, without `.weight` and `.bias`.
+pub(super) struct Names {
+    /// Outside layers.
+    outside: &'static [(&'static str, &'static str)],
+    /// What comes before the number of a layer in checkpoints.
+    layers: &'static str,
+    /// Within a layer.
+    within: &'static [(&'static str, &'static str)],
+}
+
+/// Llama's and those like it.
+pub(super) const LLAMA_NAMES: Names = Names {
+    outside: &[("token_embd", "model.embed_tokens"), ("output_norm", "model.norm"), ("output", "lm_head")],
+    layers: "model.layers.",
+    within: &[
+        ("attn_q", "self_attn.q_proj"),
+        ("attn_k", "self_attn.k_proj"),
+        ("attn_v", "self_attn.v_proj"),
+        ("attn_output", "self_attn.o_proj"),
+        ("attn_q_norm", "self_attn.q_norm"),
+        ("attn_k_norm", "self_attn.k_norm"),
+        ("attn_norm", "input_layernorm"),
+        ("ffn_norm", "post_attention_layernorm"),
+        ("ffn_gate", "mlp.gate_proj"),
+        ("ffn_up", "mlp.up_proj"),
+        ("ffn_down", "mlp.down_proj"),
+    ],
+};
+
+/// GPT-2's.
+pub(super) const GPT2_NAMES: Names = Names {
+    outside: &[("token_embd", "wte"), ("position_embd", "wpe"), ("output_norm", "ln_f")],
+    layers: "h.",
+    within: &[
         ("attn_norm", "ln_1"),
         ("attn_qkv", "attn.c_attn"),
         ("attn_output", "attn.c_proj"),
         ("ffn_norm", "ln_2"),
         ("ffn_up", "mlp.c_fc"),
         ("ffn_down", "mlp.c_proj"),
-    ];
-    let (part, kind) = stored.rsplit_once('.').unwrap_or((stored, "weight"));
-    let layer = part.strip_prefix("blk.").and_then(|rest| rest.split_once('.'));
-    match layer.map(|(number, part)| (number, known.iter().find(|(stored, _)| *stored == part))) {
-        Some((number, Some((_, name)))) => named(&format!("h.{number}.{name}.{kind}")),
-        None if part == "output_norm" => named(&format!("ln_f.{kind}")),
-        // Kept under its own name, so that it is found to be left over.
-        _ => named(stored),
+    ],
+};
+
+impl Names {
+    /// The name in checkpoints of a tensor of a file, if it has one.
+    fn parameter(&self, stored: &str) -> Option<String> {
+        let (part, kind) = stored.rsplit_once('.')?;
+        let Some((number, part)) = part.strip_prefix("blk.").and_then(|rest| rest.split_once('.')) else {
+            let (_, name) = self.outside.iter().find(|(stored, _)| *stored == part)?;
+            return Some(format!("{name}.{kind}"));
+        };
+        let (_, name) = self.within.iter().find(|(stored, _)| *stored == part)?;
+        Some(format!("{}{number}.{name}.{kind}", self.layers))
     }
+
+    /// The name in files of a parameter, if it has one.
+    pub(super) fn stored(&self, parameter: &str) -> Option<String> {
+        let (part, kind) = parameter.rsplit_once('.')?;
+        let Some((number, part)) = part.strip_prefix(self.layers).and_then(|rest| rest.split_once('.'))
+        else {
+            let (stored, _) = self.outside.iter().find(|(_, name)| *name == part)?;
+            return Some(format!("{stored}.{kind}"));
+        };
+        let (stored, _) = self.within.iter().find(|(_, name)| *name == part)?;
+        Some(format!("blk.{number}.{stored}.{kind}"))
+    }
+}
+
+/// The name of a tensor of a GGUF file of GPT-2's in its Hugging Face checkpoints, or none for what is no parameter. Matrices lie
+/// as [out, in], which is the transpose of those checkpoints' and as the model has them.
+pub(super) fn gpt2_parameter_name(stored: &str) -> Option<(String, Arrangement)> {
+    // The head is the token embedding, which some files have twice.
+    if stored == "output.weight" {
+        return None;
+    }
+    // What is unknown keeps its own name, so that it is found to be left over.
+    let name = GPT2_NAMES.parameter(stored).unwrap_or_else(|| stored.to_owned());
+    Some((name, Arrangement::Same))
 }
 
 /// The name of a GGUF file's tensor in Hugging Face's checkpoints of Llama's family.
@@ -255,37 +306,16 @@ pub(super) fn llama_parameter_name(
     stored: &str,
     interleaved_head_rows: Option<usize>,
 ) -> Option<(String, Arrangement)> {
-    let same = |name: &str| Some((name.to_owned(), Arrangement::Same));
-    match stored {
-        "token_embd.weight" => return same("model.embed_tokens.weight"),
-        "output_norm.weight" => return same("model.norm.weight"),
-        "output.weight" => return same("lm_head.weight"),
-        // No parameter: part of the configuration.
-        FREQUENCY_FACTORS => return None,
-        _ => {}
+    // No parameter: part of the configuration.
+    if stored == FREQUENCY_FACTORS {
+        return None;
     }
-    let Some((layer, rest)) = stored.strip_prefix("blk.").and_then(|rest| rest.split_once('.')) else {
-        // Kept under its own name, so that it is found to be left over.
-        return same(stored);
-    };
-    let (part, kind) = rest.split_once('.').unwrap_or((rest, "weight"));
-    let name = match part {
-        "attn_q" => "self_attn.q_proj",
-        "attn_k" => "self_attn.k_proj",
-        "attn_v" => "self_attn.v_proj",
-        "attn_output" => "self_attn.o_proj",
-        "attn_q_norm" => "self_attn.q_norm",
-        "attn_k_norm" => "self_attn.k_norm",
-        "attn_norm" => "input_layernorm",
-        "ffn_norm" => "post_attention_layernorm",
-        "ffn_gate" => "mlp.gate_proj",
-        "ffn_up" => "mlp.up_proj",
-        "ffn_down" => "mlp.down_proj",
-        _ => return same(stored),
-    };
+    // What is unknown keeps its own name, so that it is found to be left over.
+    let name = LLAMA_NAMES.parameter(stored).unwrap_or_else(|| stored.to_owned());
+    let is_turned = [".attn_q.", ".attn_k."].iter().any(|part| stored.contains(part));
     let arrangement = match interleaved_head_rows {
-        Some(head_rows) if matches!(part, "attn_q" | "attn_k") => Arrangement::InterleavedHeads { head_rows },
+        Some(head_rows) if is_turned => Arrangement::InterleavedHeads { head_rows },
         _ => Arrangement::Same,
     };
-    Some((format!("model.layers.{layer}.{name}.{kind}"), arrangement))
+    Some((name, arrangement))
 }

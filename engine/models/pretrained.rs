@@ -12,7 +12,7 @@ use crate::error::{Error, Result};
 use crate::pass::lock;
 use crate::tiled_linear::linear_by_rows;
 use crate::tokenizer::Tokenizer;
-use crate::weights::{Arrangement, Weights};
+use crate::weights::{Arrangement, StoredName, Weights};
 use crate::{Engine, Segment, TiledLinear};
 use candle_core::{Device, Module, Tensor};
 use candle_nn::VarBuilder;
@@ -103,7 +103,11 @@ impl Pretrained {
             }
             Family::Gpt2(_) => gguf::gpt2_parameter_name(name),
         };
-        let weights = Weights::of_gguf(path, &content, &naming)?;
+        let stored_name: StoredName = match &family {
+            Family::Llama(_) => |name| gguf::LLAMA_NAMES.stored(name),
+            Family::Gpt2(_) => |name| gguf::GPT2_NAMES.stored(name),
+        };
+        let weights = Weights::of_gguf(path, &content, &naming, stored_name)?;
         let head_tiles = family.head_tiles();
         Ok(Self { path: path.to_owned(), configuration, weights: Arc::new(weights), head_tiles, family })
     }
