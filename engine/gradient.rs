@@ -45,6 +45,8 @@ pub struct GradientSink<'a> {
     resident: &'a Mutex<ResidentGradients>,
     /// Collects the names of parameters without a gradient.
     missing: Vec<String>,
+    /// Entries of the resident table whose gradients came.
+    reached: Vec<usize>,
     observation: Option<Observation>,
     /// What the rehearsal notes when the forward has run again.
     recomputed: Option<&'a dyn Fn() -> candle_core::Result<()>>,
@@ -58,7 +60,16 @@ impl<'a> GradientSink<'a> {
         group: usize,
         resident: &'a Mutex<ResidentGradients>,
     ) -> Self {
-        Self { layout, tensors, group, resident, missing: vec![], observation: None, recomputed: None }
+        Self {
+            layout,
+            tensors,
+            group,
+            resident,
+            missing: vec![],
+            reached: vec![],
+            observation: None,
+            recomputed: None,
+        }
     }
 
     /// Shows the gradients to an observer, if there is one, before they are taken.
@@ -92,6 +103,7 @@ impl<'a> GradientSink<'a> {
                 None => gradient,
             };
             sums.insert(entry, sum);
+            self.reached.push(entry);
         }
         let mut runs = vec![];
         for (index, (entry, tensor)) in
@@ -129,7 +141,12 @@ impl<'a> GradientSink<'a> {
     }
 
     /// Names of the parameters that got no gradient.
-    pub fn missing(self) -> Vec<String> {
-        self.missing
+    pub fn missing(&self) -> Vec<String> {
+        self.missing.clone()
+    }
+
+    /// Entries of the resident table whose gradients came.
+    pub fn reached(&self) -> &[usize] {
+        &self.reached
     }
 }

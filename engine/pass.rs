@@ -15,6 +15,7 @@ use crate::segment::Output;
 use crate::simulator::Compute;
 use crate::vacancy::{self, DeviceRun, Leaves};
 use candle_core::{Tensor, TensorId};
+use std::any::TypeId;
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
@@ -199,7 +200,7 @@ impl Passes {
     }
 
     /// A segment's forward begins.
-    pub fn begin_forward(&self, group: usize, kind: &'static str, inputs: &[&Tensor]) -> Result<Forward> {
+    pub fn begin_forward(&self, group: usize, kind: TypeId, inputs: &[&Tensor]) -> Result<Forward> {
         match self.mode() {
             Mode::Idle => Err(self.outside(group)),
             Mode::Rehearsal(rehearsal) => {

@@ -1,7 +1,7 @@
 //! What the model asks its `VarBuilder` for, and the vacant tensors that it gets.
 
 use crate::error::{Error, Result};
-use crate::layout::{Group, Layout};
+use crate::layout::{Group, Layout, TableEntry};
 use crate::stores::RESIDENT;
 use crate::vacancy::{self, DeviceRun};
 use candle_core::{DType, Device, Shape, Tensor};
@@ -23,6 +23,8 @@ pub struct Parameter {
     pub trainable: bool,
     /// Segment that owns it; none: the resident group.
     pub segment: Option<usize>,
+    /// Segments that asked for it.
+    pub askers: Vec<usize>,
     /// The tensor in the user's model.
     pub tensor: Tensor,
 }
@@ -145,6 +147,7 @@ impl Registry {
                 // Tied across segments: it must be on the device whenever any of them runs.
                 parameter.segment = None;
             }
+            parameter.askers.extend(segment.filter(|segment| !parameter.askers.contains(segment)));
             return Ok(parameter.tensor.clone());
         }
         if state.sealed {
@@ -173,6 +176,7 @@ impl Registry {
             init,
             trainable,
             segment,
+            askers: segment.into_iter().collect(),
             tensor: tensor.clone(),
         });
         Ok(tensor)
@@ -208,7 +212,11 @@ impl SimpleBackend for Registry {
 }
 
 /// The tensors of the groups, in the order of their tables.
-pub struct GroupTensors(Vec<Vec<Tensor>>);
+pub struct GroupTensors {
+    own: Vec<Vec<Tensor>>,
+    /// By group, the entries of the resident table that its segment asked for too.
+    shared: Vec<Vec<usize>>,
+}
 
 impl GroupTensors {
     /// Collects them for a layout.
@@ -216,17 +224,30 @@ impl GroupTensors {
         let of_group = |group: &Group| {
             group.table.iter().map(|entry| parameters[entry.parameter].tensor.clone()).collect::<Vec<_>>()
         };
-        Self(layout.groups.iter().map(of_group).collect())
+        let resident = layout.groups.last().map_or(&[][..], |group| &group.table);
+        let shared = |group: usize| {
+            let asked = |entry: &TableEntry| parameters[entry.parameter].askers.contains(&group);
+            resident.iter().enumerate().filter(|(_, entry)| asked(entry)).map(|(entry, _)| entry).collect()
+        };
+        Self {
+            own: layout.groups.iter().map(of_group).collect(),
+            shared: (0..layout.groups.len()).map(shared).collect(),
+        }
     }
 
     /// The tensors of one group.
     pub fn of(&self, group: usize) -> &[Tensor] {
-        &self.0[group]
+        &self.own[group]
+    }
+
+    /// Entries of the resident table that the segment of a group shares with others.
+    pub fn shared(&self, group: usize) -> &[usize] {
+        &self.shared[group]
     }
 
     /// Moves parameters into the tensors of a group.
     pub fn fill(&self, group: usize, storage: Vec<DeviceRun>) -> Result<()> {
-        for (tensor, values) in self.0[group].iter().zip(storage) {
+        for (tensor, values) in self.own[group].iter().zip(storage) {
             vacancy::fill(tensor, values)?;
         }
         Ok(())
@@ -234,6 +255,6 @@ impl GroupTensors {
 
     /// Moves the parameters of a group out of its tensors, which are vacant from then on.
     pub fn take(&self, group: usize) -> Result<Vec<DeviceRun>> {
-        Ok(self.0[group].iter().map(vacancy::take).collect::<candle_core::Result<_>>()?)
+        Ok(self.own[group].iter().map(vacancy::take).collect::<candle_core::Result<_>>()?)
     }
 }

@@ -14,7 +14,9 @@ use crate::segment::Output;
 use crate::simulator::{Compute, ComputeTime};
 use crate::vacancy::{self, DeviceRun};
 use candle_core::{DType, Shape, Tensor};
+use std::any::TypeId;
 use std::cell::Cell;
+use std::collections::hash_map::Entry;
 use std::collections::{BTreeSet, HashMap};
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
@@ -38,7 +40,7 @@ const OF_A_TRIAL: u64 = 4;
 /// What makes two segments alike: code, parameters and inputs.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 struct Kind {
-    code: &'static str,
+    code: TypeId,
     parameters: Vec<(Vec<usize>, bool)>,
     inputs: Vec<(Vec<usize>, DType)>,
 }
@@ -50,6 +52,8 @@ struct Known {
     backward: Measured,
     /// The part of the backward that is the forward again.
     again: Measured,
+    /// Of the parameters that it shares with other segments, in their order, whether a gradient came.
+    shared: Vec<bool>,
     /// A forward whose graph is kept: its peak, and what stays of it beside its output.
     kept_peak_bytes: u64,
     kept_bytes: u64,
@@ -324,12 +328,7 @@ impl Rehearsal {
     }
 
     /// A segment's forward begins.
-    pub fn begin_forward(
-        self: &Arc<Self>,
-        group: usize,
-        code: &'static str,
-        inputs: &[&Tensor],
-    ) -> Result<Trial> {
+    pub fn begin_forward(self: &Arc<Self>, group: usize, code: TypeId, inputs: &[&Tensor]) -> Result<Trial> {
         let before_s = self.user_code_s()?;
         self.note_peak();
         self.note_parked();
@@ -361,18 +360,35 @@ impl Rehearsal {
         let mut findings = lock(&self.findings);
         findings.turns.push((Turn::Backward(call), before_s));
         let (Call { group, boundary_moves, .. }, kind) = findings.calls[call].clone();
-        let known = findings.known.get(&kind).is_some_and(|known| known.backward.is_known(findings.pass));
+        let known = findings.known.get(&kind).filter(|known| known.backward.is_known(findings.pass));
+        let shared = known.map_or(vec![], |known| known.shared.clone());
+        let known = known.is_some();
         drop(findings);
+        self.give_shared(group, &shared)?;
         let moves = boundary_moves && self.moves_boundaries && vacancy::is_vacant(&inputs[0]);
         let boundary_elements = inputs[0].elem_count();
         Ok(Trial { rehearsal: self.clone(), call, kind, group, boundary_elements, moves, known })
     }
 
-    fn kind(&self, group: usize, code: &'static str, inputs: &[&Tensor]) -> Kind {
-        let table = &self.layout.groups[group].table;
+    /// Gradients of zero for the parameters that a segment which is skipped shares with others, where those like it gave some.
+    fn give_shared(&self, group: usize, reached: &[bool]) -> Result<()> {
+        let resident = self.tensors.of(self.layout.resident());
+        let mut sums = lock(&self.resident_gradients);
+        for (&entry, _) in self.tensors.shared(group).iter().zip(reached).filter(|(_, reached)| **reached) {
+            if let Entry::Vacant(sum) = sums.entry(entry) {
+                sum.insert(resident[entry].zeros_like()?);
+            }
+        }
+        Ok(())
+    }
+
+    fn kind(&self, group: usize, code: TypeId, inputs: &[&Tensor]) -> Kind {
+        let resident = &self.layout.groups[self.layout.resident()].table;
+        let shared = self.tensors.shared(group).iter().map(|&entry| &resident[entry]);
+        let parameters = self.layout.groups[group].table.iter().chain(shared);
         Kind {
             code,
-            parameters: table.iter().map(|entry| (entry.shape.clone(), entry.trainable)).collect(),
+            parameters: parameters.map(|entry| (entry.shape.clone(), entry.trainable)).collect(),
             inputs: inputs.iter().map(|input| (input.dims().to_vec(), input.dtype())).collect(),
         }
     }
@@ -461,9 +477,11 @@ impl Trial {
             run(&mut sink)
         })?;
         let missing = sink.missing();
+        let shared = tensors.shared(self.group).iter().map(|entry| sink.reached().contains(entry)).collect();
         let mut findings = lock(&rehearsal.findings);
         findings.missing.extend(missing);
         if let Some(known) = findings.known.get_mut(&self.kind) {
+            known.shared = shared;
             known.backward.add(bytes, seconds);
             if let Some((bytes, seconds)) = again.get() {
                 known.again.add(bytes, seconds);

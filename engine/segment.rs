@@ -13,6 +13,7 @@ use candle_core::{
     CpuStorage, CudaStorage, CustomOp1, CustomOp2, CustomOp3, DType, Layout, Module, Shape, Tensor, bail,
 };
 use ferrozero_kernels::ops;
+use std::any::TypeId;
 use std::sync::{Arc, Mutex};
 
 /// A part of the user's model that is fetched, run and released as one. Made by [`Engine::segment`](crate::Engine::segment).
@@ -61,20 +62,14 @@ impl<M: Send + Sync + 'static> Segment<M> {
         F: Fn(&M, &[Tensor]) -> candle_core::Result<Tensor> + Send + Sync + 'static,
     {
         let inner = self.inner.clone();
-        let kind = std::any::type_name::<F>();
+        let kind = TypeId::of::<F>();
         let run: Arc<Run> = Arc::new(move |inputs| run(&inner.module, inputs));
         let passes = &self.inner.passes;
         passes.report(call(passes, self.inner.group, kind, run, inputs))
     }
 }
 
-fn call(
-    passes: &Passes,
-    group: usize,
-    kind: &'static str,
-    run: Arc<Run>,
-    inputs: &[&Tensor],
-) -> Result<Tensor> {
+fn call(passes: &Passes, group: usize, kind: TypeId, run: Arc<Run>, inputs: &[&Tensor]) -> Result<Tensor> {
     if inputs.is_empty() {
         return Err(Error::Unsupported("a segment needs an input".into()));
     }
