@@ -2,7 +2,7 @@
 
 use crate::arrangement::GroupPlacement;
 use crate::error::{Error, Result};
-use crate::export::{Take, export_safetensors, in_order};
+use crate::export::{Put, export_safetensors};
 use crate::layout::{Group, Layout};
 use crate::schedule::Stream;
 use crate::stores::{self, ParameterRow, Progress};
@@ -173,16 +173,16 @@ impl Checkpoint {
     /// # Errors
     /// [`Error::Unsupported`] for an unknown name, and what reading finds.
     pub fn parameter(&self, name: &str) -> Result<Vec<f32>> {
-        let mut all = vec![];
-        self.show(name, &mut |values| {
-            all.extend_from_slice(values);
+        let mut all = vec![0.0; self.layout.elements_of(name)?];
+        self.show(name, &mut |first, values| {
+            all[first..first + values.len()].copy_from_slice(values);
             Ok(())
         })?;
         Ok(all)
     }
 
-    /// Shows the values of a parameter in order, a piece at a time.
-    fn show(&self, name: &str, take: &mut Take) -> Result<()> {
+    /// Puts the values of a parameter, a piece at a time.
+    fn show(&self, name: &str, put: &mut Put) -> Result<()> {
         for (group, entry) in self.layout.find(name)? {
             let of_group = &self.layout.groups[group];
             let extent = stores::extent_name(of_group, Stream::Master);
@@ -191,7 +191,8 @@ impl Checkpoint {
                 let range = self.layout.piece_range(of_group.elements, piece);
                 let mut runs = of_group.runs(range).filter(|run| run.entry == entry);
                 runs.try_for_each(|run| {
-                    take(&lease.as_f32()[run.piece_start..run.piece_start + run.elements])
+                    let values = &lease.as_f32()[run.piece_start..run.piece_start + run.elements];
+                    Layout::put(&of_group.table[entry], run.entry_start, values, put)
                 })
             })?;
         }
@@ -203,7 +204,7 @@ impl Checkpoint {
     /// # Errors
     /// [`Error::File`] and what reading finds.
     pub fn export_safetensors(&self, path: &Path) -> Result<()> {
-        export_safetensors(path, &self.layout.parameters(), &|name, put| self.show(name, &mut in_order(put)))
+        export_safetensors(path, &self.layout.parameters(), &|name, put| self.show(name, put))
     }
 }
 

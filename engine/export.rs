@@ -14,22 +14,10 @@ use std::io::{self, Read};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
-/// Takes some values of a parameter.
-pub(crate) type Take<'a> = dyn FnMut(&[f32]) -> Result<()> + 'a;
 /// Puts some values of a parameter from the element of a number on.
 pub(crate) type Put<'a> = dyn FnMut(usize, &[f32]) -> Result<()> + 'a;
 /// Puts every value of the parameter of a name once, some at a time, in any order.
 pub(crate) type PutAll<'a> = dyn Fn(&str, &mut Put) -> Result<()> + 'a;
-
-/// Puts values that are taken in order.
-pub(crate) fn in_order(put: &mut Put) -> impl FnMut(&[f32]) -> Result<()> {
-    let mut first = 0;
-    move |values| {
-        put(first, values)?;
-        first += values.len();
-        Ok(())
-    }
-}
 
 /// Values that are converted at a time.
 const PUT_ELEMENTS: usize = 64 * 1024;

@@ -7,7 +7,8 @@
 //! straddle two tensors or two pieces, so a norm has the same bits whatever the piece size.
 
 use crate::error::{Error, Result};
-use crate::tiled_linear::whole_of;
+use crate::export::Put;
+use crate::part::{Cut, Part};
 use ferrozero_kernels::gradient::BLOCK_ELEMENTS;
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -135,7 +136,7 @@ impl Layout {
         start..(start + self.piece_elements).min(elements)
     }
 
-    /// Groups, and places in their tables, of a parameter: one, or those of its tiles in the order of their rows.
+    /// Groups, and places in their tables, of a parameter: one, or those of its parts from the first row or column on.
     ///
     /// # Errors
     /// [`Error::Unsupported`] for an unknown name.
@@ -144,9 +145,9 @@ impl Layout {
             of_group.table.iter().enumerate().map(move |(index, entry)| (group, index, entry))
         });
         let mut found: Vec<(usize, usize, usize)> = entries
-            .filter_map(|(group, index, entry)| match whole_of(&entry.name) {
-                Some((whole, first_row)) if whole == name => Some((first_row, group, index)),
-                _ => (entry.name == name).then_some((0, group, index)),
+            .filter_map(|(group, index, entry)| {
+                let part = Part::of(&entry.name);
+                (part.whole == name).then(|| (part.cut.as_ref().map_or(0, Cut::first), group, index))
             })
             .collect();
         if found.is_empty() {
@@ -178,20 +179,23 @@ impl Layout {
         runs.map(|run| group.table[run.entry].name.clone()).collect()
     }
 
-    /// Names and shapes of all parameters, in the order of their names. Tiles of one are one.
+    /// Names and shapes of all parameters, in the order of their names. Parts of one are one.
     pub fn parameters(&self) -> Vec<(String, Vec<usize>)> {
         let mut all: BTreeMap<String, Vec<usize>> = BTreeMap::new();
         for entry in self.groups.iter().flat_map(|group| &group.table) {
-            let Some((whole, _)) = whole_of(&entry.name) else {
-                all.insert(entry.name.clone(), entry.shape.clone());
-                continue;
-            };
-            match all.get_mut(&whole) {
-                Some(shape) => shape[0] += entry.shape[0],
-                None => drop(all.insert(whole, entry.shape.clone())),
+            let Part { whole, cut } = Part::of(&entry.name);
+            match (all.get_mut(whole.as_ref()), cut.map(|cut| cut.dimension())) {
+                (Some(shape), Some(dimension)) => shape[dimension] += entry.shape[dimension],
+                _ => drop(all.insert(whole.into_owned(), entry.shape.clone())),
             }
         }
         all.into_iter().collect()
+    }
+
+    /// Puts values of a parameter's part from the element `start` of the part on where the whole has them.
+    pub(crate) fn put(entry: &TableEntry, start: usize, values: &[f32], put: &mut Put) -> Result<()> {
+        let mut runs = Part::of(&entry.name).runs(&entry.shape, start, values.len());
+        runs.try_for_each(|(first, run)| put(first, &values[run]))
     }
 
     /// Number of parameters' elements, alignment not counted.

@@ -87,6 +87,7 @@ pub mod learning_rate;
 mod loss_scale;
 pub mod models;
 mod order;
+mod part;
 mod pass;
 pub mod plan;
 pub mod planner;

@@ -1,24 +1,14 @@
 //! Memory-centric tiling (Rajbhandari et al., "ZeRO-Infinity", arXiv 2104.07857, section 5.1.3): a linear layer that is too large to
 //! be on the device as a whole runs in tiles, each a segment with some rows of the weight.
-//!
-//! The rows `a..b` of the weight of `lm_head` are the parameter `lm_head.rows_a_b.weight`. Files know the whole weight only:
-//! a tile is read from its rows, and [`Trainer::parameters`](crate::Trainer::parameters) and exports give `lm_head.weight`.
 
 use crate::engine::Engine;
 use crate::error::{Error, Result};
+use crate::part::Cut;
 use crate::segment::Segment;
 use candle_core::{D, DType, Tensor, bail};
 use candle_nn::{Init, VarBuilder};
 use ferrozero_kernels::ops;
 use std::ops::Range;
-
-/// The parameter that a tile's parameter is a part of, and the first of its rows.
-pub(crate) fn whole_of(name: &str) -> Option<(String, usize)> {
-    let (layer, rest) = name.rsplit_once(".rows_")?;
-    let (rows, kind) = rest.split_once('.')?;
-    let (first, _) = rows.split_once('_')?;
-    Some((format!("{layer}.{kind}"), first.parse().ok()?))
-}
 
 /// Some rows of the weight, and of the bias.
 struct Tile {
@@ -57,7 +47,7 @@ impl TiledLinear {
         let rows = outputs.div_ceil(tiles);
         let tiles = (0..outputs).step_by(rows).map(|first| {
             let rows = first..(first + rows).min(outputs);
-            let vb = vb.pp(format!("rows_{}_{}", rows.start, rows.end));
+            let vb = vb.pp(Cut::Rows(rows.clone()));
             let tile = engine.segment(vb, |vb| -> candle_core::Result<Tile> {
                 let make_bias = || vb.get_with_hints(rows.len(), "bias", Init::Const(0.0));
                 Ok(Tile {

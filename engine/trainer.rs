@@ -8,8 +8,9 @@ use crate::device::{BufferMemory, ComputeDevice, DeviceCounter};
 use crate::engine::Config;
 use crate::error::{Error, Result};
 use crate::executor::{Executor, Memory};
-use crate::export::{Take, export_safetensors, in_order};
+use crate::export::{Put, export_safetensors};
 use crate::gradient::{Gradient, GradientObserver, GradientSink};
+use crate::layout::Layout;
 use crate::loss_scale::LossScale;
 use crate::pass::{Mode, Passes, ScheduledPass, lock};
 use crate::plan::Plan;
@@ -478,16 +479,16 @@ impl Trainer {
     /// # Errors
     /// [`Error::Unsupported`] for an unknown name, and errors of the tiers.
     pub fn parameter(&self, name: &str) -> Result<Vec<f32>> {
-        let mut all = Vec::with_capacity(self.plan.layout.elements_of(name)?);
-        self.show(name, &mut |values| {
-            all.extend_from_slice(values);
+        let mut all = vec![0.0; self.plan.layout.elements_of(name)?];
+        self.show(name, &mut |first, values| {
+            all[first..first + values.len()].copy_from_slice(values);
             Ok(())
         })?;
         Ok(all)
     }
 
-    /// Shows the values of a parameter in order, some pieces at a time.
-    pub(crate) fn show(&self, name: &str, take: &mut Take) -> Result<()> {
+    /// Puts the values of a parameter, some pieces at a time: in order, or part by part where the model has it in parts.
+    pub(crate) fn show(&self, name: &str, put: &mut Put) -> Result<()> {
         let layout = &self.plan.layout;
         self.settle()?;
         for (group, index) in layout.find(name)? {
@@ -501,7 +502,8 @@ impl Trainer {
                 self.executor.drain()?;
                 let mut parts: Vec<_> = received.try_iter().filter(|part| part.entry == index).collect();
                 parts.sort_by_key(|part| part.entry_start);
-                parts.iter().try_for_each(|part| take(&part.values))?;
+                let entry = &layout.groups[group].table[index];
+                parts.iter().try_for_each(|part| Layout::put(entry, part.entry_start, &part.values, put))?;
             }
         }
         Ok(())
@@ -512,8 +514,8 @@ impl Trainer {
         self.plan.layout.parameters()
     }
 
-    /// SHA-256 of all master parameters in the order of their names, as little-endian bytes. Equal digests mean weights
-    /// that are equal to the bit.
+    /// SHA-256 of all master parameters in the order of their names, as little-endian bytes, those of one that the model has in
+    /// parts part by part. Equal digests of a model mean weights that are equal to the bit.
     ///
     /// # Errors
     /// Errors of the tiers.
@@ -521,7 +523,7 @@ impl Trainer {
         let mut hasher = Sha256::new();
         for (name, _) in self.parameters() {
             hasher.update(name.as_bytes());
-            self.show(&name, &mut |values| {
+            self.show(&name, &mut |_, values| {
                 let bytes: Vec<u8> = values.iter().flat_map(|value| value.to_le_bytes()).collect();
                 hasher.update(bytes);
                 Ok(())
@@ -535,7 +537,7 @@ impl Trainer {
     /// # Errors
     /// [`Error::File`] and errors of the tiers.
     pub fn export_safetensors(&self, path: &Path) -> Result<()> {
-        export_safetensors(path, &self.parameters(), &|name, put| self.show(name, &mut in_order(put)))
+        export_safetensors(path, &self.parameters(), &|name, put| self.show(name, put))
     }
 
     /// Counts what a CUDA device is asked for.

@@ -11,6 +11,7 @@ use std::borrow::Cow;
 use std::collections::{HashMap, HashSet};
 use std::fmt;
 use std::fs::File;
+use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -29,6 +30,33 @@ pub trait InitialValues: fmt::Debug + Send + Sync {
     /// # Errors
     /// [`Error::Weights`] and [`Error::File`].
     fn fill(&self, name: &str, first_element: usize, out: &mut [f32]) -> Result<bool>;
+
+    /// As [`Self::fill`], for a matrix of which the model has the columns `columns` of `all` as a parameter of their own: `out` are their
+    /// elements from `first_element` on, row by row.
+    ///
+    /// # Errors
+    /// As [`Self::fill`].
+    fn fill_columns(
+        &self,
+        name: &str,
+        columns: Range<usize>,
+        all: usize,
+        first_element: usize,
+        out: &mut [f32],
+    ) -> Result<bool> {
+        let count = columns.len();
+        let mut done = 0;
+        while done < out.len() {
+            let (row, column) = ((first_element + done) / count, (first_element + done) % count);
+            let part = (count - column).min(out.len() - done);
+            let first = row * all + columns.start + column;
+            if !self.fill(name, first, &mut out[done..done + part])? {
+                return Ok(false);
+            }
+            done += part;
+        }
+        Ok(true)
+    }
 }
 
 /// How elements lie in a file.
@@ -110,33 +138,25 @@ impl StoredTensor {
         Ok(())
     }
 
-    /// Fills `out` with elements from `first` of the parameter.
-    fn fill(&self, name: &str, first: usize, out: &mut [f32]) -> Result<()> {
-        let width = self.shape.last().copied().unwrap_or(1).max(1);
+    /// Fills `out` with elements from `first` of the columns `columns` of the parameter, row by row.
+    fn fill(&self, name: &str, columns: Range<usize>, first: usize, out: &mut [f32]) -> Result<()> {
+        let (count, width) = (columns.len(), self.width());
         match self.arrangement {
-            Arrangement::Same => self.read(name, first, out),
-            Arrangement::InterleavedHeads { head_rows } => {
-                let mut done = 0;
-                while done < out.len() {
-                    let (row, column) = ((first + done) / width, (first + done) % width);
-                    let (head, within) = (row / head_rows, row % head_rows);
-                    let half = head_rows / 2;
-                    let stored = head * head_rows + 2 * (within % half) + within / half;
-                    let count = (width - column).min(out.len() - done);
-                    self.read(name, stored * width + column, &mut out[done..done + count])?;
-                    done += count;
-                }
-                Ok(())
-            }
+            Arrangement::Same if count == width => self.read(name, first, out),
+            Arrangement::Same => self.fill_rows(name, columns, first, out, |row| row),
+            Arrangement::InterleavedHeads { head_rows } => self.fill_rows(name, columns, first, out, |row| {
+                let (head, within, half) = (row / head_rows, row % head_rows, head_rows / 2);
+                head * head_rows + 2 * (within % half) + within / half
+            }),
             Arrangement::Transposed => {
-                // The parameter is [width, rows] where the file has [rows, width].
-                let rows = self.shape[0];
-                let (first_column, last) = (first / rows, (first + out.len()).div_ceil(rows));
-                let mut part = vec![0.0; last - first_column];
-                for row in 0..rows {
-                    self.read(name, row * width + first_column, &mut part)?;
-                    for (column, &value) in (first_column..).zip(&part) {
-                        if let Some(place) = (column * rows + row).checked_sub(first)
+                // A column of the parameter is a row of the file.
+                let rows = self.shape.last().copied().unwrap_or(1);
+                let (first_row, last) = (first / count, (first + out.len()).div_ceil(count));
+                let mut part = vec![0.0; last - first_row];
+                for column in columns.clone() {
+                    self.read(name, column * rows + first_row, &mut part)?;
+                    for (row, &value) in (first_row..).zip(&part) {
+                        if let Some(place) = (row * count + column - columns.start).checked_sub(first)
                             && let Some(target) = out.get_mut(place)
                         {
                             *target = value;
@@ -146,6 +166,32 @@ impl StoredTensor {
                 Ok(())
             }
         }
+    }
+
+    /// As [`Self::fill`], row by row, of which `stored` says the number in the file.
+    fn fill_rows(
+        &self,
+        name: &str,
+        columns: Range<usize>,
+        first: usize,
+        out: &mut [f32],
+        stored: impl Fn(usize) -> usize,
+    ) -> Result<()> {
+        let (count, width) = (columns.len(), self.width());
+        let mut done = 0;
+        while done < out.len() {
+            let (row, column) = ((first + done) / count, (first + done) % count);
+            let part = (count - column).min(out.len() - done);
+            let place = stored(row) * width + columns.start + column;
+            self.read(name, place, &mut out[done..done + part])?;
+            done += part;
+        }
+        Ok(())
+    }
+
+    /// Elements of a row of the parameter; a vector is one row.
+    fn width(&self) -> usize {
+        self.parameter_shape().last().copied().unwrap_or(1).max(1)
     }
 
     /// Shape of the parameter.
@@ -349,7 +395,21 @@ impl InitialValues for Weights {
 
     fn fill(&self, name: &str, first_element: usize, out: &mut [f32]) -> Result<bool> {
         match self.tensors.get(name) {
-            Some(tensor) => tensor.fill(name, first_element, out).map(|()| true),
+            Some(tensor) => tensor.fill(name, 0..tensor.width(), first_element, out).map(|()| true),
+            None => Ok(false),
+        }
+    }
+
+    fn fill_columns(
+        &self,
+        name: &str,
+        columns: Range<usize>,
+        _: usize,
+        first_element: usize,
+        out: &mut [f32],
+    ) -> Result<bool> {
+        match self.tensors.get(name) {
+            Some(tensor) => tensor.fill(name, columns, first_element, out).map(|()| true),
             None => Ok(false),
         }
     }

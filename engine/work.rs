@@ -4,10 +4,10 @@ use crate::arrangement::Call;
 use crate::device::{BufferMemory, ComputeDevice, Done, Gradient};
 use crate::error::{Error, Result};
 use crate::layout::{Layout, Run};
+use crate::part::{Cut, Part};
 use crate::registry::Parameter;
 use crate::schedule::{GroupIndex, MasterPlace, Operation, Queue, Stream};
 use crate::stores::extent_name;
-use crate::tiled_linear::whole_of;
 use crate::vacancy::DeviceRun;
 use crate::weights::InitialValues;
 use crossbeam::channel::Sender;
@@ -16,7 +16,6 @@ use ferrozero_kernels::adamw::{AdamWState, AdamWStep, adamw};
 use ferrozero_kernels::gradient::{Accumulate, GradientStatistics, accumulate};
 use ferrozero_kernels::initialize::initialize;
 use ferrozero_offload::{Lease, Store};
-use std::borrow::Cow;
 use std::sync::{Arc, OnceLock};
 
 /// The memory that one operation uses, in its hands from its start to its end.
@@ -218,20 +217,26 @@ impl Shared {
             let entry = &self.layout.groups[group].table[run.entry];
             let init = &self.parameters[entry.parameter].init;
             let target = &mut values[run.piece_start..run.piece_start + run.elements];
-            // A tile has the values of its rows of the whole.
-            let (name, first) = match whole_of(&entry.name) {
-                Some((whole, first_row)) => {
-                    let row_elements = entry.elements / entry.shape[0].max(1);
-                    (Cow::Owned(whole), first_row * row_elements + run.entry_start)
+            // A part has the values that the whole has there.
+            let part = Part::of(&entry.name);
+            let runs = || part.runs(&entry.shape, run.entry_start, run.elements);
+            let filled = match (&self.initial_values, &part.cut) {
+                (Some(initial), Some(Cut::Columns(columns, all))) => {
+                    initial.fill_columns(&part.whole, columns.clone(), *all, run.entry_start, target)?
                 }
-                None => (Cow::Borrowed(entry.name.as_str()), run.entry_start),
+                (Some(initial), _) => {
+                    let first = runs().next().map_or(0, |(first, _)| first);
+                    initial.fill(&part.whole, first, target)?
+                }
+                (None, _) => false,
             };
-            if let Some(initial) = &self.initial_values
-                && initial.fill(&name, first, target)?
-            {
+            if filled {
                 continue;
             }
-            initialize(init, &entry.shape, self.seed, &name, first, target);
+            let shape = part.whole_shape(&entry.shape);
+            for (first, within) in runs() {
+                initialize(init, &shape, self.seed, &part.whole, first, &mut target[within]);
+            }
         }
         Ok(())
     }

@@ -5,6 +5,8 @@ mod support;
 use candle_core::Tensor;
 use candle_nn::Init;
 use ferrozero::models::cache::{LayerCache, scores_bytes};
+use ferrozero::models::linear::Adapting;
+use ferrozero::models::pretrained::Pretrained;
 use ferrozero::{
     AdamW, BackendChoice, Checkpoint, Config, CountingAllocator, Engine, Error, Placement, Tier,
 };
@@ -43,6 +45,7 @@ fn peaks_stay_within_the_plan_and_less_is_refused() {
     too_little_is_refused();
     more_memory_brings_more_home();
     an_export_has_no_parameter_in_memory_as_a_whole();
+    what_a_fine_tune_writes_has_no_matrix_in_memory_as_a_whole();
     an_import_has_a_piece_in_memory();
     a_long_prompt_has_the_scores_of_some_rows_in_memory();
 }
@@ -171,6 +174,88 @@ fn taken_bytes<T>(run: impl FnOnce() -> T) -> (T, u64) {
     memory::reset_peak();
     let result = run();
     (result, memory::peak_bytes() - before)
+}
+
+/// Merged, and of GPT-2, whose matrices lie in the file as transposes.
+fn what_a_fine_tune_writes_has_no_matrix_in_memory_as_a_whole() {
+    const WIDTH: usize = 1024;
+    let matrix_bytes = (4 * WIDTH * 4 * WIDTH) as u64;
+    let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let configuration = serde_json::json!({
+        "model_type": "gpt2", "vocab_size": 64, "n_layer": 1, "n_embd": WIDTH, "n_head": 8, "n_positions": 16
+    });
+    std::fs::write(folder.path().join("config.json"), configuration.to_string()).unwrap();
+    write_gpt2(WIDTH, &folder.path().join("model.safetensors"));
+
+    let pretrained = Pretrained::open(folder.path(), 16).unwrap();
+    let adapting = pretrained.adapting(4, 8.0, &[]).unwrap();
+    let config = Config {
+        initial_values: Some(pretrained.weights.clone()),
+        placement: Placement::All(Tier::Disk),
+        piece_bytes: Some(128 << 10),
+        ..config(None)
+    };
+    let engine = Engine::new(config.clone()).unwrap();
+    engine.freeze(|name, _| !Adapting::is_adapter(name)).unwrap();
+    let model = pretrained.build(&engine, &adapting).unwrap();
+    let tokens = Tensor::arange(0u32, 16, &candle_core::Device::Cpu).unwrap().unsqueeze(0).unwrap();
+    let loss = || model.loss(&tokens, &tokens, None);
+    let plan = engine.plan(AdamW::default(), loss).unwrap();
+    let mut trainer = engine.trainer(plan).unwrap();
+    trainer.step(|_| loss()).unwrap();
+    // Beside the plan are a strip of a matrix, in rows and as it is put, and what adapters have.
+    for (name, adapting) in [("merged", &adapting), ("plain", &Adapting::default())] {
+        let path = folder.path().join(name);
+        let (written, taken) = taken_bytes(|| pretrained.export_safetensors(&trainer, adapting, &path));
+        written.unwrap();
+        println!("{name}: {taken} bytes beside the plan");
+        assert!(taken < matrix_bytes / 2, "{name}: {taken} bytes of a matrix of {matrix_bytes}");
+    }
+    let [before, merged, plain] = ["model.safetensors", "merged", "plain"].map(|name| {
+        let bytes = std::fs::read(folder.path().join(name)).unwrap();
+        let tensor = "transformer.h.0.mlp.c_fc.weight";
+        let (shape, data) = {
+            let file = SafeTensors::deserialize(&bytes).unwrap();
+            let view = file.tensor(tensor).unwrap();
+            (view.shape().to_vec(), view.data().to_vec())
+        };
+        assert_eq!(shape, [WIDTH, 4 * WIDTH]);
+        data
+    });
+    assert!(plain == before && merged != before, "adapters are in the merged one alone");
+    let usage = trainer.usage();
+    assert!(usage.peak_host_bytes <= usage.planned_host_bytes, "{usage:?}");
+    drop(trainer);
+    clean(&config);
+}
+
+/// A model of one block, each of whose numbers tells its place.
+fn write_gpt2(width: usize, path: &Path) {
+    let norm = |name: &str| [(format!("{name}.weight"), vec![width]), (format!("{name}.bias"), vec![width])];
+    let linear = |name: &str, inputs: usize, outputs: usize| {
+        [(format!("{name}.weight"), vec![inputs, outputs]), (format!("{name}.bias"), vec![outputs])]
+    };
+    let all = [
+        [("wte.weight".to_owned(), vec![64, width]), ("wpe.weight".to_owned(), vec![16, width])],
+        norm("h.0.ln_1"),
+        linear("h.0.attn.c_attn", width, 3 * width),
+        linear("h.0.attn.c_proj", width, width),
+        norm("h.0.ln_2"),
+        linear("h.0.mlp.c_fc", width, 4 * width),
+        linear("h.0.mlp.c_proj", 4 * width, width),
+        norm("ln_f"),
+    ];
+    let tensors = all.into_iter().flatten().map(|(name, shape)| {
+        let count = shape.iter().product::<usize>();
+        let values = (0..count).flat_map(|i| (((i * 31) % 1009) as f32 * 1e-5).to_le_bytes());
+        (format!("transformer.{name}"), shape, values.collect::<Vec<u8>>())
+    });
+    let tensors: Vec<_> = tensors.collect();
+    let views = tensors.iter().map(|(name, shape, bytes)| {
+        let dtype = safetensors::Dtype::F32;
+        (name, safetensors::tensor::TensorView::new(dtype, shape.clone(), bytes).unwrap())
+    });
+    safetensors::serialize_to_file(views, None, path).unwrap();
 }
 
 fn an_import_has_a_piece_in_memory() {

@@ -7,5 +7,6 @@ pub mod gpt;
 pub mod linear;
 pub mod llama;
 pub mod llama_config;
+mod merged;
 pub mod pretrained;
 pub mod rope;
