@@ -93,9 +93,9 @@ impl Question {
         let logits = self.machine.is_apart();
         let own = self.shape.working_bytes(self.tokens(), element_bytes, logits);
         let parked = self.shape.parked_bytes(self.tokens(), element_bytes, logits);
-        let graph = self.shape.kept_bytes(self.tokens(), element_bytes);
+        let graphs = self.shape.kept_bytes(self.tokens(), element_bytes).into_iter();
         Observed {
-            kept: vec![KeptGraph { bytes: graph, beyond_bytes: 0 }; calls.len()],
+            kept: graphs.map(|bytes| KeptGraph { bytes, beyond_bytes: 0 }).collect(),
             calls,
             working_bytes: Some(kept + own),
             parked_bytes: kept + parked,

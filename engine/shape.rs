@@ -4,6 +4,8 @@
 use crate::arrangement::Call;
 use crate::error::{Error, Result};
 use crate::layout::{Group, Layout};
+use crate::models::block::Units;
+use crate::models::gpt::tiles_of_width;
 use crate::models::llama_config::LlamaConfig;
 use crate::simulator::{Compute, ComputeTime};
 use serde::{Deserialize, Serialize};
@@ -13,6 +15,14 @@ use std::path::Path;
 /// Tensors of a block's backward, in numbers a token and width: what the graph of candle keeps of the recomputed forward,
 /// and the gradients that are under way beside it. Counted over the engine's own blocks, whose attention keeps no scores.
 const WORKING_WIDTHS: u64 = 34;
+
+/// The same of a block's attention alone, and of a tile of its perceptron beside what its units take: what tiles read and the sum so far,
+/// taken apart and put together again, and their gradients.
+const ATTENTION_WIDTHS: u64 = 18;
+const TILE_WIDTHS: u64 = 14;
+
+/// The same of a perceptron, in numbers a token and unit: what its activation reads and gives, and the gradients of both.
+const UNIT_NUMBERS: u64 = 4;
 
 /// Tensors of a block's graph of the model's width that stay until the backward: input, norms and the sum between them.
 const KEPT_WIDTHS: u64 = 4;
@@ -74,9 +84,15 @@ pub struct ModelShape {
     pub positions: usize,
     /// Whether the head is the token embedding.
     pub tied: bool,
-    /// Segments that a block is made of: more of them need less of the device.
+    /// Segments of one size that a block is made of: more of them need less of the device. One: as the models here have it, which
+    /// are one segment, or one of attention and one for each of the perceptron's tiles.
     pub segments_per_block: usize,
+    /// Tiles of a block's perceptron; by its size, as in the models here.
+    pub perceptron_tiles: usize,
 }
+
+/// A parameter's name and shape.
+type Shape = (String, Vec<usize>);
 
 /// Models by name: layers, width, heads. GPT-2 after Radford et al. 2019, GPT-3 after Brown et al. (arXiv 2005.14165,
 /// table 2.1, its 13B with the width of 5120 that 40 heads of 128 make), 1t after ZeRO-Infinity (arXiv 2104.07857, table 1).
@@ -128,6 +144,7 @@ impl ModelShape {
             positions,
             tied: true,
             segments_per_block: 1,
+            perceptron_tiles: tiles_of_width(hidden),
         }
     }
 
@@ -167,7 +184,8 @@ impl ModelShape {
                     config.n_head,
                     config.n_positions,
                 );
-                Self { feed_forward: config.n_inner.unwrap_or(gpt.feed_forward), ..gpt }
+                let feed_forward = config.n_inner.unwrap_or(gpt.feed_forward);
+                Self { feed_forward, ..gpt }
             }
             _ => {
                 let longest = value.get("max_position_embeddings").and_then(Value::as_u64);
@@ -187,6 +205,7 @@ impl ModelShape {
     fn of_llama(config: LlamaConfig, positions: usize) -> Self {
         Self {
             family: Family::Llama,
+            perceptron_tiles: config.perceptron_tiles(),
             vocabulary: config.vocabulary,
             layers: config.layers,
             hidden: config.hidden,
@@ -286,15 +305,51 @@ impl ModelShape {
         self.layers as u64 * count(self.block()) + count(self.outside_blocks())
     }
 
+    /// Tiles of the perceptron, if a block is a segment of attention and some of those.
+    fn tiles(&self) -> Option<Vec<Units>> {
+        let tiles: Vec<Units> = Units::tiles(self.feed_forward, self.perceptron_tiles).collect();
+        (self.segments_per_block == 1 && tiles.len() > 1).then_some(tiles)
+    }
+
+    /// Names and shapes of the parameters of each segment of a block; where all are of one size those of the block, for each.
+    fn parts(&self) -> Vec<Vec<Shape>> {
+        let block: Vec<Shape> =
+            self.block().into_iter().map(|(name, shape)| (name.to_owned(), shape)).collect();
+        let Some(tiles) = self.tiles() else { return vec![block; self.segments_per_block] };
+        let (perceptron, attention): (Vec<_>, Vec<_>) =
+            block.into_iter().partition(|(name, _)| name.starts_with("mlp."));
+        let tiles = tiles.into_iter().map(|units| {
+            let of_tile = perceptron.iter().filter_map(|(name, shape)| {
+                let closes = name.starts_with("mlp.down_proj") || name.starts_with("mlp.c_proj");
+                let mut shape = shape.clone();
+                match (closes, shape.len()) {
+                    // The bias of the layer out of the perceptron is the last tile's.
+                    (true, 1) if !units.are_last() => return None,
+                    (true, 1) => {}
+                    (true, _) => shape[1] = units.range.len(),
+                    (false, _) => shape[0] = units.range.len(),
+                }
+                Some((name.clone(), shape))
+            });
+            of_tile.collect()
+        });
+        [attention].into_iter().chain(tiles).collect()
+    }
+
+    /// Segments of a block.
+    fn segments_of_block(&self) -> usize {
+        self.tiles().map_or(self.segments_per_block, |tiles| 1 + tiles.len())
+    }
+
     /// Segments of the model.
     pub fn segments(&self) -> usize {
-        self.layers * self.segments_per_block
+        self.layers * self.segments_of_block()
     }
 
     /// Groups as the engine lays them out, in pieces of `piece_elements`; of `ranks` that share the states, those of one.
     pub fn layout(&self, piece_elements: usize, ranks: usize) -> Layout {
         let share = self.segments_per_block * ranks;
-        let group = |name: String, shapes: &[(&str, Vec<usize>)], share: usize, resident: bool| {
+        let group = |name: String, shapes: &[Shape], share: usize, resident: bool| {
             let parameters = shapes.iter().enumerate().map(|(index, (parameter, shape))| {
                 let decays = shape.len() > 1;
                 let shape = match share {
@@ -305,16 +360,25 @@ impl ModelShape {
             });
             Group::new(name.clone(), resident, parameters.collect())
         };
-        let block = self.block();
-        let segments = (0..self.segments()).map(|index| group(format!("h.{index}"), &block, share, false));
-        let resident = group("resident".into(), &self.outside_blocks(), ranks, true);
+        let parts = self.parts();
+        let segments = (0..self.segments())
+            .map(|index| group(format!("h.{index}"), &parts[index % parts.len()], share, false));
+        let outside: Vec<Shape> =
+            self.outside_blocks().into_iter().map(|(name, shape)| (name.to_owned(), shape)).collect();
+        let resident = group("resident".into(), &outside, ranks, true);
         Layout { groups: segments.chain([resident]).collect(), piece_elements }
     }
 
     /// Segments of a step over B·T `tokens`, whose boundaries are of elements of `element_bytes`.
     pub fn calls(&self, tokens: usize, element_bytes: usize) -> Vec<Call> {
-        let boundary_elements = (tokens * self.hidden * element_bytes).div_ceil(4);
-        (0..self.segments()).map(|group| Call { group, boundary_elements, boundary_moves: true }).collect()
+        let (of_block, tiled) = (self.segments_of_block(), self.tiles().is_some());
+        let calls = (0..self.segments()).map(|group| {
+            // Tiles read what they compute with and the sum so far.
+            let tensors = if tiled && group % of_block > 0 { 2 } else { 1 };
+            let boundary_elements = (tensors * tokens * self.hidden * element_bytes).div_ceil(4);
+            Call { group, boundary_elements, boundary_moves: true }
+        });
+        calls.collect()
     }
 
     /// Bytes of the model's own tensors at their peak, boundaries apart: the backward of a block, or the loss, whichever is
@@ -326,27 +390,44 @@ impl ModelShape {
         let (tokens, f) = (tokens as u64, self.feed_forward as u64);
         let gated = match self.family {
             Family::Gpt => 0,
-            Family::Llama => 2 * f,
+            Family::Llama => 2,
         };
-        let block = tokens * (WORKING_WIDTHS * c + gated);
+        let block = tokens
+            * match self.tiles().as_deref() {
+                Some([tile, ..]) => {
+                    let tile = TILE_WIDTHS * c + (UNIT_NUMBERS + gated) * tile.range.len() as u64;
+                    tile.max(ATTENTION_WIDTHS * c)
+                }
+                _ => WORKING_WIDTHS * c + gated * f,
+            };
         let all = tokens * self.vocabulary as u64;
         let logits = if logits { 2 * all } else { self.vocabulary as u64 * tokens.min(LOGIT_ROWS) };
         let loss = 4 * tokens * c + logits;
         block.max(loss) * element_bytes as u64
     }
 
-    /// Bytes that the graph of a segment holds from its forward to its backward, over B·T `tokens`, with a copy of its input.
-    pub fn kept_bytes(&self, tokens: usize, element_bytes: usize) -> u64 {
+    /// Bytes that the graph of each segment holds from its forward to its backward, over B·T `tokens`, with a copy of its input.
+    pub fn kept_bytes(&self, tokens: usize, element_bytes: usize) -> Vec<u64> {
         let (tokens, c, f) = (tokens as u64, self.hidden as u64, self.feed_forward as u64);
         let (q, kv) =
             ((self.heads * self.head_width) as u64, (self.key_value_heads * self.head_width) as u64);
         // Before and within the perceptron: its input, what its activation reads, and what that gives.
-        let perceptron = match self.family {
-            Family::Gpt => 2 * f,
-            Family::Llama => 3 * f,
+        let of_unit = match self.family {
+            Family::Gpt => 2,
+            Family::Llama => 3,
         };
-        let block = KEPT_WIDTHS * c + 2 * (q + kv) + perceptron;
-        tokens * block * element_bytes as u64 / self.segments_per_block as u64
+        let attention = KEPT_WIDTHS * c + 2 * (q + kv);
+        let parts = match self.tiles() {
+            // Attention has what the first tile reads beside its own, and tiles take that apart and put it together again.
+            Some(tiles) => {
+                let tiles =
+                    tiles.iter().map(|units| 2 * KEPT_WIDTHS * c + of_unit * units.range.len() as u64);
+                [attention + 2 * c].into_iter().chain(tiles).collect()
+            }
+            None => vec![(attention + of_unit * f) / self.segments_per_block as u64; self.segments_per_block],
+        };
+        let parts = parts.into_iter().map(|numbers| tokens * numbers * element_bytes as u64);
+        parts.cycle().take(self.segments()).collect()
     }
 
     /// Bytes of the model's own tensors that a micro-batch of B·T `tokens` holds between two segments, boundaries apart: the
@@ -357,21 +438,24 @@ impl ModelShape {
         (4 * tokens * c + v * c + logits) * element_bytes as u64
     }
 
-    /// Floating-point operations of one token's forward: of the matrices of a block, of the attention of each block, and of the head.
+    /// Floating-point operations of one token's forward: of the matrices of each segment of a block, of the attention of each block, and of the
+    /// head.
     ///
     /// Two a parameter of a matrix, and 4·T·H·D a block for attention's scores and their product with the values, which with a
     /// backward of twice the forward are 6·P + 12·L·T·C a token (Chowdhery et al., arXiv 2204.02311, appendix B).
-    fn forward_flop(&self, sequence: usize, spares_windows: bool) -> (f64, Vec<f64>, f64) {
-        let matrices = self.block().into_iter().filter(|(_, shape)| shape.len() > 1);
-        let matrices: f64 =
-            matrices.map(|(_, shape)| shape.iter().map(|&size| size as f64).product::<f64>()).sum();
+    fn forward_flop(&self, sequence: usize, spares_windows: bool) -> (Vec<f64>, Vec<f64>, f64) {
+        let matrices = self.parts().into_iter().map(|parameters| {
+            let matrices = parameters.into_iter().filter(|(_, shape)| shape.len() > 1);
+            let elements = matrices.map(|(_, shape)| shape.iter().map(|&size| size as f64).product::<f64>());
+            2.0 * elements.sum::<f64>() / self.segments_per_block as f64
+        });
         let whole = 4.0 * sequence as f64 * (self.heads * self.head_width) as f64;
         let attention = self.windows.iter().map(|window| match window {
             Some(window) if spares_windows => whole * share_seen(sequence as f64, *window as f64),
             _ => whole,
         });
         let head = 2.0 * self.vocabulary as f64 * self.hidden as f64;
-        (2.0 * matrices, attention.collect(), head)
+        (matrices.collect(), attention.collect(), head)
     }
 
     /// How long computing takes for `batch` sequences on a device of these `speeds`. A backward is a forward again, which is
@@ -379,14 +463,19 @@ impl ModelShape {
     pub fn compute(&self, batch: usize, sequence: usize, speeds: Speeds) -> Compute {
         let tokens = (batch * sequence) as f64;
         let (matrices, attention, head) = self.forward_flop(sequence, speeds.spares_windows);
+        let (of_block, tiled) = (self.segments_of_block(), self.tiles().is_some());
         let mut compute = Compute::none(self.segments());
         let Compute { forward, backward, again_s, .. } = &mut compute;
         for (segment, ((forward, backward), again_s)) in
             forward.iter_mut().zip(backward).zip(again_s).enumerate()
         {
-            let attention = attention.get(segment / self.segments_per_block).copied().unwrap_or(0.0);
-            let block_s = matrices / speeds.matmul + attention / speeds.attention;
-            let forward_s = tokens * block_s / self.segments_per_block as f64;
+            let part = segment % of_block;
+            let attention = match attention.get(segment / of_block) {
+                Some(_) if tiled && part > 0 => 0.0,
+                Some(attention) => attention / self.segments_per_block as f64,
+                None => 0.0,
+            };
+            let forward_s = tokens * (matrices[part] / speeds.matmul + attention / speeds.attention);
             *forward = ComputeTime { before_s: 0.0, within_s: forward_s };
             *backward = ComputeTime { before_s: 0.0, within_s: 3.0 * forward_s };
             *again_s = forward_s;

@@ -1,7 +1,8 @@
 //! What the planner estimates of a model, against the model. One test, because the allocator counts the whole process.
 
 use candle_core::{DType, Device, Tensor};
-use ferrozero::models::gpt::{Block, Gpt, GptConfig};
+use ferrozero::models::gpt::{Gpt, GptConfig, StreamedBlock};
+use ferrozero::models::linear::Adapting;
 use ferrozero::planner::Question;
 use ferrozero::shape::ModelShape;
 use ferrozero::simulator::Machine;
@@ -15,13 +16,16 @@ static ALLOCATOR: CountingAllocator = CountingAllocator;
 #[test]
 fn estimated_memory_is_near_what_a_rehearsal_measures() {
     let mut ratios = vec![];
-    for (layers, hidden, heads, batch, sequence, vertical, kept) in [
-        (4, 128, 4, 4, 64, 1, 0),
-        (2, 256, 8, 8, 128, 1, 0),
-        (6, 192, 4, 2, 128, 1, 0),
-        (4, 192, 4, 4, 128, 4, 0),
-        (8, 128, 4, 4, 64, 1, 8),
-        (6, 192, 4, 4, 128, 3, 4),
+    for (layers, hidden, heads, batch, sequence, vertical, kept, tiles) in [
+        (4, 128, 4, 4, 64, 1, 0, 1),
+        (2, 256, 8, 8, 128, 1, 0, 1),
+        (6, 192, 4, 2, 128, 1, 0, 1),
+        (4, 192, 4, 4, 128, 4, 0, 1),
+        (8, 128, 4, 4, 64, 1, 8, 1),
+        (6, 192, 4, 4, 128, 3, 4, 1),
+        (4, 256, 4, 1, 64, 1, 0, 4),
+        (4, 192, 4, 4, 128, 1, 0, 3),
+        (4, 192, 4, 4, 128, 1, 6, 3),
     ] {
         let config = GptConfig { vocabulary: 256, layers, hidden, heads, sequence };
         let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
@@ -37,9 +41,9 @@ fn estimated_memory_is_near_what_a_rehearsal_measures() {
             ..Config::default()
         })
         .unwrap();
-        let model =
-            Gpt::new(&config, engine.var_builder(), |vb, _| engine.segment(vb, |vb| Block::new(&config, vb)))
-                .unwrap();
+        let none = Adapting::default();
+        let block = |vb, _| StreamedBlock::of(&engine, &config, &none, tiles, vb);
+        let model = Gpt::new(&config, engine.var_builder(), block).unwrap();
         let tokens = Tensor::zeros((batch, sequence), DType::U32, &Device::Cpu).unwrap();
         let plan = engine.plan(AdamW::default(), || model.loss(&tokens, &tokens)).unwrap();
         let choices = Choices {
@@ -50,7 +54,8 @@ fn estimated_memory_is_near_what_a_rehearsal_measures() {
             kept: Some(kept),
             ..Choices::default()
         };
-        let shape = ModelShape::gpt(256, layers, hidden, heads, sequence);
+        let mut shape = ModelShape::gpt(256, layers, hidden, heads, sequence);
+        shape.perceptron_tiles = tiles;
         assert_eq!(shape.parameters(), plan.layout().parameter_elements());
         let machine = Machine {
             disk_read_bytes_per_s: 2e9,
@@ -74,7 +79,9 @@ fn estimated_memory_is_near_what_a_rehearsal_measures() {
         };
         let answer = question.answer().unwrap();
         let ratio = answer.plan.device_bytes() as f64 / plan.device_bytes() as f64;
-        println!("{layers} × {hidden}, {vertical} × {batch} × {sequence}, {kept} kept: {ratio:.2}");
+        println!(
+            "{layers} × {hidden}, {vertical} × {batch} × {sequence}, {kept} kept, {tiles} tiles: {ratio:.2}"
+        );
         ratios.push(ratio);
     }
     assert!(ratios.iter().all(|ratio| (0.65..1.35).contains(ratio)), "{ratios:?}");

@@ -239,9 +239,10 @@ fn gpt2_from_a_gguf_file_is_that_of_its_folder() {
 
 #[test]
 fn texts_that_are_continued_together_have_the_bits_that_they_have_alone() {
-    for (family, head_tiles) in [("llama", 1), ("llama", 5), ("mistral", 1), ("gpt2", 1)] {
+    for (family, tiles) in [("llama", 1), ("llama", 5), ("mistral", 1), ("gpt2", 1), ("gpt2", 3)] {
         let mut pretrained = Pretrained::open(&folder(family), 32).unwrap();
-        pretrained.head_tiles = head_tiles;
+        pretrained.head_tiles = tiles;
+        pretrained.perceptron_tiles = tiles;
         let config = Config { initial_values: Some(pretrained.weights.clone()), ..Config::default() };
         let engine = Engine::new(config).unwrap();
         let model = pretrained.build(&engine, &Adapting::default()).unwrap();
@@ -268,7 +269,7 @@ fn texts_that_are_continued_together_have_the_bits_that_they_have_alone() {
         let prompts: [&[u32]; 3] = [&[5, 6, 7, 8, 9, 10, 11], &[90], &[40, 41, 42]];
         let together = continued(&prompts);
         for (prompt, expected) in prompts.iter().zip(together) {
-            assert!(continued(&[prompt])[0] == expected, "{family}, {head_tiles} tiles");
+            assert!(continued(&[prompt])[0] == expected, "{family}, {tiles} tiles");
         }
     }
 }

@@ -13,19 +13,15 @@ use super::train::stop_flag;
 use super::{CommandResult, configuration};
 use crate::examples::Examples;
 use crate::models::linear::Adapting;
-use crate::models::pretrained::{LanguageModel, Pretrained};
-use crate::models::{gpt, llama};
+use crate::models::pretrained::{Pretrained, StreamedModel};
 use crate::run_log::Summary;
 use crate::tokenizer::Tokenizer;
-use crate::{Config, Engine, Segment, Trainer};
+use crate::{Config, Engine, Trainer};
 use candle_core::{DType, Tensor};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
-
-/// A model whose blocks are segments.
-type Model = LanguageModel<Segment<llama::Block>, Segment<gpt::Block>>;
 
 /// The parts of a run.
 struct Run {
@@ -34,7 +30,7 @@ struct Run {
     tokenizer: Tokenizer,
     data: Examples,
     adapting: Adapting,
-    model: Model,
+    model: StreamedModel,
     trainer: Trainer,
     steps: u64,
     progress: Progress,
@@ -122,7 +118,7 @@ fn prepare(
     adapting: &Adapting,
     data: &Examples,
     output: &Output,
-) -> CommandResult<(Model, Trainer)> {
+) -> CommandResult<(StreamedModel, Trainer)> {
     let config = Config { initial_values: Some(pretrained.weights.clone()), ..settings.run.config(resume)? };
     let engine = Engine::new(config)?;
     if adapting.rank > 0 {

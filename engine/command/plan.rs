@@ -104,7 +104,7 @@ pub struct QuestionArguments {
     /// yet; this tells whether they would help
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..))]
     ranks: u16,
-    /// Segments that a block is made of
+    /// Segments of one size that a block is made of; 1: as the models here, which have a wide perceptron in tiles
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=64))]
     segments_per_block: u16,
     #[command(flatten)]

@@ -10,11 +10,12 @@ use super::output::{Output, quoted};
 use super::settings::resolve_run;
 use crate::data::{Corpus, Dataset, TokenFile};
 use crate::generate::{Sampling, generate};
-use crate::models::gpt::{Block, Gpt};
+use crate::models::gpt::{Gpt, StreamedBlock};
+use crate::models::linear::Adapting;
 use crate::plan::Bytes;
 use crate::run_log::Summary;
 use crate::tokenizer::Tokenizer;
-use crate::{Engine, Segment, Trainer};
+use crate::{Engine, Trainer};
 use candle_core::DType;
 use serde_json::{Value, json};
 use std::sync::Arc;
@@ -27,7 +28,7 @@ struct Run {
     settings: TrainSettings,
     tokenizer: Tokenizer,
     data: Dataset,
-    model: Gpt<Segment<Block>>,
+    model: Gpt<StreamedBlock>,
     trainer: Trainer,
     output: Output,
     journal: Journal,
@@ -86,11 +87,12 @@ fn prepare(
     tokenizer: &Tokenizer,
     data: &Dataset,
     output: &Output,
-) -> CommandResult<(Gpt<Segment<Block>>, Trainer)> {
+) -> CommandResult<(Gpt<StreamedBlock>, Trainer)> {
     let engine = Engine::new(settings.run.config(resume)?)?;
     let config = settings.model(tokenizer.vocabulary());
-    let model =
-        Gpt::new(&config, engine.var_builder(), |vb, _| engine.segment(vb, |vb| Block::new(&config, vb)))?;
+    let (none, tiles) = (Adapting::default(), config.perceptron_tiles());
+    let block = |vb, _| StreamedBlock::of(&engine, &config, &none, tiles, vb);
+    let model = Gpt::new(&config, engine.var_builder(), block)?;
     let plan = engine.plan(settings.run.adamw(), || {
         let batch = data.train_batch(0, 0, 1)?;
         model.loss(&batch.inputs, &batch.targets)

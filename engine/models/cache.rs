@@ -1,7 +1,9 @@
 //! Keys and values of the tokens that a model has seen, so that the next token costs one token's work.
 
+use crate::pass::lock;
 use candle_core::{Result, Tensor};
 use ferrozero_kernels::ops;
+use std::sync::{Arc, Mutex};
 
 /// Scores that exist together while a prompt is attended to, if one row of all heads has not more.
 const SCORES: usize = 1 << 20;
@@ -81,6 +83,26 @@ impl LayerCache {
         self.keep(keys, values, window)?;
         self.tokens += t;
         Ok(attended)
+    }
+}
+
+/// Keys and values of all layers of a model; they are locked while a layer runs.
+#[derive(Clone, Default)]
+pub struct Cache(Arc<Mutex<Vec<LayerCache>>>);
+
+impl Cache {
+    /// Tokens in it.
+    pub fn tokens(&self) -> usize {
+        lock(&self.0).first().map_or(0, LayerCache::tokens)
+    }
+
+    /// Runs a block of a number with its part of the cache.
+    pub(super) fn with<T>(&self, number: usize, run: impl FnOnce(&mut LayerCache) -> T) -> T {
+        let mut layers = lock(&self.0);
+        if layers.len() <= number {
+            layers.resize_with(number + 1, LayerCache::default);
+        }
+        run(&mut layers[number])
     }
 }
 

@@ -1,8 +1,11 @@
 //! The GPT-2 architecture (Radford et al., "Language models are unsupervised multitask learners", 2019) as plain candle
 //! modules. B: batch, T: tokens of a sequence, C: hidden width, V: vocabulary.
 
+use super::block::{self, Attend, Perceive, Units, perceptron_tiles};
 use super::cache::LayerCache;
 use super::linear::{Adapting, Linear};
+use crate::Engine;
+use crate::error::Result as EngineResult;
 use candle_core::{Module, Result, Tensor};
 use candle_nn::{Init, VarBuilder};
 use ferrozero_kernels::ops;
@@ -33,6 +36,23 @@ impl GptConfig {
             (self.vocabulary as u64, self.layers as u64, self.hidden as u64, self.sequence as u64);
         v * c + t * c + l * (12 * c * c + 13 * c) + 2 * c
     }
+
+    /// Tiles of a block's perceptron in an engine, by its size alone.
+    pub fn perceptron_tiles(&self) -> usize {
+        tiles_of_width(self.hidden)
+    }
+
+    /// Deviation of the initial weights of a residual branch's last layer. Branches add up over the layers; GPT-2 scales
+    /// their last layers down accordingly.
+    fn residual_stdev(&self) -> f64 {
+        0.02 / (2.0 * self.layers as f64).sqrt()
+    }
+}
+
+/// Tiles of the perceptron of a block of the width `hidden`: of four squares of it in attention, and twice as many behind it.
+pub(crate) fn tiles_of_width(hidden: usize) -> usize {
+    let square = hidden.saturating_mul(hidden);
+    perceptron_tiles(square.saturating_mul(8), square.saturating_mul(4))
 }
 
 fn normal(stdev: f64) -> Init {
@@ -61,16 +81,85 @@ impl Norm {
 /// Last parts of the names of a block's linear layers, which may have adapters.
 pub(super) const LINEAR_LAYERS: [&str; 4] = ["attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"];
 
-/// One transformer block: attention and a two-layer perceptron, each with a norm before and a residual around it.
-pub struct Block {
+/// Attention with the norms before and behind it.
+pub struct NormedAttention {
     ln_1: Norm,
     c_attn: Linear,
     c_proj: Linear,
     ln_2: Norm,
-    c_fc: Linear,
-    mlp_c_proj: Linear,
     heads: usize,
 }
+
+impl NormedAttention {
+    fn new(config: &GptConfig, adapting: &Adapting, vb: VarBuilder) -> Result<Self> {
+        let c = config.hidden;
+        let linear =
+            |outputs, stdev, name: &str| Linear::new(c, outputs, true, normal(stdev), adapting, vb.pp(name));
+        let [c_attn, c_proj, ..] = LINEAR_LAYERS;
+        Ok(Self {
+            ln_1: Norm::new(c, vb.pp("ln_1"))?,
+            c_attn: linear(3 * c, 0.02, c_attn)?,
+            c_proj: linear(c, config.residual_stdev(), c_proj)?,
+            ln_2: Norm::new(c, vb.pp("ln_2"))?,
+            heads: config.heads,
+        })
+    }
+
+    /// Of the tokens behind those in a cache, `qkv` [B, T, 3C]: [B, T, C].
+    fn attend_cached(&self, qkv: &Tensor, cache: &mut LayerCache) -> Result<Tensor> {
+        let (b, t, c) = qkv.dims3()?;
+        let qkv = qkv.reshape((b, t, 3, self.heads, c / 3 / self.heads))?.permute((2, 0, 3, 1, 4))?; // [3, B, H, T, D]
+        let [q, k, v] = [0, 1, 2].map(|part| qkv.get(part)?.contiguous());
+        cache.attend(&q?, &k?, &v?, None)
+    }
+}
+
+impl Attend for NormedAttention {
+    fn attend(&self, xs: &Tensor, cache: Option<&mut LayerCache>) -> Result<[Tensor; 2]> {
+        let qkv = self.c_attn.forward(&self.ln_1.forward(xs)?)?; // [B, T, 3C]
+        let attended = match cache {
+            Some(cache) => self.attend_cached(&qkv, cache)?,
+            None => ops::causal_attention(&qkv, self.heads, None)?,
+        };
+        let xs = (xs + self.c_proj.forward(&attended)?)?; // [B, T, C]
+        let normed = self.ln_2.forward(&xs)?;
+        Ok([xs, normed])
+    }
+}
+
+/// The perceptron of two layers, or some units of it.
+pub struct Perceptron {
+    c_fc: Linear,
+    c_proj: Linear,
+}
+
+impl Perceptron {
+    fn new(config: &GptConfig, adapting: &Adapting, units: &Units, vb: VarBuilder) -> Result<Self> {
+        let c = config.hidden;
+        let [.., c_fc, c_proj] = LINEAR_LAYERS;
+        let out = normal(config.residual_stdev());
+        Ok(Self {
+            c_fc: Linear::of_outputs(c, units, true, normal(0.02), adapting, vb.pp(c_fc))?,
+            c_proj: Linear::of_inputs(units, c, true, out, adapting, vb.pp(c_proj))?,
+        })
+    }
+}
+
+impl Perceive for Perceptron {
+    fn forward(&self, normed: &Tensor) -> Result<Tensor> {
+        self.c_proj.forward(&ops::gelu(&self.c_fc.forward(normed)?)?)
+    }
+
+    fn close(&self, sum: &Tensor, normed: &Tensor) -> Result<Tensor> {
+        self.c_proj.close(sum, &ops::gelu(&self.c_fc.forward(normed)?)?)
+    }
+}
+
+/// One transformer block: attention and a two-layer perceptron, each with a norm before and a residual around it.
+pub type Block = block::Block<NormedAttention, Perceptron>;
+
+/// One transformer block as an engine streams it.
+pub type StreamedBlock = block::StreamedBlock<NormedAttention, Perceptron>;
 
 impl Block {
     /// The block with the names of GPT-2's checkpoints.
@@ -78,58 +167,34 @@ impl Block {
     /// # Errors
     /// What the `VarBuilder` says.
     pub fn new(config: &GptConfig, vb: VarBuilder) -> Result<Self> {
-        Self::adapted(config, &Adapting::default(), vb)
-    }
-
-    /// As [`Self::new`], with adapters beside the linear layers that get one.
-    ///
-    /// # Errors
-    /// What the `VarBuilder` says.
-    pub fn adapted(config: &GptConfig, adapting: &Adapting, vb: VarBuilder) -> Result<Self> {
-        let c = config.hidden;
-        // Residual branches add up over the layers; GPT-2 scales their last layers down accordingly.
-        let residual = 0.02 / (2.0 * config.layers as f64).sqrt();
-        let linear = |inputs, outputs, stdev, name: &str| {
-            Linear::new(inputs, outputs, true, normal(stdev), adapting, vb.pp(name))
-        };
-        let [c_attn, c_proj, c_fc, mlp_c_proj] = LINEAR_LAYERS;
+        let (none, units) = (Adapting::default(), Units::whole(4 * config.hidden));
         Ok(Self {
-            ln_1: Norm::new(c, vb.pp("ln_1"))?,
-            c_attn: linear(c, 3 * c, 0.02, c_attn)?,
-            c_proj: linear(c, c, residual, c_proj)?,
-            ln_2: Norm::new(c, vb.pp("ln_2"))?,
-            c_fc: linear(c, 4 * c, 0.02, c_fc)?,
-            mlp_c_proj: linear(4 * c, c, residual, mlp_c_proj)?,
-            heads: config.heads,
+            attention: NormedAttention::new(config, &none, vb.clone())?,
+            perceptron: Perceptron::new(config, &none, &units, vb)?,
         })
     }
 }
 
-impl Block {
-    /// As the module's forward for the tokens that follow those in `cache`, without gradients. `xs` [B, T, C].
+impl StreamedBlock {
+    /// The block in segments of `engine`, with adapters beside the linear layers that get one, and the perceptron in `tiles`:
+    /// [`GptConfig::perceptron_tiles`], or more.
     ///
     /// # Errors
-    /// What candle says.
-    pub fn forward_cached(&self, xs: &Tensor, cache: &mut LayerCache) -> Result<Tensor> {
-        let (b, t, c) = xs.dims3()?;
-        let qkv = self.c_attn.forward(&self.ln_1.forward(xs)?)?; // [B, T, 3C]
-        let qkv = qkv.reshape((b, t, 3, self.heads, c / self.heads))?.permute((2, 0, 3, 1, 4))?; // [3, B, H, T, D]
-        let [q, k, v] = [0, 1, 2].map(|part| qkv.get(part)?.contiguous());
-        self.after_attention(xs, &cache.attend(&q?, &k?, &v?, None)?)
-    }
-
-    /// `attended` [B, T, C].
-    fn after_attention(&self, xs: &Tensor, attended: &Tensor) -> Result<Tensor> {
-        let xs = (xs + self.c_proj.forward(attended)?)?; // [B, T, C]
-        let hidden = ops::gelu(&self.c_fc.forward(&self.ln_2.forward(&xs)?)?)?; // [B, T, 4C]
-        self.mlp_c_proj.close(&xs, &hidden) // [B, T, C]
-    }
-}
-
-impl Module for Block {
-    fn forward(&self, xs: &Tensor) -> Result<Tensor> {
-        let qkv = self.c_attn.forward(&self.ln_1.forward(xs)?)?; // [B, T, 3C]
-        self.after_attention(xs, &ops::causal_attention(&qkv, self.heads, None)?)
+    /// What the engine says.
+    pub fn of(
+        engine: &Engine,
+        config: &GptConfig,
+        adapting: &Adapting,
+        tiles: usize,
+        vb: VarBuilder<'static>,
+    ) -> EngineResult<Self> {
+        Self::new(
+            engine,
+            vb,
+            (4 * config.hidden, tiles),
+            |vb| NormedAttention::new(config, adapting, vb),
+            |units, vb| Perceptron::new(config, adapting, units, vb),
+        )
     }
 }
 

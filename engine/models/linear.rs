@@ -1,6 +1,8 @@
 //! A linear layer, with an adapter of low rank beside it where one is asked for.
 
+use super::block::Units;
 use crate::error::Error;
+use crate::part::Cut;
 use candle_core::Tensor;
 use candle_nn::{Init, VarBuilder};
 use ferrozero_kernels::ops;
@@ -87,20 +89,77 @@ impl Linear {
         adapting: &Adapting,
         vb: VarBuilder,
     ) -> candle_core::Result<Self> {
-        let make_bias = || vb.get_with_hints(outputs, "bias", Init::Const(0.0));
+        Self::cut(inputs, outputs, bias, init, adapting, None, vb)
+    }
+
+    /// Some outputs, which are rows of the weight, of a layer of `inputs`. Of an adapter the first matrix is that of all of them.
+    ///
+    /// # Errors
+    /// What the `VarBuilder` says.
+    pub(super) fn of_outputs(
+        inputs: usize,
+        outputs: &Units,
+        bias: bool,
+        init: Init,
+        adapting: &Adapting,
+        vb: VarBuilder,
+    ) -> candle_core::Result<Self> {
+        let cut = (!outputs.are_all()).then(|| Cut::Rows(outputs.range.clone()));
+        Self::cut(inputs, outputs.range.len(), bias, init, adapting, cut, vb)
+    }
+
+    /// Some inputs, which are columns of the weight, of a layer with `outputs`: a part of each output's sum. The bias, if there is one, is added by
+    /// the last part. Of an adapter the second matrix is that of all of them.
+    ///
+    /// # Errors
+    /// What the `VarBuilder` says.
+    pub(super) fn of_inputs(
+        inputs: &Units,
+        outputs: usize,
+        bias: bool,
+        init: Init,
+        adapting: &Adapting,
+        vb: VarBuilder,
+    ) -> candle_core::Result<Self> {
+        let cut = (!inputs.are_all()).then(|| Cut::Columns(inputs.range.clone(), inputs.all));
+        Self::cut(inputs.range.len(), outputs, bias && inputs.are_last(), init, adapting, cut, vb)
+    }
+
+    fn cut(
+        inputs: usize,
+        outputs: usize,
+        bias: bool,
+        init: Init,
+        adapting: &Adapting,
+        cut: Option<Cut>,
+        vb: VarBuilder,
+    ) -> candle_core::Result<Self> {
+        // Where what is cut with the outputs is, and what is cut with the inputs.
+        let whole = || vb.clone();
+        let part = |cut: &Cut| vb.pp(cut);
+        let (of_outputs, of_inputs, of_both) = match &cut {
+            None => (whole(), whole(), whole()),
+            Some(cut @ Cut::Rows(_)) => (part(cut), whole(), part(cut)),
+            Some(cut @ Cut::Columns(..)) => (whole(), part(cut), part(cut)),
+        };
+        let make_bias = || of_outputs.get_with_hints(outputs, "bias", Init::Const(0.0));
         let adapter = match adapting.adapts(&vb.prefix()) {
             false => None,
             true => {
                 // As PEFT, which takes the default of PyTorch's linear layers.
-                let bound = 1.0 / (inputs as f64).sqrt();
+                let all_inputs = match &cut {
+                    Some(Cut::Columns(_, all)) => *all,
+                    _ => inputs,
+                };
+                let bound = 1.0 / (all_inputs as f64).sqrt();
                 let init = Init::Uniform { lo: -bound, up: bound };
-                let a = vb.get_with_hints((adapting.rank, inputs), LORA_A, init)?;
-                let b = vb.get_with_hints((outputs, adapting.rank), LORA_B, Init::Const(0.0))?;
+                let a = of_inputs.get_with_hints((adapting.rank, inputs), LORA_A, init)?;
+                let b = of_outputs.get_with_hints((outputs, adapting.rank), LORA_B, Init::Const(0.0))?;
                 Some((a, b, adapting.scale()))
             }
         };
         Ok(Self {
-            weight: vb.get_with_hints((outputs, inputs), "weight", init)?,
+            weight: of_both.get_with_hints((outputs, inputs), "weight", init)?,
             bias: bias.then(make_bias).transpose()?,
             adapter,
         })

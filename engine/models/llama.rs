@@ -4,12 +4,14 @@
 //! B: batch, T: tokens of a sequence, C: hidden width, H: query heads, K: key and value heads, D: width of a head, F: width of
 //! the perceptron, V: vocabulary.
 
+use super::block::{self, Attend, Perceive, Units};
 use super::cache::LayerCache;
 use super::linear::{Adapting, Linear};
 use super::llama_config::LlamaConfig;
-use crate::TiledLinear;
+use crate::error::Result as EngineResult;
 use crate::tiled_linear::linear_by_rows;
-use candle_core::{Module, Result, Tensor};
+use crate::{Engine, TiledLinear};
+use candle_core::{Result, Tensor};
 use candle_nn::{Init, VarBuilder};
 use ferrozero_kernels::ops;
 
@@ -167,39 +169,76 @@ impl Attention {
     }
 }
 
-/// The gated perceptron (Shazeer, arXiv 2002.05202).
-struct Perceptron {
+/// The gated perceptron (Shazeer, arXiv 2002.05202), or some units of it.
+pub struct Perceptron {
     gate_proj: Linear,
     up_proj: Linear,
     down_proj: Linear,
 }
 
 impl Perceptron {
-    fn new(config: &LlamaConfig, adapting: &Adapting, vb: VarBuilder) -> Result<Self> {
-        let (c, f, bias) = (config.hidden, config.perceptron, config.perceptron_bias);
-        let linear =
-            |inputs, outputs, name: &str| Linear::new(inputs, outputs, bias, WEIGHTS, adapting, vb.pp(name));
+    fn new(config: &LlamaConfig, adapting: &Adapting, units: &Units, vb: VarBuilder) -> Result<Self> {
+        let (c, bias) = (config.hidden, config.perceptron_bias);
+        let into = |name: &str| Linear::of_outputs(c, units, bias, WEIGHTS, adapting, vb.pp(name));
         Ok(Self {
-            gate_proj: linear(c, f, "gate_proj")?,
-            up_proj: linear(c, f, "up_proj")?,
-            down_proj: linear(f, c, "down_proj")?,
+            gate_proj: into("gate_proj")?,
+            up_proj: into("up_proj")?,
+            down_proj: Linear::of_inputs(units, c, bias, WEIGHTS, adapting, vb.pp("down_proj"))?,
         })
     }
 
-    /// `residual` plus what the perceptron makes of `xs`.
-    fn close(&self, residual: &Tensor, xs: &Tensor) -> Result<Tensor> {
-        let gated = ops::gated_silu(&self.gate_proj.forward(xs)?, &self.up_proj.forward(xs)?)?; // [B, T, F]
-        self.down_proj.close(residual, &gated)
+    /// What the units answer, [B, T, F], or as many of F as there are.
+    fn gated(&self, normed: &Tensor) -> Result<Tensor> {
+        ops::gated_silu(&self.gate_proj.forward(normed)?, &self.up_proj.forward(normed)?)
+    }
+}
+
+impl Perceive for Perceptron {
+    fn forward(&self, normed: &Tensor) -> Result<Tensor> {
+        self.down_proj.forward(&self.gated(normed)?)
+    }
+
+    fn close(&self, sum: &Tensor, normed: &Tensor) -> Result<Tensor> {
+        self.down_proj.close(sum, &self.gated(normed)?)
+    }
+}
+
+/// Attention with the norms before and behind it.
+pub struct NormedAttention {
+    input_layernorm: Norm,
+    self_attn: Attention,
+    post_attention_layernorm: Norm,
+}
+
+impl NormedAttention {
+    fn new(config: &LlamaConfig, layer: usize, adapting: &Adapting, vb: VarBuilder) -> Result<Self> {
+        let norm = |name: &str| Norm::new(config.hidden, config.epsilon, vb.pp(name));
+        Ok(Self {
+            input_layernorm: norm("input_layernorm")?,
+            self_attn: Attention::new(config, layer, adapting, vb.pp("self_attn"))?,
+            post_attention_layernorm: norm("post_attention_layernorm")?,
+        })
+    }
+}
+
+impl Attend for NormedAttention {
+    fn attend(&self, xs: &Tensor, cache: Option<&mut LayerCache>) -> Result<[Tensor; 2]> {
+        let normed = self.input_layernorm.forward(xs)?;
+        let attended = match cache {
+            Some(cache) => self.self_attn.forward_cached(&normed, cache)?,
+            None => self.self_attn.forward(&normed)?,
+        };
+        let xs = (xs + attended)?; // [B, T, C]
+        let normed = self.post_attention_layernorm.forward(&xs)?;
+        Ok([xs, normed])
     }
 }
 
 /// One decoder layer.
-pub struct Block {
-    input_layernorm: Norm,
-    self_attn: Attention,
-    post_attention_layernorm: Norm,
-    mlp: Perceptron,
-}
+pub type Block = block::Block<NormedAttention, Perceptron>;
+
+/// One decoder layer as an engine streams it.
+pub type StreamedBlock = block::StreamedBlock<NormedAttention, Perceptron>;
 
 impl Block {
     /// The layer of a number with the names of Hugging Face's checkpoints.
@@ -207,34 +246,34 @@ impl Block {
     /// # Errors
     /// What the `VarBuilder` says.
     pub fn new(config: &LlamaConfig, layer: usize, adapting: &Adapting, vb: VarBuilder) -> Result<Self> {
-        let norm = |name: &str| Norm::new(config.hidden, config.epsilon, vb.pp(name));
+        let units = Units::whole(config.perceptron);
         Ok(Self {
-            input_layernorm: norm("input_layernorm")?,
-            self_attn: Attention::new(config, layer, adapting, vb.pp("self_attn"))?,
-            post_attention_layernorm: norm("post_attention_layernorm")?,
-            mlp: Perceptron::new(config, adapting, vb.pp("mlp"))?,
+            attention: NormedAttention::new(config, layer, adapting, vb.clone())?,
+            perceptron: Perceptron::new(config, adapting, &units, vb.pp("mlp"))?,
         })
-    }
-
-    /// As the module's forward for the tokens that follow those in `cache`, without gradients. `xs` [B, T, C].
-    ///
-    /// # Errors
-    /// What candle says.
-    pub fn forward_cached(&self, xs: &Tensor, cache: &mut LayerCache) -> Result<Tensor> {
-        let attended = self.self_attn.forward_cached(&self.input_layernorm.forward(xs)?, cache)?;
-        self.after_attention(xs, attended)
-    }
-
-    fn after_attention(&self, xs: &Tensor, attended: Tensor) -> Result<Tensor> {
-        let xs = (xs + attended)?; // [B, T, C]
-        self.mlp.close(&xs, &self.post_attention_layernorm.forward(&xs)?)
     }
 }
 
-impl Module for Block {
-    fn forward(&self, xs: &Tensor) -> Result<Tensor> {
-        let attended = self.self_attn.forward(&self.input_layernorm.forward(xs)?)?;
-        self.after_attention(xs, attended)
+impl StreamedBlock {
+    /// The layer of a number in segments of `engine`, with the perceptron in `tiles`: [`LlamaConfig::perceptron_tiles`], or more.
+    ///
+    /// # Errors
+    /// What the engine says.
+    pub fn of(
+        engine: &Engine,
+        config: &LlamaConfig,
+        layer: usize,
+        adapting: &Adapting,
+        tiles: usize,
+        vb: VarBuilder<'static>,
+    ) -> EngineResult<Self> {
+        Self::new(
+            engine,
+            vb,
+            (config.perceptron, tiles),
+            |vb| NormedAttention::new(config, layer, adapting, vb),
+            |units, vb| Perceptron::new(config, adapting, units, vb.pp("mlp")),
+        )
     }
 }
 

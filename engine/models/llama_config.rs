@@ -1,5 +1,6 @@
 //! Sizes of a Llama-like model, from Hugging Face's `config.json` or the metadata of a GGUF file.
 
+use super::block::perceptron_tiles;
 use super::rope::{Rope, RopeScaling};
 use crate::error::{Error, Result};
 use serde_json::Value;
@@ -140,10 +141,23 @@ impl LlamaConfig {
         config.checked(source)
     }
 
+    /// Tiles of a layer's perceptron in an engine, by its size alone.
+    pub fn perceptron_tiles(&self) -> usize {
+        perceptron_tiles(self.perceptron_elements(), self.attention_elements())
+    }
+
     /// Elements of the matrices of a layer.
     pub fn layer_elements(&self) -> usize {
-        let rows = 2 * (self.heads + self.key_value_heads) * self.head_width + 3 * self.perceptron;
-        rows * self.hidden
+        self.attention_elements().saturating_add(self.perceptron_elements())
+    }
+
+    fn attention_elements(&self) -> usize {
+        let heads = 2 * (self.heads + self.key_value_heads);
+        heads.saturating_mul(self.head_width).saturating_mul(self.hidden)
+    }
+
+    fn perceptron_elements(&self) -> usize {
+        (3 * self.perceptron).saturating_mul(self.hidden)
     }
 
     fn checked(self, source: &str) -> Result<Self> {

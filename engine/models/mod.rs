@@ -1,5 +1,6 @@
 //! Models that are trained by command, as plain candle modules.
 
+pub mod block;
 pub mod cache;
 mod gguf;
 mod gguf_tokenizer;

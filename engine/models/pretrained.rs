@@ -1,6 +1,8 @@
 //! Models that others have trained: their configuration, where their tensors are, and the model in an engine.
 
-use super::cache::{LayerCache, scores_bytes};
+use super::block::Rows;
+pub use super::cache::Cache;
+use super::cache::scores_bytes;
 use super::gguf;
 use super::gguf_tokenizer;
 use super::gpt::{self, Gpt, GptConfig};
@@ -9,17 +11,16 @@ use super::llama::{self, Llama};
 use super::llama_config::LlamaConfig;
 use crate::data::DataError;
 use crate::error::{Error, Result};
-use crate::pass::lock;
 use crate::tiled_linear::linear_by_rows;
 use crate::tokenizer::Tokenizer;
 use crate::weights::{Arrangement, StoredName, Weights};
-use crate::{Engine, Segment, TiledLinear};
+use crate::{Engine, TiledLinear};
 use candle_core::{Device, Module, Tensor};
 use candle_nn::VarBuilder;
 use ferrozero_kernels::ops;
 use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 
 /// The prefix that GPT-2's tensors have where the head is part of the model.
 const GPT2_PREFIX: &str = "transformer.";
@@ -43,9 +44,16 @@ impl Family {
     fn head_tiles(&self) -> usize {
         match self {
             Self::Llama(config) if !config.tied => {
-                (config.vocabulary * config.hidden).div_ceil(config.layer_elements().max(1))
+                config.vocabulary.saturating_mul(config.hidden).div_ceil(config.layer_elements().max(1))
             }
             _ => 1,
+        }
+    }
+
+    fn perceptron_tiles(&self) -> usize {
+        match self {
+            Self::Llama(config) => config.perceptron_tiles(),
+            Self::Gpt2(config) => config.perceptron_tiles(),
         }
     }
 }
@@ -62,6 +70,8 @@ pub struct Pretrained {
     /// Tiles of an untied head in an engine. As many as make none of them larger than a layer: by the shape alone, so that
     /// memory changes no number.
     pub head_tiles: usize,
+    /// Tiles of the perceptron of each block in an engine, likewise by the shape alone.
+    pub perceptron_tiles: usize,
     family: Family,
 }
 
@@ -87,8 +97,7 @@ impl Pretrained {
                 (!derived).then(|| (name.to_owned(), Arrangement::Same))
             })?,
         };
-        let head_tiles = family.head_tiles();
-        Ok(Self { path: folder.to_owned(), configuration, weights: Arc::new(weights), head_tiles, family })
+        Ok(Self::of(folder, configuration, weights, family))
     }
 
     fn of_gguf(path: &Path, sequence: usize) -> Result<Self> {
@@ -108,8 +117,13 @@ impl Pretrained {
             Family::Gpt2(_) => |name| gguf::GPT2_NAMES.stored(name),
         };
         let weights = Weights::of_gguf(path, &content, &naming, stored_name)?;
-        let head_tiles = family.head_tiles();
-        Ok(Self { path: path.to_owned(), configuration, weights: Arc::new(weights), head_tiles, family })
+        Ok(Self::of(path, configuration, weights, family))
+    }
+
+    fn of(path: &Path, configuration: Value, weights: Weights, family: Family) -> Self {
+        let (head_tiles, perceptron_tiles) = (family.head_tiles(), family.perceptron_tiles());
+        let weights = Arc::new(weights);
+        Self { path: path.to_owned(), configuration, weights, head_tiles, perceptron_tiles, family }
     }
 
     /// The tokenizer of a file, or else the model's own: `tokenizer.json` in its folder, or what the metadata of a GGUF file say.
@@ -147,15 +161,12 @@ impl Pretrained {
     ///
     /// # Errors
     /// What the engine says of parameters and segments.
-    pub fn build(
-        &self,
-        engine: &Engine,
-        adapting: &Adapting,
-    ) -> Result<LanguageModel<Segment<llama::Block>, Segment<gpt::Block>>> {
+    pub fn build(&self, engine: &Engine, adapting: &Adapting) -> Result<StreamedModel> {
+        let tiles = self.perceptron_tiles;
         self.build_with(
             engine.var_builder(),
-            |vb, layer, config| engine.segment(vb, |vb| llama::Block::new(config, layer, adapting, vb)),
-            |vb, config| engine.segment(vb, |vb| gpt::Block::adapted(config, adapting, vb)),
+            |vb, layer, config| llama::StreamedBlock::of(engine, config, layer, adapting, tiles, vb),
+            |vb, config| gpt::StreamedBlock::of(engine, config, adapting, tiles, vb),
             |vb, config| {
                 let sizes = (config.hidden, config.vocabulary);
                 let tiled = || TiledLinear::new(engine, sizes, self.head_tiles, false, llama::WEIGHTS, vb);
@@ -355,28 +366,6 @@ impl<L: Module, G: Module> LanguageModel<L, G> {
     }
 }
 
-/// Keys and values of all layers of a model; they are locked while a layer runs.
-#[derive(Clone, Default)]
-pub struct Cache(Arc<Mutex<Vec<LayerCache>>>);
-
-impl Cache {
-    /// Tokens in it.
-    pub fn tokens(&self) -> usize {
-        lock(&self.0).first().map_or(0, LayerCache::tokens)
-    }
-}
-
-impl Cache {
-    /// Runs a block of a number with its part of the cache.
-    fn with<T>(&self, number: usize, run: impl FnOnce(&mut LayerCache) -> T) -> T {
-        let mut layers = lock(&self.0);
-        if layers.len() <= number {
-            layers.resize_with(number + 1, LayerCache::default);
-        }
-        run(&mut layers[number])
-    }
-}
-
 /// A text that is continued: all of its tokens, and the keys and values of those that the model has seen.
 pub struct Continued<'a> {
     /// The tokens; at least one is not in the cache yet.
@@ -385,32 +374,10 @@ pub struct Continued<'a> {
     pub cache: &'a Cache,
 }
 
-/// Which rows of a tensor of all texts' new tokens are those of one.
-struct Rows {
-    first: usize,
-    count: usize,
-    cache: Cache,
-}
+/// A model that an engine streams.
+pub type StreamedModel = LanguageModel<llama::StreamedBlock, gpt::StreamedBlock>;
 
-/// Runs a layer of a number for each text on its own: the bits of one do not depend on those beside it.
-fn run_each<M: Send + Sync + 'static>(
-    layer: &Segment<M>,
-    number: usize,
-    rows: &Arc<Vec<Rows>>,
-    xs: &Tensor,
-    run: fn(&M, &Tensor, &mut LayerCache) -> candle_core::Result<Tensor>,
-) -> candle_core::Result<Tensor> {
-    let rows = rows.clone();
-    layer.call(&[xs], move |module, inputs| {
-        let outputs = rows.iter().map(|rows| {
-            let xs = inputs[0].narrow(1, rows.first, rows.count)?.contiguous()?;
-            rows.cache.with(number, |cache| run(module, &xs, cache))
-        });
-        Tensor::cat(&outputs.collect::<candle_core::Result<Vec<_>>>()?, 1)
-    })
-}
-
-impl LanguageModel<Segment<llama::Block>, Segment<gpt::Block>> {
+impl StreamedModel {
     /// Logits [N, V] of the token after the last one of each of N texts, of which only those tokens are computed that their caches
     /// have not yet. Weights are fetched once for all texts, and each gets the bits that it gets alone.
     ///
@@ -429,13 +396,13 @@ impl LanguageModel<Segment<llama::Block>, Segment<gpt::Block>> {
         let (rows, count) = (Arc::new(rows), tokens.len());
         let tokens = Tensor::from_vec(tokens, (1, count), &Device::Cpu)?;
         let hidden = match self {
-            Self::Llama(model) => model.hidden(&tokens, |number, layer, xs| {
-                run_each(layer, number, &rows, xs, llama::Block::forward_cached)
-            })?,
+            Self::Llama(model) => {
+                model.hidden(&tokens, |number, block, xs| block.forward_each(number, &rows, xs))?
+            }
             Self::Gpt2(model) => {
                 let positions = Tensor::from_vec(positions, (1, count), &Device::Cpu)?;
-                model.hidden_at(&tokens, &positions, |number, layer, xs| {
-                    run_each(layer, number, &rows, xs, gpt::Block::forward_cached)
+                model.hidden_at(&tokens, &positions, |number, block, xs| {
+                    block.forward_each(number, &rows, xs)
                 })?
             }
         };

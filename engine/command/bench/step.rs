@@ -3,12 +3,12 @@
 
 use super::super::{CommandResult, configuration};
 use super::{Spread, spread};
-use crate::models::gpt::{Block, Gpt, GptConfig};
+use crate::models::gpt::{self, Gpt, GptConfig};
 use crate::models::linear::Adapting;
 use crate::models::llama::{self, Llama};
 use crate::models::llama_config::LlamaConfig;
 use crate::schedule::Queue;
-use crate::{AdamW, Config, Engine, Placement, Segment, Tier};
+use crate::{AdamW, Config, Engine, Placement, Tier};
 use candle_core::{Device, Module, Tensor};
 use ferrozero_kernels::philox::Stream;
 use serde::{Deserialize, Serialize};
@@ -306,12 +306,13 @@ fn serve_in(arguments: &StepArguments, folder: PathBuf) -> CommandResult<Footpri
 
 /// What trains.
 enum Model {
-    Gpt(Gpt<Segment<Block>>),
-    Llama(Llama<Segment<llama::Block>>),
+    Gpt(Gpt<gpt::StreamedBlock>),
+    Llama(Llama<llama::StreamedBlock>),
 }
 
 impl Model {
     fn new(arguments: &StepArguments, engine: &Engine) -> CommandResult<Self> {
+        let none = Adapting::default();
         let Some(path) = &arguments.config else {
             let config = GptConfig {
                 vocabulary: arguments.vocab,
@@ -320,15 +321,16 @@ impl Model {
                 heads: arguments.heads,
                 sequence: arguments.seq,
             };
-            let block = |vb, _| engine.segment(vb, |vb| Block::new(&config, vb));
+            let tiles = config.perceptron_tiles();
+            let block = |vb, _| gpt::StreamedBlock::of(engine, &config, &none, tiles, vb);
             return Ok(Self::Gpt(Gpt::new(&config, engine.var_builder(), block)?));
         };
         let source = path.display().to_string();
         let text =
             std::fs::read_to_string(path).map_err(|error| configuration(format!("{source}: {error}")))?;
         let config = LlamaConfig::from_json(&serde_json::from_str(&text)?, &source, arguments.seq)?;
-        let adapting = Adapting::default();
-        let block = |vb, layer| engine.segment(vb, |vb| llama::Block::new(&config, layer, &adapting, vb));
+        let tiles = config.perceptron_tiles();
+        let block = |vb, layer| llama::StreamedBlock::of(engine, &config, layer, &none, tiles, vb);
         Ok(Self::Llama(Llama::new(&config, engine.var_builder(), block, |_| Ok(None))?))
     }
 

@@ -1,8 +1,9 @@
 //! A GPT on random tokens, to measure steps with.
 
 use super::super::CommandResult;
-use crate::models::gpt::{Block, Gpt, GptConfig};
-use crate::{AdamW, Engine, Plan, Segment};
+use crate::models::gpt::{Gpt, GptConfig, StreamedBlock};
+use crate::models::linear::Adapting;
+use crate::{AdamW, Engine, Plan};
 use candle_core::{Device, Tensor};
 use ferrozero_kernels::philox::Stream;
 
@@ -19,7 +20,7 @@ pub struct Sizes {
 
 /// The model and its data.
 pub struct Workload {
-    model: Gpt<Segment<Block>>,
+    model: Gpt<StreamedBlock>,
     sizes: Sizes,
     random: Stream,
 }
@@ -34,7 +35,8 @@ impl Sizes {
             heads: self.heads,
             sequence: self.sequence,
         };
-        let block = |vb, _| engine.segment(vb, |vb| Block::new(&config, vb));
+        let (none, tiles) = (Adapting::default(), config.perceptron_tiles());
+        let block = |vb, _| StreamedBlock::of(engine, &config, &none, tiles, vb);
         let model = Gpt::new(&config, engine.var_builder(), block)?;
         let workload = Workload { model, sizes: self, random: Stream::new(1, "tokens") };
         let plan = engine.plan(AdamW::default(), || workload.loss(0, 0))?;
