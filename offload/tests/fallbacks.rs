@@ -3,8 +3,10 @@
 mod common;
 
 use common::*;
+use ferrozero_offload::io::{Completion, FaultPlan, FileId, FileSpec, Io, Request, Uring, Verb};
 use ferrozero_offload::*;
 use serde_json::json;
+use std::sync::mpsc;
 
 /// Makes a system call fail for this thread and those that it starts, as many containers do.
 fn forbid(call: libc::c_long, errno: i32) {
@@ -55,10 +57,12 @@ fn expect_works(store: Store, directory: &std::path::Path) {
     }
 }
 
-/// The ring itself, what is asked of it before it is chosen, and the event that wakes its thread.
+/// The ring itself, what is asked of it before it is chosen, the entry into it, and the event that wakes its thread.
 #[test]
 fn without_a_part_of_io_uring_the_pool_takes_over_with_a_notice() {
-    for call in [libc::SYS_io_uring_setup, libc::SYS_io_uring_register, libc::SYS_eventfd2] {
+    let parts =
+        [libc::SYS_io_uring_setup, libc::SYS_io_uring_register, libc::SYS_io_uring_enter, libc::SYS_eventfd2];
+    for call in parts {
         without(call, libc::EPERM, move || {
             let directory = tempfile::tempdir().unwrap();
             let create =
@@ -70,6 +74,34 @@ fn without_a_part_of_io_uring_the_pool_takes_over_with_a_notice() {
             expect_works(store, directory.path());
         });
     }
+}
+
+/// After the ring was chosen nothing more is asked of the system than to enter it, so there is nothing to refuse.
+#[test]
+fn a_ring_that_was_chosen_needs_no_other_call_of_the_system() {
+    let directory = tempfile::tempdir().unwrap();
+    let Ok(ring) = Uring::new(directory.path(), &FaultPlan::default()) else {
+        return println!("skipping: no io_uring");
+    };
+    without(libc::SYS_io_uring_register, libc::EPERM, move || {
+        for call in [libc::SYS_io_uring_setup, libc::SYS_eventfd2] {
+            forbid(call, libc::EPERM);
+        }
+        ring.allocate_files(&[FileSpec { name: "weights".to_owned(), bytes: 8192 }]).unwrap();
+        let arena = arena(1 << 20);
+        let transfer = |verb, fill: u8| {
+            let mut lease = arena.lease(8192).unwrap();
+            lease.fill(fill);
+            let request = Request::new(verb, FileId(0), 0, 8192, lease).unwrap();
+            let (sender, done) = mpsc::channel();
+            ring.submit(request, Box::new(move |completion| sender.send(completion).unwrap()));
+            let Completion { lease, result } = done.recv().unwrap();
+            result.unwrap();
+            lease
+        };
+        transfer(Verb::Write, 7);
+        assert!(transfer(Verb::Read, 0).iter().all(|&byte| byte == 7));
+    });
 }
 
 #[test]

@@ -31,6 +31,7 @@ struct Active {
 /// A range of a request that is moved by one entry at a time.
 struct Part {
     request: usize,
+    file: types::Fd,
     start_bytes: usize,
     progress: Progress,
 }
@@ -41,7 +42,7 @@ pub(super) struct Ring {
     shape: Shape,
     directory: Arc<Directory>,
     submissions: Receiver<Submission>,
-    waker: Waker,
+    waker: Arc<Waker>,
     is_waker_armed: bool,
     is_closing: bool,
     active: Vec<Option<Active>>,
@@ -68,7 +69,7 @@ impl Ring {
         shape: Shape,
         directory: Arc<Directory>,
         submissions: Receiver<Submission>,
-        waker: Waker,
+        waker: Arc<Waker>,
     ) -> Self {
         Self {
             ring,
@@ -91,18 +92,13 @@ impl Ring {
             self.take_submissions();
             let is_idle = self.active.iter().all(Option::is_none);
             if self.is_closing && is_idle && !self.is_waker_armed {
-                return self.unregister();
+                return;
             }
             self.arm_waker();
             self.start_parts();
             self.wait();
             self.take_completions();
         }
-    }
-
-    /// Lets go of the files now: the kernel takes a closed ring apart at a time of its own choice.
-    fn unregister(&self) {
-        let _ = self.ring.submitter().unregister_files();
     }
 
     fn take_submissions(&mut self) {
@@ -126,6 +122,10 @@ impl Ring {
         if parts_left == 0 {
             return call_back(submission.on_done, submission.request, Ok(()));
         }
+        let file = match self.directory.file(submission.request.file()) {
+            Ok(open) => types::Fd(open.file.as_raw_fd()),
+            Err(error) => return call_back(submission.on_done, submission.request, Err(error)),
+        };
         let free = self.active.iter().position(Option::is_none);
         let request = free.unwrap_or_else(|| {
             self.active.push(None);
@@ -134,7 +134,7 @@ impl Ring {
         self.active[request] = Some(Active { submission, parts_left, error: None });
         self.waiting.extend(starts.map(|start_bytes| {
             let progress = Progress::new(verb, part_bytes.min(length_bytes - start_bytes));
-            Part { request, start_bytes, progress }
+            Part { request, file, start_bytes, progress }
         }));
     }
 
@@ -158,7 +158,7 @@ impl Ring {
             let Some(Some(active)) = self.active.get_mut(part.request) else { continue };
             let entry = entry(&part, &mut active.submission.request);
             // SAFETY: the buffer is a part of the lease that `active` owns until all of the request's parts have
-            // completed, and this thread aborts rather than drop it earlier. The file is registered.
+            // completed, and this thread aborts rather than drop it earlier. `self.directory` keeps the file open.
             let pushed = unsafe { self.ring.submission().push(&entry.user_data(place as u64)) };
             if pushed.is_err() {
                 // The queue takes all parts and the wake-up, so it is full only after a refused submission.
@@ -232,14 +232,13 @@ fn call_back(on_done: OnDone, request: Request, result: Result<(), Error>) {
 
 /// What the kernel is asked to do next for a part.
 fn entry(part: &Part, request: &mut Request) -> squeue::Entry {
-    let file = types::Fixed(request.file().0 as u32);
     let done_bytes = part.start_bytes + part.progress.done_bytes();
     let offset_bytes = request.offset_bytes() + done_bytes as u64;
     let verb = request.verb();
     let buffer = &mut request.buffer_mut()[done_bytes..][..part.progress.left_bytes()];
     let (start, length) = (buffer.as_mut_ptr(), buffer.len() as u32);
     match verb {
-        Verb::Read => opcode::Read::new(file, start, length).offset(offset_bytes).build(),
-        Verb::Write => opcode::Write::new(file, start, length).offset(offset_bytes).build(),
+        Verb::Read => opcode::Read::new(part.file, start, length).offset(offset_bytes).build(),
+        Verb::Write => opcode::Write::new(part.file, start, length).offset(offset_bytes).build(),
     }
 }

@@ -80,8 +80,7 @@ impl Shape {
     }
 }
 
-/// The shape for these files, the first of which is number 0 of the ring. Only files that `are_new`, so that nothing in
-/// them is lost, are written to.
+/// The shape for these files. Only files that `are_new`, so that nothing in them is lost, are written to.
 pub(super) fn choose(ring: &mut IoUring, files: &[OpenFile], are_new: bool) -> Shape {
     let Some(first) = files.first().filter(|first| first.is_direct) else { return DEFAULT };
     let Ok(metadata) = first.file.metadata() else { return DEFAULT };
@@ -96,7 +95,7 @@ pub(super) fn choose(ring: &mut IoUring, files: &[OpenFile], are_new: bool) -> S
     if !are_new {
         return DEFAULT;
     }
-    match measure(ring, REGION_BYTES, TIME_MAX) {
+    match measure(ring, &first.file, REGION_BYTES, TIME_MAX) {
         Ok(shape) => {
             tracing::info!(device, ?shape, "measured the disk");
             if let Some(cache) = cache {
@@ -123,8 +122,8 @@ fn device_name(file: &File, device: u64) -> String {
     format!("{major}:{minor} {kind:x}")
 }
 
-/// Writes a region of file 0, reads it in all ways, in turns, and writes some of it again if that is worth it.
-fn measure(ring: &mut IoUring, region_bytes: u64, time_max: Duration) -> io::Result<Shape> {
+/// Writes a region of a file, reads it in all ways, in turns, and writes some of it again if that is worth it.
+fn measure(ring: &mut IoUring, file: &File, region_bytes: u64, time_max: Duration) -> io::Result<Shape> {
     let deadline = Instant::now() + time_max;
     // Gone before the store is made, and so before anything large is allocated.
     let budget = Budget::new(Tier::Host, PART_BYTES_MAX as u64);
@@ -132,7 +131,7 @@ fn measure(ring: &mut IoUring, region_bytes: u64, time_max: Duration) -> io::Res
         .and_then(|arena| arena.lease(PART_BYTES_MAX))
         .map_err(io::Error::other)?;
     // Space that was never written reads as zeros without the disk.
-    sweep(ring, Verb::Write, DEFAULT, region_bytes, &mut buffer)?;
+    sweep((ring, file), Verb::Write, DEFAULT, region_bytes, &mut buffer)?;
     let mut rounds = Vec::with_capacity(ROUNDS);
     'rounds: for _ in 0..ROUNDS {
         let mut round = [0.0; CANDIDATES.len()];
@@ -140,7 +139,7 @@ fn measure(ring: &mut IoUring, region_bytes: u64, time_max: Duration) -> io::Res
             if Instant::now() >= deadline {
                 break 'rounds;
             }
-            *taken_s = sweep(ring, Verb::Read, shape, region_bytes, &mut buffer)?;
+            *taken_s = sweep((ring, file), Verb::Read, shape, region_bytes, &mut buffer)?;
         }
         rounds.push(round);
     }
@@ -151,7 +150,7 @@ fn measure(ring: &mut IoUring, region_bytes: u64, time_max: Duration) -> io::Res
     let mut writes_s = [0.0; 2];
     for _ in 0..ROUNDS_MIN {
         for (shape, taken_s) in [DEFAULT, challenger].into_iter().zip(&mut writes_s) {
-            *taken_s += sweep(ring, Verb::Write, shape, region_bytes / 2, &mut buffer)?;
+            *taken_s += sweep((ring, file), Verb::Write, shape, region_bytes / 2, &mut buffer)?;
         }
     }
     Ok(if writes_s[1] <= writes_s[0] { challenger } else { DEFAULT })
@@ -166,15 +165,15 @@ fn fastest(rounds: &[Round]) -> Shape {
     fastest.filter(|&(_, ratio)| is_clear(ratio)).map_or(DEFAULT, |(shape, _)| shape)
 }
 
-/// Moves a region of file 0 once; answers the seconds that it took.
+/// Moves a region of a file once; answers the seconds that it took.
 fn sweep(
-    ring: &mut IoUring,
+    (ring, file): (&mut IoUring, &File),
     verb: Verb,
     shape: Shape,
     region_bytes: u64,
     buffer: &mut Lease,
 ) -> io::Result<f64> {
-    let (started, file) = (Instant::now(), types::Fixed(0));
+    let (started, file) = (Instant::now(), types::Fd(file.as_raw_fd()));
     let memory = buffer.padded_mut();
     let part_bytes = shape.part_bytes.min(memory.len());
     let mut offsets = (0..region_bytes).step_by(part_bytes);
@@ -280,22 +279,19 @@ mod tests {
     }
 
     #[test]
-    fn a_measurement_reads_the_files_of_the_ring_and_reports_a_disk_that_fails() {
+    fn a_measurement_reads_the_file_and_reports_a_disk_that_fails() {
         let Ok(mut ring) = IoUring::new(ENTRIES) else { return println!("skipping: no io_uring") };
         let file = tempfile::tempfile().unwrap();
-        ring.submitter().register_files(&[file.as_raw_fd()]).unwrap();
-        let shape = measure(&mut ring, 8 * PART_BYTES_MAX as u64, TIME_MAX).unwrap();
+        let shape = measure(&mut ring, &file, 8 * PART_BYTES_MAX as u64, TIME_MAX).unwrap();
         assert!(CANDIDATES.contains(&shape));
         assert_eq!(file.metadata().unwrap().len(), 8 * PART_BYTES_MAX as u64, "the region and no more");
         // A file that ends early, and one that cannot be read at all: an error, and nothing left in flight.
         let mut buffer =
             Arena::new(&Budget::new(Tier::Host, 4 << 20), 4 << 20).unwrap().lease(4 << 20).unwrap();
         file.set_len(5 << 20).unwrap();
-        assert!(sweep(&mut ring, Verb::Read, DEFAULT, 16 << 20, &mut buffer).is_err());
+        assert!(sweep((&mut ring, &file), Verb::Read, DEFAULT, 16 << 20, &mut buffer).is_err());
         let read_only = File::open("/proc/self/exe").unwrap();
-        ring.submitter().unregister_files().unwrap();
-        ring.submitter().register_files(&[read_only.as_raw_fd()]).unwrap();
-        assert!(measure(&mut ring, REGION_BYTES, TIME_MAX).is_err());
+        assert!(measure(&mut ring, &read_only, REGION_BYTES, TIME_MAX).is_err());
         assert_eq!(ring.completion().count(), 0);
     }
 
