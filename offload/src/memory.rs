@@ -2,7 +2,7 @@
 //!
 //! The tensors of a training step have the same sizes in every step. A plain allocator either returns their memory to
 //! the system and has every page cleared anew in each step, or keeps it for ever. This one counts what is
-//! in use, keeps large freed blocks by their exact size, and never lets the two together pass a limit.
+//! in use, keeps the pages of large freed blocks, and never lets the two together pass a limit.
 //!
 //! ```no_run
 //! use ferrozero_offload::memory::{CountingAllocator, peak_bytes, set_cache_limit_bytes};
@@ -17,35 +17,45 @@
 //! | block | comes from | counts as | after it is freed |
 //! |---|---|---|---|
 //! | below [`LARGE_BYTES`], or aligned to more than a page | the system's allocator | its size | goes back to it |
-//! | any other | `mmap` | its size in whole pages | is kept while in use + kept ≤ limit, else unmapped |
+//! | any other | mappings of [`MAPPING_BYTES`] | its size in whole pages | its pages are kept while in use + kept ≤ limit, else given back |
 //!
-//! Without a limit every large block is mapped and unmapped anew, which costs more than the system's allocator: a
+//! A large block is put where pages are kept: into the smallest range of them that holds it, or else where most of it is kept, and only
+//! the rest of it needs new ones. A step whose blocks fit into the limit finds its pages where the step before had
+//! them, of whatever sizes its blocks are.
+//!
+//! Without a limit the pages of every large block are given back and cleared anew, which costs more than the system's allocator: a
 //! program that installs this one should set a limit.
 //!
 //! Which row a block is in depends on its layout alone, so that freeing needs no look-up. All state is in atomics and
 //! in one table of fixed size under a spin lock: an allocator cannot allocate for itself, nor wait for a thread
 //! that does.
 
+mod ranges;
+
 use std::{
     alloc::{GlobalAlloc, Layout, System},
     cell::UnsafeCell,
-    ptr::{self, NonNull},
+    ptr,
     sync::atomic::{AtomicBool, AtomicUsize, Ordering::SeqCst},
 };
 
 use crate::{PAGE_BYTES, padded_bytes};
+use ranges::{Place, Ranges};
 
 /// The smallest block that is mapped on its own.
 pub const LARGE_BYTES: usize = 64 << 10;
 
-/// The smallest block for which huge pages are asked.
-const HUGE_BLOCK_BYTES: usize = 4 << 20;
+/// Addresses that are mapped at once, for many blocks. They take no memory until a block is written to.
+const MAPPING_BYTES: usize = 1 << 30;
+
+/// As much is given back at once, if that much is kept: to give back a huge page in parts saves nothing.
+const GIVEN_BACK_BYTES: usize = 2 << 20;
 
 static LIVE_BYTES: AtomicUsize = AtomicUsize::new(0);
 static PEAK_BYTES: AtomicUsize = AtomicUsize::new(0);
 static CACHED_BYTES: AtomicUsize = AtomicUsize::new(0);
 static LIMIT_BYTES: AtomicUsize = AtomicUsize::new(0);
-static CACHE: Cache = Cache::new();
+static FREE: Free = Free::new();
 
 /// Bytes in use by the process, as far as they were allocated in Rust. 0 when [`CountingAllocator`] is not installed.
 pub fn current_bytes() -> u64 {
@@ -62,7 +72,7 @@ pub fn reset_peak() {
     PEAK_BYTES.store(LIVE_BYTES.load(SeqCst), SeqCst);
 }
 
-/// Bytes of freed blocks that are kept.
+/// Bytes of freed blocks whose pages are kept.
 pub fn cached_bytes() -> u64 {
     CACHED_BYTES.load(SeqCst) as u64
 }
@@ -79,12 +89,12 @@ pub fn set_cache_limit_bytes(limit_bytes: u64) {
 pub struct CountingAllocator;
 
 // SAFETY: small blocks are the system allocator's, with the very layout that it gave them out for. Large blocks are
-// mappings of `padded_bytes(size)` bytes, aligned to pages, which are unmapped or cached once, when they are freed; a
-// cached block is given out to one caller only, because it leaves the cache under its lock. Nothing here unwinds.
+// `padded_bytes(size)` bytes of mappings that stay, aligned to pages, which become free ranges once, when they are freed; a
+// free range is given out to one caller only, because it leaves the table under its lock. Nothing here unwinds.
 unsafe impl GlobalAlloc for CountingAllocator {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
         if is_large(layout) {
-            return large_block(layout.size()).map_or(ptr::null_mut(), |block| block.start.as_ptr());
+            return large_block(layout.size()).map_or(ptr::null_mut(), |block| block.start);
         }
         count_in(layout.size());
         // SAFETY: the caller's own promises.
@@ -99,10 +109,10 @@ unsafe impl GlobalAlloc for CountingAllocator {
         }
         let Some(block) = large_block(layout.size()) else { return ptr::null_mut() };
         if !block.is_fresh {
-            // SAFETY: the block is at least that long and belongs to nobody yet. A fresh mapping is zero already.
-            unsafe { block.start.as_ptr().write_bytes(0, layout.size()) };
+            // SAFETY: the block is at least that long and belongs to nobody yet. Where it has no pages it is zero already.
+            unsafe { block.start.write_bytes(0, layout.size()) };
         }
-        block.start.as_ptr()
+        block.start
     }
 
     unsafe fn dealloc(&self, block: *mut u8, layout: Layout) {
@@ -113,18 +123,17 @@ unsafe impl GlobalAlloc for CountingAllocator {
             return;
         }
         let bytes = padded_bytes(layout.size());
-        let Some(block) = NonNull::new(block) else { return };
         let in_all_bytes = LIVE_BYTES.load(SeqCst).saturating_add(CACHED_BYTES.load(SeqCst));
         if in_all_bytes <= LIMIT_BYTES.load(SeqCst) {
             // Counted as kept before it is, and as in use a little longer: the sum is never seen too small.
             CACHED_BYTES.fetch_add(bytes, SeqCst);
-            if CACHE.put(block, bytes) {
+            if FREE.with(|free| free.give(block.expose_provenance(), bytes, true)) {
                 LIVE_BYTES.fetch_sub(bytes, SeqCst);
                 return trim();
             }
             CACHED_BYTES.fetch_sub(bytes, SeqCst);
         }
-        unmap(block, bytes);
+        give_back(block.expose_provenance(), bytes);
         LIVE_BYTES.fetch_sub(bytes, SeqCst);
     }
 
@@ -179,96 +188,96 @@ fn counted_out_if_null(block: *mut u8, bytes: usize) -> *mut u8 {
 }
 
 struct Block {
-    start: NonNull<u8>,
-    /// Just mapped, and so all zero.
+    start: *mut u8,
+    /// Has no pages yet, and so is all zero.
     is_fresh: bool,
 }
 
-/// A block of whole pages: a kept one of the same size, else a new mapping.
+/// A block of whole pages.
 fn large_block(size: usize) -> Option<Block> {
     // A layout's size is at most isize::MAX, so this does not overflow.
     let bytes = padded_bytes(size);
-    if let Some(start) = CACHE.take(bytes) {
-        // In this order, so that room for this block is not made a second time.
-        CACHED_BYTES.fetch_sub(bytes, SeqCst);
-        count_in(bytes);
-        return Some(Block { start, is_fresh: false });
-    }
+    let Place { start, kept_bytes } = loop {
+        match FREE.with(|free| free.take(bytes)) {
+            Some(place) => break place,
+            // Another thread may be faster in taking what was mapped here: then once more.
+            None => map(bytes)?,
+        }
+    };
+    // In this order, so that room for this block is not made a second time.
+    CACHED_BYTES.fetch_sub(kept_bytes, SeqCst);
     count_in(bytes);
-    let start = map(bytes).or_else(|| {
-        trim_to(0);
-        map(bytes)
-    });
-    if start.is_none() {
-        LIVE_BYTES.fetch_sub(bytes, SeqCst);
-    }
-    start.map(|start| Block { start, is_fresh: true })
+    Some(Block { start: ptr::with_exposed_provenance_mut(start), is_fresh: kept_bytes == 0 })
 }
 
-/// Returns kept blocks to the system until the limit holds again.
+/// Returns kept pages to the system until the limit holds again.
 fn trim() {
-    trim_to(LIMIT_BYTES.load(SeqCst));
-}
-
-/// Returns kept blocks to the system until they and what is in use are at most `limit_bytes`, or none is left.
-fn trim_to(limit_bytes: usize) {
-    while LIVE_BYTES.load(SeqCst).saturating_add(CACHED_BYTES.load(SeqCst)) > limit_bytes {
-        let Some((block, bytes)) = CACHE.take_largest() else { return };
-        unmap(block, bytes);
+    loop {
+        let in_all_bytes = LIVE_BYTES.load(SeqCst).saturating_add(CACHED_BYTES.load(SeqCst));
+        let too_many_bytes = in_all_bytes.saturating_sub(LIMIT_BYTES.load(SeqCst));
+        if too_many_bytes == 0 {
+            return;
+        }
+        let bytes = padded_bytes(too_many_bytes).max(GIVEN_BACK_BYTES);
+        let Some((start, bytes)) = FREE.with(|free| free.take_kept(bytes)) else { return };
+        give_back(start, bytes);
         CACHED_BYTES.fetch_sub(bytes, SeqCst);
     }
 }
 
-fn map(bytes: usize) -> Option<NonNull<u8>> {
+/// Maps addresses for blocks of `bytes`, for many of them if the system has so many addresses for this process.
+fn map(bytes: usize) -> Option<()> {
+    let (start, bytes) = [bytes.max(MAPPING_BYTES), bytes]
+        .into_iter()
+        .find_map(|bytes| anonymous(bytes).map(|start| (start, bytes)))?;
+    // SAFETY: the range is the mapping just made; the advice changes no byte of it and may be refused.
+    unsafe { libc::madvise(start, bytes, libc::MADV_HUGEPAGE) };
+    let is_given = FREE.with(|free| free.give(start.expose_provenance(), bytes, false));
+    if !is_given {
+        unmap(start.expose_provenance(), bytes);
+    }
+    is_given.then_some(())
+}
+
+fn anonymous(bytes: usize) -> Option<*mut libc::c_void> {
     let protection = libc::PROT_READ | libc::PROT_WRITE;
-    let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
+    let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
     // SAFETY: a new anonymous mapping at an address of the kernel's choice touches no existing memory.
     let mapped = unsafe { libc::mmap(ptr::null_mut(), bytes, protection, flags, -1, 0) };
-    if mapped == libc::MAP_FAILED {
-        return None;
-    }
-    if bytes >= HUGE_BLOCK_BYTES {
-        // SAFETY: the range is the mapping just made; the advice changes no byte of it and may be refused.
-        unsafe { libc::madvise(mapped, bytes, libc::MADV_HUGEPAGE) };
-    }
-    NonNull::new(mapped.cast())
+    (mapped != libc::MAP_FAILED).then_some(mapped)
 }
 
-fn unmap(block: NonNull<u8>, bytes: usize) {
-    // SAFETY: `map` made the block with this length, and who calls this is its only owner.
-    unsafe { libc::munmap(block.as_ptr().cast(), bytes) };
+/// Returns the pages of a range that is nobody's to the system. Its addresses stay, unless the system or the table refuses.
+fn give_back(start: usize, bytes: usize) {
+    // SAFETY: whoever calls this is the only owner of the range, which lies in mappings made by `map`. It reads as zero afterwards.
+    let advised =
+        unsafe { libc::madvise(ptr::with_exposed_provenance_mut(start), bytes, libc::MADV_DONTNEED) };
+    if advised != 0 || !FREE.with(|free| free.give(start, bytes, false)) {
+        unmap(start, bytes);
+    }
 }
 
-/// Different sizes that can be kept at once.
-const BINS: usize = 512;
+fn unmap(start: usize, bytes: usize) {
+    // SAFETY: whoever calls this is the only owner of the range, which lies in mappings made by `map`, and nobody finds it again.
+    unsafe { libc::munmap(ptr::with_exposed_provenance_mut(start), bytes) };
+}
 
-/// Bins that are searched for a size, from where its hash points.
-const PROBES: usize = 16;
-
-/// Freed blocks by their exact size: a hash table of lists, each block holding the pointer to the next one.
-struct Cache {
+/// The free ranges of all mappings, under a lock.
+struct Free {
     is_locked: AtomicBool,
-    bins: UnsafeCell<[Bin; BINS]>,
+    ranges: UnsafeCell<Ranges>,
 }
 
-/// The kept blocks of one size. A bin without blocks can take on another size.
-#[derive(Clone, Copy)]
-struct Bin {
-    bytes: usize,
-    first: Option<NonNull<u8>>,
-}
+// SAFETY: the ranges are only reached through `with`, which holds the lock.
+unsafe impl Sync for Free {}
 
-// SAFETY: the bins are only reached through `with_bins`, which holds the lock.
-unsafe impl Sync for Cache {}
-
-impl Cache {
+impl Free {
     const fn new() -> Self {
-        let empty = Bin { bytes: 0, first: None };
-        Self { is_locked: AtomicBool::new(false), bins: UnsafeCell::new([empty; BINS]) }
+        Self { is_locked: AtomicBool::new(false), ranges: UnsafeCell::new(Ranges::new()) }
     }
 
-    /// Runs `work`, which must neither allocate nor panic, on the bins.
-    fn with_bins<R>(&self, work: impl FnOnce(&mut [Bin; BINS]) -> R) -> R {
+    /// Runs `work`, which must neither allocate nor panic, on the ranges.
+    fn with<R>(&self, work: impl FnOnce(&mut Ranges) -> R) -> R {
         let mut tries = 0_u32;
         while self.is_locked.swap(true, SeqCst) {
             tries += 1;
@@ -279,56 +288,8 @@ impl Cache {
             }
         }
         // SAFETY: the lock is held, so this is the only reference.
-        let result = work(unsafe { &mut *self.bins.get() });
+        let result = work(unsafe { &mut *self.ranges.get() });
         self.is_locked.store(false, SeqCst);
         result
     }
-
-    /// Keeps a block of `bytes`, unless all bins where its size may be are taken by others.
-    fn put(&self, block: NonNull<u8>, bytes: usize) -> bool {
-        self.with_bins(|bins| {
-            let mut places = probes(bytes);
-            let same =
-                places.clone().find(|&place| bins[place].first.is_some() && bins[place].bytes == bytes);
-            let Some(place) = same.or_else(|| places.find(|&place| bins[place].first.is_none())) else {
-                return false;
-            };
-            // SAFETY: the block has room for a pointer, is aligned to pages, and belongs to the cache from here on.
-            unsafe { block.cast::<Option<NonNull<u8>>>().write(bins[place].first) };
-            bins[place] = Bin { bytes, first: Some(block) };
-            true
-        })
-    }
-
-    /// Gives out a kept block of exactly `bytes`.
-    fn take(&self, bytes: usize) -> Option<NonNull<u8>> {
-        if CACHED_BYTES.load(SeqCst) == 0 {
-            return None;
-        }
-        self.with_bins(|bins| probes(bytes).find_map(|place| bins[place].pop_if(bytes)))
-    }
-
-    /// Gives out a kept block of the largest size, so that few are unmapped where many bytes are wanted.
-    fn take_largest(&self) -> Option<(NonNull<u8>, usize)> {
-        self.with_bins(|bins| {
-            let bin = bins.iter_mut().filter(|bin| bin.first.is_some()).max_by_key(|bin| bin.bytes)?;
-            bin.pop_if(bin.bytes).map(|block| (block, bin.bytes))
-        })
-    }
-}
-
-impl Bin {
-    fn pop_if(&mut self, bytes: usize) -> Option<NonNull<u8>> {
-        let block = self.first.filter(|_| self.bytes == bytes)?;
-        // SAFETY: `put` wrote this pointer, and nobody has touched the block since.
-        self.first = unsafe { block.cast::<Option<NonNull<u8>>>().read() };
-        Some(block)
-    }
-}
-
-/// Where a size may be.
-fn probes(bytes: usize) -> impl Iterator<Item = usize> + Clone {
-    // Fibonacci hashing: sizes are often multiples of each other, and their product's high bits differ all the same.
-    let hash = (bytes / PAGE_BYTES).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 32;
-    (0..PROBES).map(move |probe| (hash + probe) % BINS)
 }
