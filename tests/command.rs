@@ -463,7 +463,10 @@ fn a_configuration_of_deepspeeds_is_explained_and_an_unknown_key_of_it_refused_b
     assert!(refused.contains("zero_optimization.unheard_of"), "{refused}");
     for (text, part) in [
         (r#"{ "zero_optimization": { "stage": 3 }, "train_micro_batch_size_per_gpu": -2 }"#, "-2"),
-        (r#"{ "gradient_clipping": 1.0, "optimizer": { "params": { "lr": -1.0 } } }"#, "lr is -1"),
+        (
+            r#"{ "gradient_clipping": 1.0, "optimizer": { "type": "AdamW", "params": { "lr": -1.0 } } }"#,
+            "lr is -1",
+        ),
     ] {
         let output = explain(text);
         assert!(refusal(&output).contains(part), "{text}");

@@ -5,6 +5,7 @@
 use super::configuration;
 use crate::error::Result;
 use serde_json::{Map, Value, json};
+use std::collections::HashMap;
 
 /// What became of one key.
 #[derive(Debug, Clone, PartialEq)]
@@ -55,7 +56,7 @@ const PINNED: &str = "not needed, because host memory for a GPU is always pinned
 const PIPELINED: &str = "not needed, because reading, updating and writing always overlap";
 const ADAMW: &str = "not needed, because AdamW is the engine's own";
 const RECOMPUTED: &str =
-    "not needed, because segments are always recomputed and the plan finds their inputs a home";
+    "not needed, because the plan says which segments are computed again and finds their inputs a home";
 
 /// Keys that need nothing here.
 const NOT_NEEDED: &[(&str, &str)] = &[
@@ -134,7 +135,8 @@ pub fn is_deepspeed(value: &Value) -> bool {
 pub fn map(config: &Value) -> Result<Mapping> {
     let mut mapping = Mapping::default();
     let mut leaves = vec![];
-    flatten("", config, &mut leaves);
+    flatten("", config, &mut leaves)?;
+    let mut set_by: HashMap<&str, &str> = HashMap::new();
     for (path, value) in &leaves {
         let meaning = match treatment(path, value) {
             Treatment::Unknown => {
@@ -147,27 +149,54 @@ pub fn map(config: &Value) -> Result<Mapping> {
             Treatment::Refused(reason) => return Err(configuration(format!("{path}: {reason}"))),
             Treatment::Sets(key, value) => {
                 let meaning = format!("{key} = {value}");
+                if let Some(other) = set_by.insert(key, path)
+                    && mapping.settings.get(key) != Some(&value)
+                {
+                    return Err(configuration(format!(
+                        "{path}: {other} says something else, and both are {key} here: leave one of them out"
+                    )));
+                }
                 mapping.settings.insert(key.to_owned(), value);
                 meaning
             }
         };
         mapping.notes.push(Note { path: path.clone(), meaning });
     }
+    named(config)?;
     schedule(config, &mut mapping)?;
     batch(config, &mut mapping)?;
     Ok(mapping)
 }
 
-fn flatten(path: &str, value: &Value, leaves: &mut Vec<(String, Value)>) {
+fn flatten(path: &str, value: &Value, leaves: &mut Vec<(String, Value)>) -> Result<()> {
     match value {
         // An empty section is a key like any other.
         Value::Object(members) if path.is_empty() || !members.is_empty() => {
             for (key, value) in members {
                 let path = if path.is_empty() { key.clone() } else { format!("{path}.{key}") };
-                flatten(&path, value, leaves);
+                if key.contains('.') {
+                    return Err(configuration(format!(
+                        "{path}: a dot within a key makes no section, and DeepSpeed does not read it: nest the key"
+                    )));
+                }
+                flatten(&path, value, leaves)?;
             }
         }
         value => leaves.push((path.to_owned(), value.clone())),
+    }
+    Ok(())
+}
+
+/// Whether sections that DeepSpeed leaves alone without a type have one.
+fn named(config: &Value) -> Result<()> {
+    match ["optimizer", "scheduler"].iter().find(|section| {
+        config.get(section).is_some_and(|value| value.get("params").is_some() && value.get("type").is_none())
+    }) {
+        Some(section) => Err(configuration(format!(
+            "{section}.type: not there, and without it DeepSpeed does not read {section}.params: name the {section}, or leave \
+             the section out"
+        ))),
+        None => Ok(()),
     }
 }
 
@@ -342,7 +371,7 @@ mod tests {
         });
         assert_eq!(Value::Object(settings), expected);
         let mut leaves = vec![];
-        flatten("", &config, &mut leaves);
+        flatten("", &config, &mut leaves).unwrap();
         // Only the epsilon and the ratio of the cosine are not in the file.
         assert_eq!(notes.len(), leaves.len() + 2);
         let stage = notes.iter().find(|note| note.path == "zero_optimization.stage").unwrap();
@@ -363,7 +392,13 @@ mod tests {
             "zero_optimization.zero_quantized_weights",
         );
         refused(json!({ "curriculum_learning": { "enabled": true } }), "curriculum_learning.enabled");
-        refused(json!({ "optimizer": { "params": { "betas": [0.9] } } }), "optimizer.params.betas");
+        refused(
+            json!({ "optimizer": { "type": "AdamW", "params": { "betas": [0.9] } } }),
+            "optimizer.params.betas",
+        );
+        refused(json!({ "optimizer": { "params": { "lr": 1e-4 } } }), "optimizer.type");
+        refused(json!({ "scheduler": { "params": { "warmup_num_steps": 4 } } }), "scheduler.type");
+        refused(json!({ "zero_optimization.stage": 3 }), "zero_optimization.stage: a dot");
         refused(json!({ "train_batch_size": 7, "train_micro_batch_size_per_gpu": 2 }), "train_batch_size");
         refused(json!({ "train_batch_size": "16" }), "train_batch_size");
         refused(json!({ "fp16": { "enabled": true, "loss_scale": 128 } }), "fp16.loss_scale");
@@ -376,6 +411,29 @@ mod tests {
             json!({ "zero_optimization": { "stage3_unheard_of": 1 } }),
             "zero_optimization.stage3_unheard_of",
         );
+    }
+
+    #[test]
+    fn keys_that_set_the_same_thing_agree_or_are_refused() {
+        let with_rates = |optimizer: Value, scheduler: Value| {
+            map(&json!({
+                "optimizer": { "type": "AdamW", "params": { "lr": optimizer } },
+                "scheduler": {
+                    "type": "WarmupLR",
+                    "params": { "warmup_max_lr": scheduler, "warmup_type": "linear", "warmup_num_steps": 3 }
+                },
+            }))
+        };
+        for (optimizer, scheduler) in [(json!(1e-4), json!(1e-4)), (json!("auto"), json!(1e-4))] {
+            assert_eq!(with_rates(optimizer, scheduler).unwrap().settings["lr"], json!(1e-4));
+        }
+        let error = with_rates(json!(1e-3), json!(1e-4)).unwrap_err().to_string();
+        assert!(
+            error.contains("scheduler.params.warmup_max_lr: optimizer.params.lr says something else"),
+            "{error}"
+        );
+        let both = json!({ "bf16": { "enabled": true }, "fp16": { "enabled": true } });
+        assert!(map(&both).unwrap_err().to_string().contains("fp16.enabled: bf16.enabled"));
     }
 
     #[test]

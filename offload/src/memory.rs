@@ -17,7 +17,7 @@
 //! | block | comes from | counts as | after it is freed |
 //! |---|---|---|---|
 //! | below [`LARGE_BYTES`], or aligned to more than a page | the system's allocator | its size | goes back to it |
-//! | any other | mappings of [`MAPPING_BYTES`] | its size in whole pages | its pages are kept while in use + kept ≤ limit, else given back |
+//! | any other | mappings of 1 GiB or more | its size in whole pages | its pages are kept while in use + kept ≤ limit, else given back |
 //!
 //! A large block is put where pages are kept: into the smallest range of them that holds it, or else where most of it is kept, and only
 //! the rest of it needs new ones. A step whose blocks fit into the limit finds its pages where the step before had
@@ -42,7 +42,7 @@ use std::{
 use crate::{PAGE_BYTES, padded_bytes};
 use ranges::{Place, Ranges};
 
-/// The smallest block that is mapped on its own.
+/// The smallest block whose pages can be kept.
 pub const LARGE_BYTES: usize = 64 << 10;
 
 /// Addresses that are mapped at once, for many blocks. They take no memory until a block is written to.

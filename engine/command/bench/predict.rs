@@ -28,7 +28,7 @@ pub struct PredictArguments {
     #[arg(long, default_value = "ferrozero-bench")]
     dir: PathBuf,
     /// Times that each configuration is planned and run
-    #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u16).range(1..))]
+    #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u16).range(1..))]
     rounds: u16,
     /// Measured steps of each run
     #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u16).range(1..))]

@@ -191,8 +191,7 @@ mod tests {
         let expected = TrainSettings { run: run.clone(), ..TrainSettings::default() };
         assert_eq!(of("a.json", r#"{ "batch": 2, "lr": 0.5 }"#).unwrap(), expected);
         assert_eq!(of("a.toml", "batch = 2\nlr = 0.5\n").unwrap(), expected);
-        let deepspeed =
-            r#"{ "train_micro_batch_size_per_gpu": 2, "optimizer": { "params": { "lr": 0.5 } } }"#;
+        let deepspeed = r#"{ "train_micro_batch_size_per_gpu": 2, "optimizer": { "type": "AdamW", "params": { "lr": 0.5 } } }"#;
         let run = RunSettings { beta2: 0.999, lr_floor: 1.0, clip: 0.0, weight_decay: 0.0, ..run };
         let expected = TrainSettings { warmup: 0, run, ..expected };
         assert_eq!(of("ds_config.json", deepspeed).unwrap(), expected);
