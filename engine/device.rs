@@ -14,6 +14,7 @@ use crate::work::internal;
 use candle_core::{CpuStorage, DType, Device, Tensor};
 use ferrozero_kernels::adamw::AdamWStep;
 use ferrozero_kernels::gradient::{Accumulate, GradientStatistics};
+use ferrozero_kernels::ops::{Products, with_products};
 use ferrozero_kernels::{Pool, convert};
 use ferrozero_offload::{Arena, Budget, Lease, memory};
 use half::slice::{HalfBitsSliceExt, HalfFloatSliceExt};
@@ -105,27 +106,51 @@ impl BufferMemory {
     }
 }
 
+/// Refuses products that are not made there, or would not be faster.
+fn check_products(device: &Device, dtype: DType, products: Products) -> Result<()> {
+    if products == Products::F32 {
+        return Ok(());
+    }
+    if !device.is_cpu() || dtype != DType::F32 {
+        return Err(Error::Configuration(
+            "products of bf16 are for f32 on the CPU device: with another dtype, as on a CUDA device with --dtype bf16, matrices \
+             are multiplied in that type anyway; leave products out"
+                .into(),
+        ));
+    }
+    if !products.is_native() {
+        return Err(Error::Configuration(
+            "this processor has no matrix tiles for bf16 (Intel's AMX), or the system does not grant them: products of bf16 would be \
+             slower than those of f32; leave products out"
+                .into(),
+        ));
+    }
+    Ok(())
+}
+
 /// The device of a run, and the type that it computes with.
 #[derive(Debug)]
 pub struct ComputeDevice {
     device: Device,
     dtype: DType,
+    products: Products,
     #[cfg(feature = "cuda")]
     cuda: Option<cuda::Parts>,
 }
 
 impl ComputeDevice {
-    /// Around candle's device; `dtype` is f32, bf16 or f16.
+    /// Around candle's device; `dtype` is f32, bf16 or f16, and `products` are what it multiplies matrices of f32 by.
     ///
     /// # Errors
     /// [`Error::Configuration`] for other devices and types, and errors of the driver.
     #[cfg_attr(not(feature = "cuda"), expect(unused_variables, reason = "there are no faults without CUDA"))]
-    pub fn new(device: &Device, dtype: DType, fault: Option<CudaFault>) -> Result<Self> {
+    pub fn new(device: &Device, dtype: DType, products: Products, fault: Option<CudaFault>) -> Result<Self> {
         if !matches!(dtype, DType::F32 | DType::BF16 | DType::F16) {
             return Err(Error::Configuration(format!(
                 "dtype {dtype:?} cannot be trained: use f32, bf16 or f16"
             )));
         }
+        check_products(device, dtype, products)?;
         #[cfg(feature = "cuda")]
         let cuda = match device {
             Device::Cuda(device) => Some(cuda::Parts::new(device, fault)?),
@@ -140,9 +165,15 @@ impl ComputeDevice {
         Ok(Self {
             device: device.clone(),
             dtype,
+            products,
             #[cfg(feature = "cuda")]
             cuda,
         })
+    }
+
+    /// Runs what computes on this device in this thread: a forward, a backward.
+    pub fn computing<T>(&self, run: impl FnOnce() -> T) -> T {
+        with_products(self.products, run)
     }
 
     /// Candle's device.

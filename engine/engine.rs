@@ -17,6 +17,7 @@ use crate::trainer::Trainer;
 use crate::weights::InitialValues;
 use candle_core::{DType, Device, Tensor};
 use candle_nn::VarBuilder;
+use ferrozero_kernels::ops::{self, Products};
 use ferrozero_offload::io::FaultPlan;
 use ferrozero_offload::{BackendChoice, Store, Throttle, Tier};
 use std::fmt;
@@ -31,6 +32,9 @@ pub struct Config {
     /// The type of parameters, gradients and boundary activations on the device: f32, bf16 or f16. Masters, moments and
     /// accumulated gradients are f32 always.
     pub dtype: DType,
+    /// What the model's linear layers and losses multiply matrices of f32 by on the CPU device: f32, or bf16 where the processor has
+    /// matrix tiles for that. It changes bits, and is as fast as bf16 there; everything else is computed in f32.
+    pub products: Products,
     /// Bytes of host memory for everything that the engine uses, and on the CPU device for the model's tensors too.
     pub memory_bytes: Option<u64>,
     /// Bytes that may be device memory.
@@ -96,6 +100,7 @@ impl Default for Config {
         Self {
             device: Device::Cpu,
             dtype: DType::F32,
+            products: Products::F32,
             memory_bytes: None,
             device_memory_bytes: None,
             working_bytes: None,
@@ -209,7 +214,8 @@ impl Engine {
             return invalid("clip must be above 0; leave it out for no clipping");
         }
         check_piece(config.piece_bytes)?;
-        let device = Arc::new(ComputeDevice::new(&config.device, config.dtype, config.cuda_fault)?);
+        let device = ComputeDevice::new(&config.device, config.dtype, config.products, config.cuda_fault)?;
+        let device = Arc::new(device);
         let opened = stores::open(&config)?;
         let piece_bytes = match &opened {
             Some(store) => store.piece_bytes(),
@@ -376,9 +382,10 @@ impl Engine {
         let moves = boundary_home != Tier::Device;
         let run = |rehearsal: Arc<Rehearsal>, finish: &dyn Fn(&Rehearsal, &Tensor) -> Result<()>| {
             let pass = || {
-                let loss = ferrozero_kernels::ops::before_backward(loss)?;
+                let loss = ops::before_backward(loss)?;
                 self.passes.report(finish(&rehearsal, &loss))
             };
+            let pass = || self.device.computing(pass);
             self.passes.explain(self.passes.within(Mode::Rehearsal(rehearsal.clone()), pass))
         };
         let observed = Rehearsal::run(layout.clone(), tensors.clone(), self.device.clone(), moves, run)

@@ -117,6 +117,7 @@ pub use device::{CudaFault, DeviceCounter, DeviceCounts, Moved, open as open_dev
 pub use engine::{AdamW, Config, Engine};
 pub use error::{Error, Result};
 pub use export::import_safetensors;
+pub use ferrozero_kernels::ops::Products;
 pub use ferrozero_offload::io::{Fault, FaultKind, FaultPlan, FaultPoint};
 pub use ferrozero_offload::memory::CountingAllocator;
 pub use ferrozero_offload::{BackendChoice, Notice, Throttle, Tier};

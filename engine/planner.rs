@@ -11,6 +11,7 @@ use crate::search::Search;
 use crate::shape::{ModelShape, Speeds};
 use crate::simulator::{Compute, Forecast, Machine};
 use candle_core::DType;
+use ferrozero_kernels::ops::Products;
 use ferrozero_offload::Tier;
 use std::sync::Arc;
 
@@ -36,6 +37,8 @@ pub struct Question {
     pub ranks: usize,
     /// The machine.
     pub machine: Machine,
+    /// What matrices are multiplied as on a machine that computes on its processors.
+    pub products: Products,
     /// What is fixed.
     pub choices: Choices,
 }
@@ -138,15 +141,16 @@ impl Question {
     pub fn answer(&self) -> Result<Answer> {
         let Machine { matmul_bf16_flop_per_s, attention_bf16_flop_per_s, .. } = self.machine;
         let Machine { matmul_f32_flop_per_s, attention_f32_flop_per_s, .. } = self.machine;
-        let (matmul, attention) = match self.machine.is_apart() {
-            true => (matmul_bf16_flop_per_s, attention_bf16_flop_per_s),
-            false => (matmul_f32_flop_per_s, attention_f32_flop_per_s),
+        let (matmul, attention, which) = match (self.machine.is_apart(), self.products) {
+            (true, _) => (matmul_bf16_flop_per_s, attention_bf16_flop_per_s, "matrix products"),
+            (false, Products::F32) => (matmul_f32_flop_per_s, attention_f32_flop_per_s, "matrix products"),
+            // Attention stays with f32.
+            (false, Products::Bf16) => (matmul_bf16_flop_per_s, attention_f32_flop_per_s, "products of bf16"),
         };
         let matmul = matmul.ok_or_else(|| {
-            Error::Configuration(
-                "the machine's file does not say how fast matrix products are: make one with ferrozero probe"
-                    .into(),
-            )
+            Error::Configuration(format!(
+                "the machine's file does not say how fast {which} are: make one with ferrozero probe, on a machine that has them"
+            ))
         })?;
         // On a device of its own what lies outside of a window is computed and masked.
         let spares_windows = !self.machine.is_apart();
@@ -378,6 +382,7 @@ mod tests {
                 in_place: false,
                 ranks: 1,
                 machine: machine.clone(),
+                products: Products::F32,
                 choices: Choices::default(),
             };
             let speeds = Speeds { matmul: 5e10, attention: 5e10, spares_windows: true };
@@ -454,6 +459,7 @@ mod tests {
             in_place: false,
             ranks: 1,
             machine,
+            products: Products::F32,
             choices: Choices::default(),
         };
         let (split, answer) = question.best_split().unwrap();

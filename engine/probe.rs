@@ -83,12 +83,16 @@ pub fn thorough(
     let matmul = |dtype| device::matmul_flop_per_s(device.device(), dtype).ok();
     let matmul_f32 = matmul(DType::F32);
     next("matrix products, bf16");
-    let matmul_bf16 = matmul(DType::BF16);
+    let matmul_bf16 = match device.is_apart() {
+        true => matmul(DType::BF16),
+        false => device::bf16_products_flop_per_s(device.device()),
+    };
     next("attention, f32");
     let attention = |dtype| device::attention_flop_per_s(device.device(), dtype).ok();
     let attention_f32 = attention(DType::F32);
     next("attention, bf16");
-    let attention_bf16 = attention(DType::BF16);
+    // On the CPU device attention stays with f32.
+    let attention_bf16 = if device.is_apart() { attention(DType::BF16) } else { None };
     next("disk");
     let write_s =
         Disk::new(directory, FIRST_LOOK_BYTES, THOROUGH.places, threads)?.sweep(Sweep::Write)?.sweep_s;

@@ -406,7 +406,7 @@ impl Trainer {
                 None => Ok((value, ops::backward(&loss)?)),
             }
         };
-        let (loss, mut store) = self.passes.explain(compute())?;
+        let (loss, mut store) = self.passes.explain(self.compute.computing(compute))?;
         let layout = &self.plan.layout;
         let mut sink = GradientSink::new(layout, &self.tensors, layout.resident(), pass.resident_gradients())
             .observed(pass.observation(micro_batch));
@@ -433,6 +433,7 @@ impl Trainer {
         self.run(&self.evaluate_schedules)?;
         let pass = self.pass(false);
         pass.attach()?;
+        let run = || self.compute.computing(run);
         let result = self.passes.explain(self.passes.within(Mode::Scheduled(pass.clone()), run))?;
         pass.detach(None)?;
         self.note_heap();

@@ -6,7 +6,7 @@ use ferrozero::models::linear::Adapting;
 use ferrozero::planner::Question;
 use ferrozero::shape::ModelShape;
 use ferrozero::simulator::Machine;
-use ferrozero::{AdamW, Choices, Config, CountingAllocator, Engine, Placement, Tier};
+use ferrozero::{AdamW, Choices, Config, CountingAllocator, Engine, Placement, Products, Tier};
 
 // What a rehearsal measures is what this allocator counts.
 #[global_allocator]
@@ -75,6 +75,7 @@ fn estimated_memory_is_near_what_a_rehearsal_measures() {
             in_place: false,
             ranks: 1,
             machine,
+            products: Products::F32,
             choices,
         };
         let answer = question.answer().unwrap();

@@ -6,7 +6,7 @@ use ferrozero::planner::{Answer, Question};
 use ferrozero::shape::ModelShape;
 use ferrozero::simulator::Machine;
 use ferrozero::simulator::catalog::{DRIVES, Description, GPUS};
-use ferrozero::{Choices, Error, Placement, Tier, Updates};
+use ferrozero::{Choices, Error, Placement, Products, Tier, Updates};
 
 const GIB: u64 = 1 << 30;
 
@@ -22,6 +22,7 @@ fn question(shape: ModelShape, batch: usize, sequence: usize, machine: Machine) 
         in_place: false,
         ranks: 1,
         machine,
+        products: Products::F32,
         choices,
     }
 }

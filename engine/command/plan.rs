@@ -2,6 +2,7 @@
 
 use super::output::{quoted, say_next};
 use super::overrides::Overrides;
+use super::settings::ProductType;
 use super::{CommandResult, configuration};
 use crate::byte_size::ByteSize;
 use crate::plan::Bytes;
@@ -107,6 +108,9 @@ pub struct QuestionArguments {
     /// Segments of one size that a block is made of; 1: as the models here, which have a wide perceptron in tiles
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=64))]
     segments_per_block: u16,
+    /// What matrices are multiplied as on a machine without a GPU; one with a GPU multiplies bf16
+    #[arg(long, value_enum, default_value_t, conflicts_with = "device")]
+    products: ProductType,
     #[command(flatten)]
     overrides: Overrides,
 }
@@ -136,6 +140,9 @@ fn next(arguments: &PlanArguments, question: &Question, answer: &Answer) -> Comm
     }
     if let Some(memory) = asked.device_memory {
         options += &format!(" --device-memory {memory}");
+    }
+    if asked.products == ProductType::Bf16 {
+        options += " --products bf16";
     }
     if asked.no_clip {
         options += " --clip 0";
@@ -262,6 +269,10 @@ pub(in crate::command) fn question(
         }
         machine.device_memory_bytes = Some(memory.0);
     }
+    if arguments.products != ProductType::F32 && machine.is_apart() {
+        let text = "--products is for a machine without a GPU: one with a GPU multiplies bf16; leave it out";
+        return Err(configuration(text.into()).into());
+    }
     if let Some(disk) = arguments.disk {
         machine.disk_bytes = Some(disk.0);
     }
@@ -274,6 +285,7 @@ pub(in crate::command) fn question(
         in_place: arguments.in_place,
         ranks: arguments.ranks.into(),
         machine,
+        products: arguments.products.into(),
         choices: arguments.overrides.choices(),
     })
 }

@@ -1,6 +1,6 @@
 //! `ferrozero generate`: text from a model that others have trained, whose weights stream by the schedule of an evaluation.
 
-use super::settings::ComputeType;
+use super::settings::{ComputeType, ProductType};
 use super::{CommandResult, configuration};
 use crate::byte_size::ByteSize;
 use crate::chat::ChatTemplate;
@@ -52,6 +52,9 @@ pub struct GenerateArguments {
     /// Type of parameters and activations on a CUDA device
     #[arg(long, value_enum, default_value_t)]
     dtype: ComputeType,
+    /// What matrices are multiplied as on the CPU device; bf16 is faster where the processor has matrix tiles (AMX), and less exact
+    #[arg(long, value_enum, default_value_t)]
+    products: ProductType,
     /// Memory of the host for everything, on the CPU device in all, as 600MiB
     #[arg(long, default_value = "2GiB")]
     memory: ByteSize,
@@ -129,6 +132,7 @@ pub fn generate(arguments: GenerateArguments) -> CommandResult {
     let engine = Engine::new(Config {
         device: crate::open_device(&arguments.device)?,
         dtype: arguments.dtype.on(&arguments.device)?,
+        products: arguments.products.into(),
         memory_bytes: Some(arguments.memory.0.saturating_sub(cache_bytes)),
         device_memory_bytes: arguments.device_memory.map(|size| size.0),
         directory: Some(scratch.path().to_owned()),

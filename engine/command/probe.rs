@@ -7,6 +7,7 @@ use crate::plan::Bytes;
 use crate::probe;
 use crate::simulator::Machine;
 use candle_core::{DType, Device};
+use ferrozero_kernels::ops::Products;
 use indicatif::{ProgressBar, ProgressStyle};
 use std::path::{Path, PathBuf};
 
@@ -99,7 +100,7 @@ fn print(machine: &Machine) {
 }
 
 fn measure(dir: &Path, device: &Device, threads: Option<usize>, quiet: bool) -> CommandResult<Machine> {
-    let device = ComputeDevice::new(device, DType::F32, None)?;
+    let device = ComputeDevice::new(device, DType::F32, Products::F32, None)?;
     let is_new = !dir.exists();
     std::fs::create_dir_all(dir)
         .map_err(|error| configuration(format!("--dir {}: {error}", dir.display())))?;

@@ -12,9 +12,10 @@ use crate::error::Result;
 use crate::learning_rate::LearningRate;
 use crate::plan::Plan;
 use crate::simulator::Machine;
-use crate::{AdamW, Config};
+use crate::{AdamW, Config, Products};
 use candle_core::DType;
 use serde::{Deserialize, Serialize};
+use std::fmt;
 use std::path::PathBuf;
 
 /// Options of every command that trains. What none is given for is [`RunSettings`]'s.
@@ -39,6 +40,9 @@ pub struct RunArguments {
     /// Type of parameters, gradients and activations on a CUDA device; masters and moments stay f32
     #[arg(long)]
     pub dtype: Option<ComputeType>,
+    /// What matrices are multiplied as on the CPU device; bf16 is faster where the processor has matrix tiles (AMX), and less exact
+    #[arg(long)]
+    pub products: Option<ProductType>,
     /// Memory of the host that the run may use, on the CPU device in all, as 512MiB or 16GiB
     #[arg(long, value_name = "SIZE")]
     pub memory: Option<ByteSize>,
@@ -138,13 +142,7 @@ impl ComputeType {
     /// # Errors
     /// [`Error::Configuration`](crate::Error::Configuration) for a type that commands do not compute with there.
     pub fn on(self, device: &str) -> Result<DType> {
-        if device == "cpu" && self != Self::F32 {
-            return Err(configuration(
-                "the CPU device computes in f32, which is faster there than f32 made of other types: leave dtype out, or \
-                 choose a CUDA device"
-                    .into(),
-            ));
-        }
+        let _ = device;
         Ok(self.dtype())
     }
 
@@ -153,6 +151,37 @@ impl ComputeType {
             Self::F32 => DType::F32,
             Self::Bf16 => DType::BF16,
             Self::F16 => DType::F16,
+        }
+    }
+}
+
+/// What matrices of f32 are multiplied as on the CPU device.
+#[derive(
+    Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum, schemars::JsonSchema,
+)]
+#[serde(rename_all = "lowercase")]
+pub enum ProductType {
+    /// F32.
+    #[default]
+    F32,
+    /// Bf16, summed in f32, by the processor's matrix tiles; everything else stays f32.
+    Bf16,
+}
+
+impl fmt::Display for ProductType {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::F32 => "f32",
+            Self::Bf16 => "bf16",
+        })
+    }
+}
+
+impl From<ProductType> for Products {
+    fn from(products: ProductType) -> Self {
+        match products {
+            ProductType::F32 => Self::F32,
+            ProductType::Bf16 => Self::Bf16,
         }
     }
 }
@@ -167,6 +196,7 @@ pub struct RunSettings {
     pub accumulate: usize,
     pub device: String,
     pub dtype: ComputeType,
+    pub products: ProductType,
     pub memory: ByteSize,
     pub device_memory: Option<ByteSize>,
     pub dir: PathBuf,
@@ -195,6 +225,7 @@ impl Default for RunSettings {
             accumulate: 1,
             device: "cpu".into(),
             dtype: ComputeType::F32,
+            products: ProductType::F32,
             memory: ByteSize(384 << 20),
             device_memory: None,
             dir: PathBuf::from("ferrozero-run"),
@@ -276,6 +307,7 @@ impl RunSettings {
             machine: Machine::probed(&self.dir, &device),
             device,
             dtype: self.dtype.on(&self.device)?,
+            products: self.products.into(),
             memory_bytes: Some(self.memory.0),
             device_memory_bytes: self.device_memory.map(|size| size.0),
             directory: Some(self.dir.clone()),

@@ -5,7 +5,7 @@ use crate::device::ComputeDevice;
 use crate::error::Result;
 use crate::vacancy::DeviceRun;
 use candle_core::{DType, Device, Tensor};
-use ferrozero_kernels::ops::causal_attention;
+use ferrozero_kernels::ops::{Products, causal_attention, linear, with_products};
 use ferrozero_offload::{Budget, Tier};
 use std::time::{Duration, Instant};
 
@@ -78,6 +78,18 @@ pub fn matmul_flop_per_s(device: &Device, dtype: DType) -> candle_core::Result<f
         time(device, 1, || matrix.matmul(&matrix))?;
     }
     Ok(2.0 * (side as f64).powi(3) * times_per_s(device, || matrix.matmul(&matrix))?)
+}
+
+/// Operations a second of matrix products of f32 that the CPU device makes of bf16; none where it does not.
+pub fn bf16_products_flop_per_s(device: &Device) -> Option<f64> {
+    if !device.is_cpu() || !Products::Bf16.is_native() {
+        return None;
+    }
+    let matrix = square(device, DType::F32, SIDE).ok()?;
+    let multiply = || with_products(Products::Bf16, || linear(&matrix, &matrix, None));
+    // The first one finds the device cold.
+    time(device, 1, multiply).ok()?;
+    Some(2.0 * (SIDE as f64).powi(3) * times_per_s(device, multiply).ok()?)
 }
 
 /// Operations a second of causal attention of a type, counted as plans count them: 4·T·C a token, with what the mask hides; an

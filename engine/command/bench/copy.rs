@@ -8,6 +8,7 @@ use crate::byte_size::ByteSize;
 use crate::device::ComputeDevice;
 use crate::vacancy::DeviceRun;
 use candle_core::DType;
+use ferrozero_kernels::ops::Products;
 use ferrozero_offload::{Budget, Lease, Tier};
 use serde::Serialize;
 use serde_json::json;
@@ -65,7 +66,8 @@ struct Copies {
 
 impl Copies {
     fn new(arguments: &CopyArguments) -> CommandResult<Self> {
-        let device = ComputeDevice::new(&crate::open_device(&arguments.device)?, DType::F32, None)?;
+        let device =
+            ComputeDevice::new(&crate::open_device(&arguments.device)?, DType::F32, Products::F32, None)?;
         let elements_of = |size: ByteSize| usize::try_from(size.0 / 4).unwrap_or(usize::MAX);
         let (elements, piece_elements) = (elements_of(arguments.bytes), elements_of(arguments.piece));
         if piece_elements == 0 || elements < piece_elements {

@@ -3,6 +3,7 @@
 
 use super::super::{CommandResult, configuration};
 use super::{Spread, spread};
+use crate::command::settings::ProductType;
 use crate::models::gpt::{self, Gpt, GptConfig};
 use crate::models::linear::Adapting;
 use crate::models::llama::{self, Llama};
@@ -54,6 +55,9 @@ pub struct StepArguments {
     /// compared with all are
     #[arg(long, default_value_t = 0)]
     kept: usize,
+    /// What matrices are multiplied as; in the placement that is compared with f32
+    #[arg(long, value_enum, default_value_t)]
+    products: ProductType,
     /// Measured steps of each
     #[arg(long, default_value_t = 5)]
     rounds: usize,
@@ -85,6 +89,14 @@ impl Home {
     }
 }
 
+/// What a process measures.
+#[derive(Debug, Clone, Copy)]
+struct Variant {
+    home: Home,
+    kept: usize,
+    products: ProductType,
+}
+
 /// What a placement's process says of itself.
 #[derive(Debug, Serialize, Deserialize)]
 struct Footprint {
@@ -101,6 +113,7 @@ struct Footprint {
 struct Measured {
     placement: &'static str,
     kept: usize,
+    products: ProductType,
     step_s: Spread,
     tokens_per_s: f64,
     exposed_stall: f64,
@@ -113,10 +126,13 @@ pub fn run(arguments: StepArguments) -> CommandResult {
     if arguments.serve {
         return serve(&arguments);
     }
-    let first = (arguments.placement, arguments.kept);
-    let homes: Vec<_> = std::iter::once(first).chain(arguments.against.map(|home| (home, 0))).collect();
-    let mut servers =
-        homes.iter().map(|&home| Server::start(&arguments, home)).collect::<CommandResult<Vec<_>>>()?;
+    let first = Variant { home: arguments.placement, kept: arguments.kept, products: arguments.products };
+    let plain = |home| Variant { home, kept: 0, products: ProductType::F32 };
+    let variants: Vec<_> = std::iter::once(first).chain(arguments.against.map(plain)).collect();
+    let mut servers = variants
+        .iter()
+        .map(|&variant| Server::start(&arguments, variant))
+        .collect::<CommandResult<Vec<_>>>()?;
     // The first step of each makes what later ones reuse.
     for server in &mut servers {
         server.step()?;
@@ -130,11 +146,13 @@ pub fn run(arguments: StepArguments) -> CommandResult {
     }
     let tokens = (arguments.batch * arguments.seq) as f64;
     let mut measured = vec![];
-    for ((server, steps), &(home, kept)) in servers.into_iter().zip(&steps).zip(&homes) {
+    for ((server, steps), &variant) in servers.into_iter().zip(&steps).zip(&variants) {
+        let Variant { home, kept, products } = variant;
         let step_s = figure(steps, "step_s");
         measured.push(Measured {
             placement: home.name(),
             kept,
+            products,
             step_s,
             tokens_per_s: tokens / step_s.median,
             exposed_stall: figure(steps, "exposed_stall").median,
@@ -157,15 +175,16 @@ fn report(arguments: &StepArguments, measured: &[Measured]) -> CommandResult {
         return Ok(());
     }
     println!(
-        "| placement | graphs kept | median step | tokens/s | exposed stall | peak resident | planned |"
+        "| placement | graphs kept | products | median step | tokens/s | exposed stall | peak resident | planned |"
     );
-    println!("|---|---|---|---|---|---|---|");
+    println!("|---|---|---|---|---|---|---|---|");
     let mib = |bytes: u64| format!("{} MiB", bytes >> 20);
     for row in measured {
         println!(
-            "| {} | {} | {:.2} s ({:.2} to {:.2}) | {:.0} | {:.1} % | {} | {} |",
+            "| {} | {} | {} | {:.2} s ({:.2} to {:.2}) | {:.0} | {:.1} % | {} | {} |",
             row.placement,
             row.kept,
+            row.products,
             row.step_s.median,
             row.step_s.least,
             row.step_s.most,
@@ -189,7 +208,7 @@ struct Server {
 }
 
 impl Server {
-    fn start(arguments: &StepArguments, (home, kept): (Home, usize)) -> CommandResult<Self> {
+    fn start(arguments: &StepArguments, Variant { home, kept, products }: Variant) -> CommandResult<Self> {
         let mut command = Command::new(std::env::current_exe()?);
         command.args(["bench", "step", "--serve", "--placement", home.name()]);
         let sizes = [
@@ -204,6 +223,7 @@ impl Server {
         for (option, size) in sizes {
             command.arg(option).arg(size.to_string());
         }
+        command.arg("--products").arg(products.to_string());
         if let Some(config) = &arguments.config {
             command.arg("--config").arg(config);
         }
@@ -242,7 +262,7 @@ impl Server {
 }
 
 fn serve(arguments: &StepArguments) -> CommandResult {
-    let name = format!("{}-{}", arguments.placement.name(), arguments.kept);
+    let name = format!("{}-{}-{}", arguments.placement.name(), arguments.kept, arguments.products);
     let folder = arguments.dir.join(name);
     let _ = std::fs::remove_dir_all(&folder);
     let footprint = serve_in(arguments, folder.clone());
@@ -267,6 +287,7 @@ fn serve_in(arguments: &StepArguments, folder: PathBuf) -> CommandResult<Footpri
         placement,
         clip: arguments.clip,
         kept: Some(arguments.kept),
+        products: arguments.products.into(),
         ..Config::default()
     })?;
     let model = Model::new(arguments, &engine)?;

@@ -3,12 +3,12 @@
 #[cfg(feature = "cuda")]
 use candle_core::CudaStorage;
 use candle_core::{CpuStorage, CustomOp1, CustomOp2, D, Layout, Result, Shape, Tensor};
-use rayon::prelude::*;
 
 #[cfg(feature = "cuda")]
 use super::cuda;
 use super::error::{OpError, shapes_error};
-use super::input::{Input, cpu_tensor, elements};
+use super::input::{Elements, Input};
+use super::output::{cpu_tensor, in_chunks, in_chunks_beside};
 use super::vector::{chunk_elements, sigmoid, vectorized};
 
 /// `x·Φ(x)` in the form with tanh: `x/2·(1 + tanh u)`, `u = √(2/π)·(x + 0.044715·x³)`.
@@ -79,11 +79,10 @@ impl CustomOp1 for Elementwise {
     }
 
     fn cpu_fwd(&self, storage: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
-        let xs = elements::<f32>(self.name, storage, layout)?;
-        let mut out = vec![0f32; xs.len()];
-        let chunk = chunk_elements(1);
-        out.par_chunks_mut(chunk).zip(xs.par_chunks(chunk)).for_each(|(out, xs)| (self.forward)(out, xs));
-        Ok((CpuStorage::F32(out), layout.shape().clone()))
+        let xs = Elements::of(self.name, storage, layout)?;
+        let out =
+            in_chunks(xs, xs.len(), chunk_elements(1), |range, out| (self.forward)(out, &xs.wide(range)));
+        Ok((out, layout.shape().clone()))
     }
 
     #[cfg(feature = "cuda")]
@@ -98,14 +97,11 @@ impl CustomOp1 for Elementwise {
         }
         let grad = grad.contiguous()?;
         let (x, dy) = (Input::new(self.name, xs), Input::new(self.name, &grad));
-        let (x, dy) = (x.elements::<f32>()?, dy.elements::<f32>()?);
-        let mut dx = vec![0f32; x.len()];
-        let chunk = chunk_elements(1);
-        dx.par_chunks_mut(chunk)
-            .zip(x.par_chunks(chunk))
-            .zip(dy.par_chunks(chunk))
-            .for_each(|((dx, x), dy)| (self.backward)(dx, x, dy));
-        Ok(Some(cpu_tensor(dx, xs)?))
+        let (x, dy) = (x.real()?, dy.real()?);
+        let dx = in_chunks(x, x.len(), chunk_elements(1), |range, dx| {
+            (self.backward)(dx, &x.wide(range.clone()), &dy.wide(range));
+        });
+        Ok(Some(cpu_tensor(dx, xs)))
     }
 }
 
@@ -131,14 +127,12 @@ impl CustomOp1 for SwiGlu {
     }
 
     fn cpu_fwd(&self, storage: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
-        let xs = elements::<f32>(Self::NAME, storage, layout)?;
+        let xs = Elements::of(Self::NAME, storage, layout)?;
         let (width, shape) = halved(layout);
-        let mut out = vec![0f32; xs.len() / 2];
-        let chunk = chunk_elements(width);
-        out.par_chunks_mut(chunk)
-            .zip(xs.par_chunks(2 * chunk))
-            .for_each(|(out, xs)| swiglu_forward(out, xs, width));
-        Ok((CpuStorage::F32(out), shape))
+        let out = in_chunks(xs, xs.len() / 2, chunk_elements(width), |range, out| {
+            swiglu_forward(out, &xs.wide(2 * range.start..2 * range.end), width);
+        });
+        Ok((out, shape))
     }
 
     #[cfg(feature = "cuda")]
@@ -155,14 +149,11 @@ impl CustomOp1 for SwiGlu {
         }
         let grad = grad.contiguous()?;
         let (x, dy) = (Input::new(Self::NAME, xs), Input::new(Self::NAME, &grad));
-        let (x, dy) = (x.elements::<f32>()?, dy.elements::<f32>()?);
-        let mut dx = vec![0f32; x.len()];
-        let chunk = chunk_elements(width);
-        dx.par_chunks_mut(2 * chunk)
-            .zip(x.par_chunks(2 * chunk))
-            .zip(dy.par_chunks(chunk))
-            .for_each(|((dx, x), dy)| swiglu_backward(dx, x, dy, width));
-        Ok(Some(cpu_tensor(dx, xs)?))
+        let (x, dy) = (x.real()?, dy.real()?);
+        let dx = in_chunks(x, x.len(), 2 * chunk_elements(width), |range, dx| {
+            swiglu_backward(dx, &x.wide(range.clone()), &dy.wide(range.start / 2..range.end / 2), width);
+        });
+        Ok(Some(cpu_tensor(dx, xs)))
     }
 }
 
@@ -184,15 +175,11 @@ impl CustomOp2 for GatedSilu {
         up: &CpuStorage,
         up_layout: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
-        let gate = elements::<f32>(Self::NAME, gate, gate_layout)?;
-        let up = elements::<f32>(Self::NAME, up, up_layout)?;
-        let mut out = vec![0f32; gate.len()];
-        let chunk = chunk_elements(1);
-        out.par_chunks_mut(chunk)
-            .zip(gate.par_chunks(chunk))
-            .zip(up.par_chunks(chunk))
-            .for_each(|((out, gate), up)| gated_forward(out, gate, up));
-        Ok((CpuStorage::F32(out), gate_layout.shape().clone()))
+        let [gate, up] = Elements::of_all(Self::NAME, [(gate, gate_layout), (up, up_layout)])?;
+        let out = in_chunks(gate, gate.len(), chunk_elements(1), |range, out| {
+            gated_forward(out, &gate.wide(range.clone()), &up.wide(range));
+        });
+        Ok((out, gate_layout.shape().clone()))
     }
 
     fn bwd(
@@ -204,15 +191,14 @@ impl CustomOp2 for GatedSilu {
     ) -> Result<(Option<Tensor>, Option<Tensor>)> {
         let grad = grad.contiguous()?;
         let [g, u, dy] = [gate, up, &grad].map(|tensor| Input::new(Self::NAME, tensor));
-        let (g, u, dy) = (g.elements::<f32>()?, u.elements::<f32>()?, dy.elements::<f32>()?);
-        let (mut d_gate, mut d_up) = (vec![0f32; g.len()], vec![0f32; u.len()]);
+        let (g, u, dy) = (g.real()?, u.real()?, dy.real()?);
         let chunk = chunk_elements(1);
-        d_gate
-            .par_chunks_mut(chunk)
-            .zip(d_up.par_chunks_mut(chunk))
-            .zip(g.par_chunks(chunk).zip(u.par_chunks(chunk)).zip(dy.par_chunks(chunk)))
-            .for_each(|((d_gate, d_up), ((gate, up), dy))| gated_backward(d_gate, d_up, gate, up, dy));
-        Ok((Some(cpu_tensor(d_gate, gate)?), Some(cpu_tensor(d_up, up)?)))
+        let nothing = rayon::iter::repeat_n((), g.len().div_ceil(chunk));
+        let [d_gate, d_up] = in_chunks_beside(g, g.len(), chunk, nothing, |range, [d_gate, d_up], ()| {
+            let (gate, up) = (g.wide(range.clone()), u.wide(range.clone()));
+            gated_backward(d_gate, d_up, &gate, &up, &dy.wide(range));
+        });
+        Ok((Some(cpu_tensor(d_gate, gate)), Some(cpu_tensor(d_up, up))))
     }
 }
 

@@ -8,8 +8,9 @@ use rayon::prelude::*;
 #[cfg(feature = "cuda")]
 use super::cuda;
 use super::error::{OpError, shapes_error};
-use super::input::{Input, cpu_tensor, elements};
+use super::input::{Elements, Input};
 use super::matrix::{Matrix, MatrixMut, Threads, multiply};
+use super::output::{cpu_tensor, storage};
 use super::softmax::{Rows, softmax_rows, softmax_rows_backward};
 
 /// `softmax(q·kᵀ/√D, causal)·v` for every head: `qkv` `[B, T, 3·C]` → `[B, T, C]`.
@@ -94,15 +95,16 @@ impl CustomOp1 for CausalAttention {
         NAME
     }
 
-    fn cpu_fwd(&self, storage: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
-        let qkv = elements::<f32>(NAME, storage, layout)?;
+    fn cpu_fwd(&self, qkv: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
+        let input = Elements::of(NAME, qkv, layout)?;
+        let qkv = &input.wide(0..input.len());
         let sizes = self.sizes(layout.shape())?;
         let mut out = vec![0f32; sizes.batch * sizes.positions * sizes.channels];
         let outputs = sizes.column_blocks(&mut out, sizes.channels);
         outputs.into_par_iter().enumerate().for_each_init(Vec::new, |scratch, (index, out)| {
             sizes.head(qkv, index).forward(out, scratch);
         });
-        Ok((CpuStorage::F32(out), (sizes.batch, sizes.positions, sizes.channels).into()))
+        Ok((storage(out, input), (sizes.batch, sizes.positions, sizes.channels).into()))
     }
 
     #[cfg(feature = "cuda")]
@@ -117,7 +119,8 @@ impl CustomOp1 for CausalAttention {
         }
         let grad = grad.contiguous()?;
         let (input, d_out) = (Input::new(NAME, qkv), Input::new(NAME, &grad));
-        let (input, d_out) = (input.elements::<f32>()?, d_out.elements::<f32>()?);
+        let (input, d_out) = (input.real()?, d_out.real()?);
+        let (wide, d_out) = (&input.wide(0..input.len()), &d_out.wide(0..d_out.len()));
         let sizes = self.sizes(qkv.shape())?;
         let mut d_qkv = vec![0f32; input.len()];
         let blocks = sizes.column_blocks(&mut d_qkv, 3 * sizes.channels);
@@ -126,10 +129,10 @@ impl CustomOp1 for CausalAttention {
             Default::default,
             |scratch, (index, gradient)| {
                 let d_out = sizes.head_columns(d_out, index, sizes.channels, 0);
-                sizes.head(input, index).backward(gradient, d_out, scratch);
+                sizes.head(wide, index).backward(gradient, d_out, scratch);
             },
         );
-        Ok(Some(cpu_tensor(d_qkv, qkv)?))
+        Ok(Some(cpu_tensor(storage(d_qkv, input), qkv)))
     }
 }
 
@@ -162,16 +165,16 @@ impl CustomOp3 for GroupedAttention {
         value: &CpuStorage,
         value_layout: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
-        let query = elements::<f32>(Self::NAME, query, query_layout)?;
-        let key = elements::<f32>(Self::NAME, key, key_layout)?;
-        let value = elements::<f32>(Self::NAME, value, value_layout)?;
+        let inputs = [(query, query_layout), (key, key_layout), (value, value_layout)];
+        let inputs = Elements::of_all(Self::NAME, inputs)?;
+        let [query, key, value] = &inputs.map(|input| input.wide(0..input.len()));
         let sizes = self.sizes(query_layout.shape())?;
         let mut out = vec![0f32; query.len()];
         let outputs = sizes.query.column_blocks(&mut out, sizes.query.channels);
         outputs.into_par_iter().enumerate().for_each_init(Vec::new, |scratch, (index, out)| {
             sizes.head(query, key, value, index).forward(out, scratch);
         });
-        Ok((CpuStorage::F32(out), query_layout.shape().clone()))
+        Ok((storage(out, inputs[0]), query_layout.shape().clone()))
     }
 
     fn bwd(
@@ -185,8 +188,9 @@ impl CustomOp3 for GroupedAttention {
         let grad = grad.contiguous()?;
         let sizes = self.sizes(query.shape())?;
         let [q, k, v, dy] = [query, key, value, &grad].map(|tensor| Input::new(Self::NAME, tensor));
-        let (q, k, v) = (q.elements::<f32>()?, k.elements::<f32>()?, v.elements::<f32>()?);
-        let d_out = dy.elements::<f32>()?;
+        let like = q.real()?;
+        let wide = [like, k.real()?, v.real()?, dy.real()?].map(|input| input.wide(0..input.len()));
+        let [q, k, v, d_out] = wide.each_ref().map(|input| &**input);
         let [mut dq, mut dk, mut dv] = [q, k, v].map(|input| vec![0f32; input.len()]);
         let mut d_queries = sizes.query.column_blocks(&mut dq, sizes.query.channels).into_iter();
         let d_keys = sizes.key.column_blocks(&mut dk, sizes.key.channels);
@@ -210,7 +214,8 @@ impl CustomOp3 for GroupedAttention {
                 }
             },
         );
-        Ok((Some(cpu_tensor(dq, query)?), Some(cpu_tensor(dk, key)?), Some(cpu_tensor(dv, value)?)))
+        let gradient = |elements, input| Some(cpu_tensor(storage(elements, like), input));
+        Ok((gradient(dq, query), gradient(dk, key), gradient(dv, value)))
     }
 }
 
@@ -353,7 +358,7 @@ impl Head<'_> {
     fn forward(&self, mut out: MatrixMut<'_>, scratch: &mut Vec<f32>) {
         for block in self.blocks() {
             self.probabilities(&block, scratch);
-            let probabilities = Matrix::new(scratch, block.rows, block.keys);
+            let probabilities = Matrix::new(&scratch[..], block.rows, block.keys);
             let value = self.value.rows(block.first_key, block.keys);
             multiply(out.rows(block.first, block.rows), false, probabilities, value, Threads::One);
         }
@@ -365,7 +370,7 @@ impl Head<'_> {
             let Block { first, rows, first_key, keys } = block;
             self.probabilities(&block, probabilities);
             let d_out = d_out.rows(first, rows);
-            let p = Matrix::new(probabilities, rows, keys);
+            let p = Matrix::new(&probabilities[..], rows, keys);
             multiply(gradient.value.rows(first_key, keys), true, p.transposed(), d_out, Threads::One);
 
             d_scores.resize(rows * keys, 0.0);
@@ -373,7 +378,7 @@ impl Head<'_> {
             let value = self.value.rows(first_key, keys).transposed();
             multiply(destination, false, d_out, value, Threads::One);
             softmax_rows_backward(d_scores, probabilities, 0, self.visibility(&block), self.scale());
-            let d_scores = Matrix::new(d_scores, rows, keys);
+            let d_scores = Matrix::new(&d_scores[..], rows, keys);
             let (query, key) = (self.query.rows(first, rows), self.key.rows(first_key, keys));
             multiply(gradient.query.rows(first, rows), false, d_scores, key, Threads::One);
             multiply(gradient.key.rows(first_key, keys), true, d_scores.transposed(), query, Threads::One);

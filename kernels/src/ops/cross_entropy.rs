@@ -10,8 +10,9 @@ use std::sync::Mutex;
 #[cfg(feature = "cuda")]
 use super::cuda;
 use super::error::{OpError, shapes_error};
-use super::input::{Input, cpu_tensor, elements};
+use super::input::{Elements, Input, elements};
 use super::matrix::{Matrix, MatrixMut, Threads, multiply};
+use super::output::{cpu_tensor, in_chunks, rounded_like, storage};
 use super::recompute::{backward_follows, hand_over};
 use super::vector::{chunk_elements, exp, maximum, sum_by, vectorized};
 
@@ -121,7 +122,7 @@ impl CustomOp2 for CrossEntropy {
         targets_layout: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
         let (_, vocabulary_size) = logits_layout.shape().dims2()?;
-        let logits = elements::<f32>(Self::NAME, logits, logits_layout)?;
+        let logits = Elements::of(Self::NAME, logits, logits_layout)?;
         let targets = elements::<u32>(Self::NAME, targets, targets_layout)?;
         OpError::check_targets(Self::NAME, targets, vocabulary_size)?;
         let mut sums = vec![RowSum::EMPTY; targets.len()];
@@ -157,9 +158,13 @@ impl CustomOp2 for CrossEntropy {
         let input = Input::new(Self::NAME, logits);
         let (targets, res) = (Input::new(Self::NAME, targets), Input::new(Self::NAME, res));
         let log_sums = &res.elements::<f32>()?[1..];
-        let mut gradient = input.elements::<f32>()?.to_vec();
-        logits_gradient(&mut gradient, log_sums, targets.elements::<u32>()?, vocabulary_size, scale);
-        Ok((Some(cpu_tensor(gradient, logits)?), None))
+        let (input, targets) = (input.real()?, targets.elements::<u32>()?);
+        let gradient = in_chunks(input, input.len(), chunk_elements(vocabulary_size), |range, gradient| {
+            let rows = range.start / vocabulary_size..range.end / vocabulary_size;
+            input.widen(range, gradient);
+            row_gradients(gradient, &log_sums[rows.clone()], &targets[rows], vocabulary_size, scale);
+        });
+        Ok((Some(cpu_tensor(gradient, logits)), None))
     }
 }
 
@@ -193,8 +198,10 @@ impl CustomOp3 for LinearCrossEntropy {
     ) -> Result<(CpuStorage, Shape)> {
         let (rows, width) = hidden_layout.shape().dims2()?;
         let (vocabulary_size, _) = weight_layout.shape().dims2()?;
-        let hidden = Matrix::new(elements(Self::NAME, hidden, hidden_layout)?, rows, width);
-        let weight = Matrix::new(elements(Self::NAME, weight, weight_layout)?, vocabulary_size, width);
+        let inputs = [(hidden, hidden_layout), (weight, weight_layout)];
+        let [hidden, weight] = Elements::of_all(Self::NAME, inputs)?;
+        let hidden = Matrix::new(hidden, rows, width);
+        let weight = Matrix::new(weight, vocabulary_size, width);
         let targets = elements::<u32>(Self::NAME, targets, targets_layout)?;
         OpError::check_targets(Self::NAME, targets, vocabulary_size)?;
         let head = Head { hidden, weight, targets };
@@ -203,10 +210,11 @@ impl CustomOp3 for LinearCrossEntropy {
         let mut logits = Vec::new();
         for block in head.blocks() {
             head.logits(&block, &mut logits);
-            add_logits(&mut sums[block.clone()], &logits, &targets[block.clone()], vocabulary_size);
+            let block_logits = Elements::F32(&logits);
+            add_logits(&mut sums[block.clone()], block_logits, &targets[block.clone()], vocabulary_size);
             if let Some(gradients) = &mut gradients {
                 let log_sums: Vec<f32> = sums[block.clone()].iter().map(RowSum::log_sum).collect();
-                head.add_gradients(&block, &mut logits, &log_sums, 1.0 / rows as f32, gradients);
+                head.add_gradients(&block, &mut logits, &log_sums, head.scales(1.0).0, gradients);
             }
         }
         if let Ok(mut made) = self.made.lock() {
@@ -245,36 +253,37 @@ impl CustomOp3 for LinearCrossEntropy {
         }
         let upstream = grad.get(0)?.to_scalar::<f32>()?;
         let made = self.made.lock().ok().and_then(|mut made| made.take());
-        let [d_hidden, d_weight] = match made {
-            Some(mut made) => {
-                if upstream != 1.0 {
-                    made.iter_mut().flatten().for_each(|gradient| multiply_by(gradient, upstream));
-                }
-                made
-            }
+        let (rows, width) = hidden.dims2()?;
+        let [h, w, targets, res] =
+            [hidden, weight, targets, res].map(|tensor| Input::new(Self::NAME, tensor));
+        let like = h.real()?;
+        let head = Head {
+            hidden: Matrix::new(like, rows, width),
+            weight: Matrix::new(w.real()?, weight.dim(0)?, width),
+            targets: targets.elements::<u32>()?,
+        };
+        let (mut gradients, scale) = match made {
+            Some(made) => (made, head.scales(1.0).1 * upstream),
             None => {
-                let (rows, width) = hidden.dims2()?;
-                let [h, w, targets, res] =
-                    [hidden, weight, targets, res].map(|tensor| Input::new(Self::NAME, tensor));
-                let head = Head {
-                    hidden: Matrix::new(h.elements()?, rows, width),
-                    weight: Matrix::new(w.elements()?, weight.dim(0)?, width),
-                    targets: targets.elements::<u32>()?,
-                };
+                let (scale, scale_after) = head.scales(upstream);
                 let log_sums = &res.elements::<f32>()?[1..];
                 let mut gradients = head.zeros([hidden.track_op(), weight.track_op()]);
                 let mut logits = Vec::new();
                 for block in head.blocks() {
                     head.logits(&block, &mut logits);
                     let log_sums = &log_sums[block.clone()];
-                    head.add_gradients(&block, &mut logits, log_sums, upstream / rows as f32, &mut gradients);
+                    head.add_gradients(&block, &mut logits, log_sums, scale, &mut gradients);
                 }
-                gradients
+                (gradients, scale_after)
             }
         };
-        let tensor = |elements: Option<Vec<f32>>, like| elements.map(|elements| cpu_tensor(elements, like));
-        let d_weight = hand_over(weight, tensor(d_weight, weight).transpose()?)?;
-        Ok((tensor(d_hidden, hidden).transpose()?, d_weight, None))
+        if scale != 1.0 {
+            gradients.iter_mut().flatten().for_each(|gradient| multiply_by(gradient, scale));
+        }
+        let [d_hidden, d_weight] = gradients.map(|gradient| gradient.map(|gradient| storage(gradient, like)));
+        let d_hidden = d_hidden.map(|gradient| cpu_tensor(gradient, hidden));
+        let d_weight = d_weight.map(|gradient| cpu_tensor(gradient, weight));
+        Ok((d_hidden, hand_over(weight, d_weight)?, None))
     }
 }
 
@@ -296,6 +305,16 @@ impl Head<'_> {
 
     pub(super) fn vocabulary_size(&self) -> usize {
         self.weight.row_count()
+    }
+
+    /// By what gradients of logits are multiplied before their products, and by what these are after: `upstream` over the rows in all. In 16
+    /// bits it comes after, because what a row of many adds to a mean may be too small for the type.
+    fn scales(&self, upstream: f32) -> (f32, f32) {
+        let scale = upstream / self.targets.len() as f32;
+        match self.hidden.elements() {
+            Elements::F32(_) => (scale, 1.0),
+            Elements::BF16(_) | Elements::F16(_) => (1.0, scale),
+        }
     }
 
     pub(super) fn zeros(&self, wanted: [bool; 2]) -> HeadGradients {
@@ -333,28 +352,31 @@ impl Head<'_> {
         [d_hidden, d_weight]: &mut HeadGradients,
     ) {
         let (width, vocabulary_size) = (self.hidden.columns(), self.vocabulary_size());
-        let d_logits = Matrix::new(d_logits, block.len(), vocabulary_size);
-        if let Some(d_hidden) = d_hidden {
-            let destination = &mut d_hidden[block.start * width..block.end * width];
-            let destination = MatrixMut::new(destination, block.len(), width);
-            multiply(destination, false, d_logits, self.weight, Threads::All);
-        }
-        if let Some(d_weight) = d_weight {
-            let destination = MatrixMut::new(d_weight, vocabulary_size, width);
-            let hidden = self.hidden.rows(block.start, block.len());
-            multiply(destination, block.start > 0, d_logits.transposed(), hidden, Threads::All);
-        }
+        rounded_like(self.hidden.elements(), d_logits, |d_logits| {
+            let d_logits = Matrix::new(d_logits, block.len(), vocabulary_size);
+            if let Some(d_hidden) = d_hidden {
+                let destination = &mut d_hidden[block.start * width..block.end * width];
+                let destination = MatrixMut::new(destination, block.len(), width);
+                multiply(destination, false, d_logits, self.weight, Threads::All);
+            }
+            if let Some(d_weight) = d_weight {
+                let destination = MatrixMut::new(d_weight, vocabulary_size, width);
+                let hidden = self.hidden.rows(block.start, block.len());
+                multiply(destination, block.start > 0, d_logits.transposed(), hidden, Threads::All);
+            }
+        });
     }
 }
 
 /// Adds the logits of some rows to their sums.
-pub(super) fn add_logits(sums: &mut [RowSum], logits: &[f32], targets: &[u32], vocabulary_size: usize) {
-    let chunk = chunk_elements(vocabulary_size);
-    let chunk_rows = chunk / vocabulary_size;
-    sums.par_chunks_mut(chunk_rows)
-        .zip(targets.par_chunks(chunk_rows))
-        .zip(logits.par_chunks(chunk))
-        .for_each(|((sums, targets), logits)| add_rows(sums, logits, targets, vocabulary_size));
+pub(super) fn add_logits(sums: &mut [RowSum], logits: Elements<'_>, targets: &[u32], vocabulary_size: usize) {
+    let chunk_rows = chunk_elements(vocabulary_size) / vocabulary_size;
+    let tasks = sums.par_chunks_mut(chunk_rows).zip(targets.par_chunks(chunk_rows)).enumerate();
+    tasks.for_each(|(task, (sums, targets))| {
+        let first = task * chunk_rows * vocabulary_size;
+        let logits = logits.wide(first..first + sums.len() * vocabulary_size);
+        add_rows(sums, &logits, targets, vocabulary_size);
+    });
 }
 
 /// Turns logits into their gradient in place.

@@ -8,7 +8,8 @@ use rayon::prelude::*;
 #[cfg(feature = "cuda")]
 use super::cuda;
 use super::error::{OpError, shapes_error};
-use super::input::{Input, cpu_tensor, elements};
+use super::input::{Elements, Input, elements};
+use super::output::{cpu_tensor, storage};
 use super::recompute::hand_over;
 
 /// Row `tokens[..]` of `weight` for every token: `weight` `[V, C]`, `tokens` of any shape and of `u32`, result `[.., C]`.
@@ -64,15 +65,15 @@ impl CustomOp2 for Embedding {
         tokens_layout: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
         let (vocabulary_size, width) = weight_layout.shape().dims2()?;
-        let weight = elements::<f32>(NAME, weight, weight_layout)?;
+        let weight = Elements::of(NAME, weight, weight_layout)?;
         let tokens = elements::<u32>(NAME, tokens, tokens_layout)?;
         OpError::check_tokens(NAME, tokens, vocabulary_size)?;
-        let mut out = Vec::with_capacity(tokens.len() * width);
-        for &token in tokens {
-            let start = token as usize * width;
-            out.extend_from_slice(&weight[start..start + width]);
-        }
-        Ok((CpuStorage::F32(out), out_shape(weight_layout, tokens_layout)?))
+        let out = match weight {
+            Elements::F32(weight) => CpuStorage::F32(rows(weight, tokens, width)),
+            Elements::BF16(weight) => CpuStorage::BF16(rows(weight, tokens, width)),
+            Elements::F16(weight) => CpuStorage::F16(rows(weight, tokens, width)),
+        };
+        Ok((out, out_shape(weight_layout, tokens_layout)?))
     }
 
     #[cfg(feature = "cuda")]
@@ -102,16 +103,27 @@ impl CustomOp2 for Embedding {
         }
         let width = weight.dim(1)?;
         let (tokens, dy) = (Input::new(NAME, tokens), Input::new(NAME, &grad));
-        let (tokens, dy) = (tokens.elements::<u32>()?, dy.elements::<f32>()?);
+        let (tokens, dy) = (tokens.elements::<u32>()?, dy.real()?);
+        let wide = dy.wide(0..dy.len());
         let mut gradient = vec![0f32; weight.elem_count()];
         if !gradient.is_empty() {
             let chunk_rows = (weight.dim(0)?.div_ceil(TASKS)).max(1);
             gradient.par_chunks_mut(chunk_rows * width).enumerate().for_each(|(chunk, gradient)| {
-                add_rows(gradient, tokens, dy, chunk * chunk_rows, width);
+                add_rows(gradient, tokens, &wide, chunk * chunk_rows, width);
             });
         }
-        Ok((hand_over(weight, Some(cpu_tensor(gradient, weight)?))?, None))
+        Ok((hand_over(weight, Some(cpu_tensor(storage(gradient, dy), weight)))?, None))
     }
+}
+
+/// The rows of a table that the tokens name, all of which are in it.
+fn rows<T: Copy>(table: &[T], tokens: &[u32], width: usize) -> Vec<T> {
+    let mut out = Vec::with_capacity(tokens.len() * width);
+    for &token in tokens {
+        let start = token as usize * width;
+        out.extend_from_slice(&table[start..start + width]);
+    }
+    out
 }
 
 /// Parts of the vocabulary that are summed at once. Each looks at all tokens.

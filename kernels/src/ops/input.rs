@@ -1,8 +1,102 @@
 //! Access to the elements of candle tensors on the CPU.
 
-use candle_core::{CpuStorage, Layout, Result, Storage, StorageRef, Tensor, WithDType};
+use candle_core::backend::BackendStorage;
+use candle_core::{CpuStorage, DType, Layout, Result, Storage, StorageRef, Tensor, WithDType};
+use half::{bf16, f16};
+use std::borrow::Cow;
+use std::ops::Range;
 
 use super::error::OpError;
+use crate::convert::widen_chunk;
+use crate::simd::Path;
+
+/// Elements of a type that operations compute with.
+#[derive(Clone, Copy)]
+pub(super) enum Elements<'a> {
+    F32(&'a [f32]),
+    BF16(&'a [bf16]),
+    F16(&'a [f16]),
+}
+
+impl<'a> Elements<'a> {
+    /// Those of a contiguous CPU storage, as the forward of an operation receives it.
+    pub(super) fn of(op: &'static str, storage: &'a CpuStorage, layout: &Layout) -> Result<Self> {
+        match storage {
+            CpuStorage::BF16(_) => elements(op, storage, layout).map(Self::BF16),
+            CpuStorage::F16(_) => elements(op, storage, layout).map(Self::F16),
+            _ => elements(op, storage, layout).map(Self::F32),
+        }
+    }
+
+    /// Those of several storages, of one type.
+    pub(super) fn of_all<const INPUTS: usize>(
+        op: &'static str,
+        inputs: [(&'a CpuStorage, &Layout); INPUTS],
+    ) -> Result<[Self; INPUTS]> {
+        let mut all = [Self::F32(&[]); INPUTS];
+        for (elements, (storage, layout)) in all.iter_mut().zip(inputs) {
+            *elements = Self::of(op, storage, layout)?;
+        }
+        let expected = all.first().map_or(DType::F32, |elements| elements.dtype());
+        match all.iter().map(|elements| elements.dtype()).find(|&dtype| dtype != expected) {
+            Some(dtype) => Err(OpError::DType { op, dtype, expected }.into()),
+            None => Ok(all),
+        }
+    }
+
+    /// How many they are.
+    pub(super) fn len(self) -> usize {
+        match self {
+            Self::F32(elements) => elements.len(),
+            Self::BF16(elements) => elements.len(),
+            Self::F16(elements) => elements.len(),
+        }
+    }
+
+    /// Their type.
+    pub(super) fn dtype(self) -> DType {
+        match self {
+            Self::F32(_) => DType::F32,
+            Self::BF16(_) => DType::BF16,
+            Self::F16(_) => DType::F16,
+        }
+    }
+
+    /// Those from `first` on; none where that is beyond the last.
+    pub(super) fn after(self, first: usize) -> Self {
+        let first = first.min(self.len());
+        match self {
+            Self::F32(elements) => Self::F32(&elements[first..]),
+            Self::BF16(elements) => Self::BF16(&elements[first..]),
+            Self::F16(elements) => Self::F16(&elements[first..]),
+        }
+    }
+
+    /// Some of them in f32: as they lie, or widened.
+    pub(super) fn wide(self, range: Range<usize>) -> Cow<'a, [f32]> {
+        if let Self::F32(elements) = self {
+            return Cow::Borrowed(&elements[range]);
+        }
+        let mut wide = vec![0f32; range.len()];
+        self.widen(range, &mut wide);
+        Cow::Owned(wide)
+    }
+
+    /// Widens some of them, exactly.
+    pub(super) fn widen(self, range: Range<usize>, to: &mut [f32]) {
+        match self {
+            Self::F32(elements) => to.copy_from_slice(&elements[range]),
+            Self::BF16(elements) => widen_chunk(Path::best(), &elements[range], to),
+            Self::F16(elements) => widen_chunk(Path::best(), &elements[range], to),
+        }
+    }
+}
+
+impl<'a> From<&'a [f32]> for Elements<'a> {
+    fn from(elements: &'a [f32]) -> Self {
+        Self::F32(elements)
+    }
+}
 
 /// The elements of a contiguous CPU storage, as the forward of an operation receives it.
 pub(super) fn elements<'a, T: WithDType>(
@@ -10,7 +104,6 @@ pub(super) fn elements<'a, T: WithDType>(
     storage: &'a CpuStorage,
     layout: &Layout,
 ) -> Result<&'a [T]> {
-    use candle_core::backend::BackendStorage;
     let dtype = storage.dtype();
     if dtype != T::DTYPE {
         let expected = T::DTYPE;
@@ -51,6 +144,14 @@ impl<'a> Input<'a> {
         }
     }
 
+    /// The elements, row-major, of a type that operations compute with.
+    pub(super) fn real(&self) -> Result<Elements<'_>> {
+        match &*self.storage {
+            Storage::Cpu(storage) => Elements::of(self.op, storage, self.layout),
+            other => Err(OpError::Device { op: self.op, device: other.device().location() }.into()),
+        }
+    }
+
     /// The elements, row-major.
     pub(super) fn elements<T: WithDType>(&self) -> Result<&[T]> {
         match &*self.storage {
@@ -58,9 +159,4 @@ impl<'a> Input<'a> {
             other => Err(OpError::Device { op: self.op, device: other.device().location() }.into()),
         }
     }
-}
-
-/// Wraps elements that an operation computed on the CPU, without a copy.
-pub(super) fn cpu_tensor(elements: Vec<f32>, like: &Tensor) -> Result<Tensor> {
-    Tensor::from_vec(elements, like.shape(), like.device())
 }

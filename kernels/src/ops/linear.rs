@@ -8,8 +8,9 @@ use rayon::prelude::*;
 #[cfg(feature = "cuda")]
 use super::cuda;
 use super::error::shapes_error;
-use super::input::{Input, cpu_tensor, elements};
-use super::matrix::{Matrix, MatrixMut, Threads, multiply, product};
+use super::input::{Elements, Input};
+use super::matrix::{Matrix, Threads, product, product_and_bias};
+use super::output::{cpu_tensor, storage};
 use super::recompute::hand_over;
 use super::vector::vectorized;
 
@@ -59,11 +60,10 @@ impl CustomOp2 for Linear {
         weight: &CpuStorage,
         weight_layout: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
-        let xs = elements::<f32>(NAME, xs, xs_layout)?;
-        let weight = elements::<f32>(NAME, weight, weight_layout)?;
+        let [xs, weight] = Elements::of_all(NAME, [(xs, xs_layout), (weight, weight_layout)])?;
         let dims = Dimensions::new(xs_layout.shape(), weight_layout.shape())?;
         let (xs, weight) = dims.matrices(xs, weight);
-        Ok((CpuStorage::F32(product(xs, weight.transposed(), Threads::All)), dims.out_shape))
+        Ok((product(xs, weight.transposed(), Threads::All), dims.out_shape))
     }
 
     #[cfg(feature = "cuda")]
@@ -104,16 +104,11 @@ impl CustomOp3 for Linear {
         bias: &CpuStorage,
         bias_layout: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
-        let xs = elements::<f32>(NAME, xs, xs_layout)?;
-        let weight = elements::<f32>(NAME, weight, weight_layout)?;
-        let bias = elements::<f32>(NAME, bias, bias_layout)?;
+        let inputs = [(xs, xs_layout), (weight, weight_layout), (bias, bias_layout)];
+        let [xs, weight, bias] = Elements::of_all(NAME, inputs)?;
         let dims = Dimensions::new(xs_layout.shape(), weight_layout.shape())?;
-        // The product is added to rows that start as the bias: no pass of its own.
-        let mut out = bias.repeat(dims.rows);
         let (xs, weight) = dims.matrices(xs, weight);
-        let destination = MatrixMut::new(&mut out, dims.rows, dims.out_width);
-        multiply(destination, true, xs, weight.transposed(), Threads::All);
-        Ok((CpuStorage::F32(out), dims.out_shape))
+        Ok((product_and_bias(xs, weight.transposed(), bias), dims.out_shape))
     }
 
     #[cfg(feature = "cuda")]
@@ -162,7 +157,7 @@ impl Dimensions {
         Ok(Dimensions { rows, in_width, out_width, out_shape: Shape::from(dims) })
     }
 
-    fn matrices<'a>(&self, xs: &'a [f32], weight: &'a [f32]) -> (Matrix<'a>, Matrix<'a>) {
+    fn matrices<'a>(&self, xs: Elements<'a>, weight: Elements<'a>) -> (Matrix<'a>, Matrix<'a>) {
         (Matrix::new(xs, self.rows, self.in_width), Matrix::new(weight, self.out_width, self.in_width))
     }
 }
@@ -181,18 +176,13 @@ pub(super) fn backward(
     }
     let grad = grad.contiguous()?;
     let (x, w, dy) = (Input::new(NAME, xs), Input::new(NAME, weight), Input::new(NAME, &grad));
-    let x = Matrix::new(x.elements()?, dims.rows, dims.in_width);
-    let w = Matrix::new(w.elements()?, dims.out_width, dims.in_width);
-    let dy = Matrix::new(dy.elements()?, dims.rows, dims.out_width);
-    let gradient = |tensor: &Tensor, a, b| {
-        if !tensor.track_op() {
-            return Ok(None);
-        }
-        cpu_tensor(product(a, b, Threads::All), tensor).map(Some)
-    };
+    let ((x, w), dy) = (dims.matrices(x.real()?, w.real()?), dy.real()?);
     let d_bias = bias.filter(|bias| bias.track_op());
-    let d_bias = d_bias.map(|bias| cpu_tensor(column_sums(&grad, dims.out_width)?, bias)).transpose()?;
-    Ok((gradient(xs, dy, w)?, gradient(weight, dy.transposed(), x)?, d_bias))
+    let d_bias = d_bias.map(|bias| cpu_tensor(column_sums(dy, dims.out_width), bias));
+    let dy = Matrix::new(dy, dims.rows, dims.out_width);
+    let gradient =
+        |tensor: &Tensor, a, b| tensor.track_op().then(|| cpu_tensor(product(a, b, Threads::All), tensor));
+    Ok((gradient(xs, dy, w), gradient(weight, dy.transposed(), x), d_bias))
 }
 
 /// Rows that are summed before they join the total.
@@ -200,15 +190,14 @@ const BLOCK_ROWS: usize = 64;
 /// Columns that one task sums.
 const STRIPE_COLUMNS: usize = 64;
 
-/// Sums each column of `grad`, whose last dimension is `width`.
-fn column_sums(grad: &Tensor, width: usize) -> Result<Vec<f32>> {
-    let grad = Input::new(NAME, grad);
-    let grad = grad.elements::<f32>()?;
+/// Sums each column of rows of `width` elements.
+fn column_sums(grad: Elements<'_>, width: usize) -> CpuStorage {
+    let wide = grad.wide(0..grad.len());
     let mut sums = vec![0f32; width];
     sums.par_chunks_mut(STRIPE_COLUMNS)
         .enumerate()
-        .for_each(|(stripe, sums)| sum_stripe(sums, grad, stripe * STRIPE_COLUMNS, width));
-    Ok(sums)
+        .for_each(|(stripe, sums)| sum_stripe(sums, &wide, stripe * STRIPE_COLUMNS, width));
+    storage(sums, grad)
 }
 
 vectorized! {

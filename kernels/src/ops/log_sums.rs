@@ -5,9 +5,10 @@ use rayon::prelude::*;
 
 use super::cross_entropy::{Head, RowSum, add_logits};
 use super::error::shapes_error;
-use super::input::{Input, cpu_tensor, elements};
+use super::input::{Elements, Input, elements};
 use super::linear::linear;
 use super::matrix::Matrix;
+use super::output::{cpu_tensor, storage};
 use super::recompute::hand_over;
 use super::vector::{chunk_elements, exp, vectorized};
 
@@ -75,9 +76,11 @@ impl CustomOp3 for LinearLogSums {
     ) -> Result<(CpuStorage, Shape)> {
         let (rows, width) = hidden_layout.shape().dims2()?;
         let (vocabulary_size, _) = weight_layout.shape().dims2()?;
+        let inputs = [(hidden, hidden_layout), (weight, weight_layout)];
+        let [hidden, weight] = Elements::of_all(NAME, inputs)?;
         let head = Head {
-            hidden: Matrix::new(elements(NAME, hidden, hidden_layout)?, rows, width),
-            weight: Matrix::new(elements(NAME, weight, weight_layout)?, vocabulary_size, width),
+            hidden: Matrix::new(hidden, rows, width),
+            weight: Matrix::new(weight, vocabulary_size, width),
             targets: elements::<u32>(NAME, targets, targets_layout)?,
         };
         let mut sums = vec![RowSum::EMPTY; rows];
@@ -85,7 +88,7 @@ impl CustomOp3 for LinearLogSums {
         for block in head.blocks() {
             head.logits(&block, &mut logits);
             let targets = &head.targets[block.clone()];
-            add_logits(&mut sums[block], &logits, targets, vocabulary_size);
+            add_logits(&mut sums[block], Elements::F32(&logits), targets, vocabulary_size);
         }
         let target_logits = sums
             .iter()
@@ -108,9 +111,10 @@ impl CustomOp3 for LinearLogSums {
         let grad = grad.contiguous()?;
         let [h, w, targets, res, grad] =
             [hidden, weight, targets, res, &grad].map(|tensor| Input::new(NAME, tensor));
+        let like = h.real()?;
         let head = Head {
-            hidden: Matrix::new(h.elements()?, rows, width),
-            weight: Matrix::new(w.elements()?, vocabulary_size, width),
+            hidden: Matrix::new(like, rows, width),
+            weight: Matrix::new(w.real()?, vocabulary_size, width),
             targets: targets.elements::<u32>()?,
         };
         let log_sums = &res.elements::<f32>()?[..rows];
@@ -135,10 +139,10 @@ impl CustomOp3 for LinearLogSums {
                 });
             head.add_products(&block, &logits, &mut gradients);
         }
-        let [d_hidden, d_weight] = gradients;
-        let tensor =
-            |values: Option<Vec<f32>>, like| values.map(|values| cpu_tensor(values, like)).transpose();
-        Ok((tensor(d_hidden, hidden)?, hand_over(weight, tensor(d_weight, weight)?)?, None))
+        let [d_hidden, d_weight] = gradients.map(|gradient| gradient.map(|gradient| storage(gradient, like)));
+        let d_hidden = d_hidden.map(|gradient| cpu_tensor(gradient, hidden));
+        let d_weight = d_weight.map(|gradient| cpu_tensor(gradient, weight));
+        Ok((d_hidden, hand_over(weight, d_weight)?, None))
     }
 }
 

@@ -1,6 +1,22 @@
-//! Matrix products over borrowed, strided `f32` matrices: the one place that calls the `gemm` crate.
+//! Matrix products over borrowed, strided matrices: the one place that calls the `gemm` crate.
 
+mod halves;
+#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+mod tiles;
+
+use candle_core::CpuStorage;
+use half::{bf16, f16};
 use std::marker::PhantomData;
+
+use super::input::Elements;
+use super::products::{Products, products};
+use crate::Element;
+
+/// Whether the processor multiplies bf16 by tiles.
+#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+pub(super) fn has_tiles() -> bool {
+    tiles::Tiles::find().is_some()
+}
 
 /// Whether a product may use rayon's threads. Each element is summed in the same order either way.
 #[derive(Clone, Copy)]
@@ -14,7 +30,7 @@ pub(super) enum Threads {
 /// A matrix to read. Element (i, j) lies at `i·row_stride + j·column_stride`.
 #[derive(Clone, Copy)]
 pub(super) struct Matrix<'a> {
-    elements: &'a [f32],
+    elements: Elements<'a>,
     rows: usize,
     columns: usize,
     row_stride: usize,
@@ -23,15 +39,26 @@ pub(super) struct Matrix<'a> {
 
 impl<'a> Matrix<'a> {
     /// A row-major matrix whose rows follow each other without gaps.
-    pub(super) fn new(elements: &'a [f32], rows: usize, columns: usize) -> Self {
+    pub(super) fn new(elements: impl Into<Elements<'a>>, rows: usize, columns: usize) -> Self {
         Self::strided(elements, rows, columns, columns)
     }
 
     /// A row-major matrix whose rows start `row_stride` elements apart.
-    pub(super) fn strided(elements: &'a [f32], rows: usize, columns: usize, row_stride: usize) -> Self {
+    pub(super) fn strided(
+        elements: impl Into<Elements<'a>>,
+        rows: usize,
+        columns: usize,
+        row_stride: usize,
+    ) -> Self {
+        let elements = elements.into();
         let last = last_element(rows, columns, row_stride);
         assert!(last < elements.len() || rows * columns == 0, "matrix larger than its elements");
         Matrix { elements, rows, columns, row_stride, column_stride: 1 }
+    }
+
+    /// The elements, in which those of the matrix lie.
+    pub(super) fn elements(self) -> Elements<'a> {
+        self.elements
     }
 
     /// Rows.
@@ -47,8 +74,7 @@ impl<'a> Matrix<'a> {
     /// `rows` rows from `first` on.
     pub(super) fn rows(self, first: usize, rows: usize) -> Self {
         assert!(first + rows <= self.rows, "rows outside the matrix");
-        let start = (first * self.row_stride).min(self.elements.len());
-        Matrix { elements: &self.elements[start..], rows, ..self }
+        Matrix { elements: self.elements.after(first * self.row_stride), rows, ..self }
     }
 
     /// The same elements with rows and columns exchanged.
@@ -61,49 +87,85 @@ impl<'a> Matrix<'a> {
             ..self
         }
     }
+
+    /// The same in f32, without gaps, and with what followed in memory still following.
+    fn widened(self, scratch: &mut Vec<f32>) -> Matrix<'_> {
+        if self.column_stride != 1 {
+            return self.transposed().widened(scratch).transposed();
+        }
+        scratch.resize(self.rows * self.columns, 0.0);
+        for (row, to) in scratch.chunks_exact_mut(self.columns.max(1)).enumerate() {
+            let start = row * self.row_stride;
+            self.elements.widen(start..start + self.columns, to);
+        }
+        Matrix::new(&scratch[..], self.rows, self.columns)
+    }
 }
 
-/// A row-major matrix to write, which may be a block of columns of a wider one.
-pub(super) struct MatrixMut<'a> {
-    start: *mut f32,
+/// A row-major matrix to write, which may be a block of a larger one.
+pub(super) struct MatrixMut<'a, E = f32> {
+    start: *mut E,
     rows: usize,
     columns: usize,
     row_stride: usize,
-    elements: PhantomData<&'a mut [f32]>,
+    elements: PhantomData<&'a mut [E]>,
 }
 
-// SAFETY: a `MatrixMut` is the only way to its elements while it lives, like the `&mut [f32]` that it was made from.
-unsafe impl Send for MatrixMut<'_> {}
+// SAFETY: a `MatrixMut` is the only way to its elements while it lives, like the `&mut [E]` that it was made from.
+unsafe impl<E: Send> Send for MatrixMut<'_, E> {}
 
-impl<'a> MatrixMut<'a> {
+impl<'a, E> MatrixMut<'a, E> {
     /// A row-major matrix whose rows follow each other without gaps.
-    pub(super) fn new(elements: &'a mut [f32], rows: usize, columns: usize) -> Self {
+    pub(super) fn new(elements: &'a mut [E], rows: usize, columns: usize) -> Self {
         assert!(rows * columns <= elements.len(), "matrix larger than its elements");
         let start = elements.as_mut_ptr();
         MatrixMut { start, rows, columns, row_stride: columns, elements: PhantomData }
     }
 
     /// Splits a row-major matrix into blocks of `width` columns; `columns` is a multiple of it.
-    pub(super) fn column_blocks(elements: &'a mut [f32], columns: usize, width: usize) -> Vec<Self> {
+    pub(super) fn column_blocks(elements: &'a mut [E], columns: usize, width: usize) -> Vec<Self> {
         assert!(width > 0 && columns.is_multiple_of(width) && elements.len().is_multiple_of(columns));
         let rows = elements.len() / columns;
-        let start = elements.as_mut_ptr();
-        let block = |first_column| MatrixMut {
+        MatrixMut::new(elements, rows, columns).blocks(rows.max(1), width)
+    }
+
+    /// Splits the matrix into blocks of at most `rows` and `columns`, both above 0, row by row.
+    fn blocks(self, rows: usize, columns: usize) -> Vec<Self> {
+        let corners = (0..self.rows.max(1))
+            .step_by(rows)
+            .flat_map(|row| (0..self.columns).step_by(columns).map(move |column| (row, column)));
+        corners.map(|(row, column)| self.block(row, rows, column, columns)).collect()
+    }
+
+    /// Up to `rows` and `columns` from a corner within the matrix on. No two that exist together may overlap.
+    fn block(&self, row: usize, rows: usize, column: usize, columns: usize) -> Self {
+        MatrixMut {
             // `wrapping_add` so that a matrix without rows needs no element to point at.
-            start: start.wrapping_add(first_column),
-            rows,
-            columns: width,
-            row_stride: columns,
+            start: self.start.wrapping_add(row * self.row_stride + column),
+            rows: rows.min(self.rows - row),
+            columns: columns.min(self.columns - column),
+            row_stride: self.row_stride,
             elements: PhantomData,
-        };
-        (0..columns).step_by(width).map(block).collect()
+        }
     }
 
     /// `rows` rows from `first` on.
-    pub(super) fn rows(&mut self, first: usize, rows: usize) -> MatrixMut<'_> {
+    pub(super) fn rows(&mut self, first: usize, rows: usize) -> MatrixMut<'_, E> {
         assert!(first + rows <= self.rows, "rows outside the matrix");
-        let start = self.start.wrapping_add(first * self.row_stride);
-        MatrixMut { start, rows, elements: PhantomData, ..*self }
+        self.part(first, rows, 0, self.columns)
+    }
+
+    /// Up to `rows` and `columns` from a corner within the matrix on.
+    fn part(&mut self, row: usize, rows: usize, column: usize, columns: usize) -> MatrixMut<'_, E> {
+        assert!(row <= self.rows && column <= self.columns, "a part outside the matrix");
+        self.block(row, rows, column, columns)
+    }
+
+    /// The elements of a row.
+    fn row(&mut self, row: usize) -> &mut [E] {
+        assert!(row < self.rows, "a row outside the matrix");
+        // SAFETY: the row lies within the elements that this matrix borrows, and nothing else reaches them.
+        unsafe { std::slice::from_raw_parts_mut(self.start.add(row * self.row_stride), self.columns) }
     }
 }
 
@@ -111,28 +173,65 @@ fn last_element(rows: usize, columns: usize, row_stride: usize) -> usize {
     rows.saturating_sub(1) * row_stride + columns.saturating_sub(1)
 }
 
-/// `a · b`, row-major.
-pub(super) fn product(a: Matrix<'_>, b: Matrix<'_>, threads: Threads) -> Vec<f32> {
-    let elements = a.rows * b.columns;
-    if a.columns == 0 {
-        return vec![0.0; elements];
+/// `a · b`, row-major, in the type of both.
+pub(super) fn product(a: Matrix<'_>, b: Matrix<'_>, threads: Threads) -> CpuStorage {
+    match a.elements {
+        Elements::F32(_) => CpuStorage::F32(written(a.rows, b.columns, a.columns, |destination| {
+            multiply(destination, false, a, b, threads);
+        })),
+        Elements::BF16(_) => CpuStorage::BF16(written(a.rows, b.columns, a.columns, |destination| {
+            halves::multiply::<bf16>(destination, false, a, b);
+        })),
+        Elements::F16(_) => CpuStorage::F16(written(a.rows, b.columns, a.columns, |destination| {
+            halves::multiply::<f16>(destination, false, a, b);
+        })),
     }
-    // Zeros would be a pass over memory that the product writes anyway.
+}
+
+/// `a · b + bias`, with the bias added to each row, in the type of all.
+pub(super) fn product_and_bias(a: Matrix<'_>, b: Matrix<'_>, bias: Elements<'_>) -> CpuStorage {
+    // The product is added to rows that start as the bias: no pass of its own.
+    match bias {
+        Elements::F32(bias) => {
+            let mut out = bias.repeat(a.rows);
+            multiply(MatrixMut::new(&mut out, a.rows, b.columns), true, a, b, Threads::All);
+            CpuStorage::F32(out)
+        }
+        Elements::BF16(bias) => {
+            let mut out = bias.repeat(a.rows);
+            halves::multiply(MatrixMut::new(&mut out, a.rows, b.columns), true, a, b);
+            CpuStorage::BF16(out)
+        }
+        Elements::F16(bias) => {
+            let mut out = bias.repeat(a.rows);
+            halves::multiply(MatrixMut::new(&mut out, a.rows, b.columns), true, a, b);
+            CpuStorage::F16(out)
+        }
+    }
+}
+
+/// The elements of a row-major matrix, of which `write` writes each if they are sums of at least one term.
+fn written<E: Element>(
+    rows: usize,
+    columns: usize,
+    terms: usize,
+    write: impl FnOnce(MatrixMut<'_, E>),
+) -> Vec<E> {
+    let elements = rows * columns;
+    if terms == 0 {
+        return vec![E::narrow(0.0); elements];
+    }
+    // Zeros would be a pass over memory that is written anyway.
     let mut out = Vec::with_capacity(elements);
-    let destination = MatrixMut {
-        start: out.as_mut_ptr(),
-        rows: a.rows,
-        columns: b.columns,
-        row_stride: b.columns,
-        elements: PhantomData,
-    };
-    multiply(destination, false, a, b, threads);
+    let start = out.as_mut_ptr();
+    write(MatrixMut { start, rows, columns, row_stride: columns, elements: PhantomData });
     // SAFETY: the capacity is `elements`, and a product of at least one term that is not added to anything has written each.
     unsafe { out.set_len(elements) };
     out
 }
 
-/// `destination = a · b`, or `destination += a · b` when `accumulate`.
+/// `destination = a · b`, or `destination += a · b` when `accumulate`. Factors in 16 bits take all threads; for those in f32 on all threads, it
+/// is as [`products`] says.
 pub(super) fn multiply(
     destination: MatrixMut<'_>,
     accumulate: bool,
@@ -144,8 +243,14 @@ pub(super) fn multiply(
         destination.rows == a.rows && a.columns == b.rows && b.columns == destination.columns,
         "shapes of a product do not fit"
     );
+    let (Elements::F32(x), Elements::F32(y)) = (a.elements, b.elements) else {
+        return halves::multiply(destination, accumulate, a, b);
+    };
     let parallelism = match threads {
         Threads::One => gemm::Parallelism::None,
+        Threads::All if products() == Products::Bf16 && Products::Bf16.is_native() => {
+            return halves::multiply(destination, accumulate, a, b);
+        }
         // Zero stands for the size of the current pool.
         Threads::All => gemm::Parallelism::Rayon(0),
     };
@@ -160,10 +265,10 @@ pub(super) fn multiply(
             1,
             destination.row_stride as isize,
             accumulate,
-            a.elements.as_ptr(),
+            x.as_ptr(),
             a.column_stride as isize,
             a.row_stride as isize,
-            b.elements.as_ptr(),
+            y.as_ptr(),
             b.column_stride as isize,
             b.row_stride as isize,
             1.0,

@@ -19,10 +19,10 @@
 //! | [`cross_entropy`], [`linear_cross_entropy`] | `[N, C] → []` | log-softmax and mean; no full logits in the latter |
 //! | [`linear_log_sums`] | `[N, C] → [2, N]` | what a part of the vocabulary adds to a cross-entropy |
 //!
-//! **Devices and dtypes.** On the CPU the elements are `f32`. On a CUDA device (feature `cuda`) they are `f32`, `bf16` or `f16`,
-//! one type for all inputs, and arithmetic is `f32` in any case; losses are `f32` there whatever the logits are. Every other
+//! **Devices and dtypes.** On the CPU and on a CUDA device (feature `cuda`) the elements are `f32`, `bf16` or `f16`, one type for
+//! all inputs, and arithmetic is `f32` in any case; losses are `f32` whatever the logits are. Every other
 //! dtype and device is refused with an [`OpError`] that says what to do. Inputs need not be contiguous (they are made so
-//! first).
+//! first). Within [`with_products`] the CPU multiplies matrices of `f32` as `bf16`, if its processor is made for that.
 //!
 //! **Reproducibility.** Work is split in chunks that depend on shapes alone, and partial sums are combined in a
 //! fixed order: on one machine the bits are the same from run to run and for any number of rayon threads. CUDA kernels use no
@@ -43,6 +43,8 @@ mod linear;
 mod log_sums;
 mod matrix;
 mod norm;
+mod output;
+mod products;
 mod recompute;
 mod rope;
 mod softmax;
@@ -56,6 +58,7 @@ pub use error::OpError;
 pub use linear::linear;
 pub use log_sums::linear_log_sums;
 pub use norm::{layer_norm, rms_norm};
+pub use products::{Products, with_products};
 pub use recompute::{backward, before_backward, closing_linear, keep, recompute, without_graph};
 pub use rope::{rope, rope_by_position, rope_i};
 pub use softmax::{causal_softmax, softmax_last_dim};

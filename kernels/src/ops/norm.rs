@@ -5,12 +5,12 @@ use candle_core::CudaStorage;
 use candle_core::{CpuStorage, CustomOp2, CustomOp3, D, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
 use std::array;
-use std::mem::MaybeUninit;
 
 #[cfg(feature = "cuda")]
 use super::cuda;
 use super::error::shapes_error;
-use super::input::{Input, cpu_tensor, elements};
+use super::input::{Elements, Input};
+use super::output::{cpu_tensor, in_chunks, in_chunks_beside, storage};
 use super::recompute::hand_over;
 use super::vector::{chunk_elements, sum_by, sum_by2, sum_by3, vectorized};
 
@@ -75,11 +75,11 @@ impl CustomOp3 for LayerNorm {
         bias: &CpuStorage,
         bias_layout: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
-        let xs = elements::<f32>(Self::NAME, xs, xs_layout)?;
-        let weight = elements::<f32>(Self::NAME, weight, weight_layout)?;
-        let bias = elements::<f32>(Self::NAME, bias, bias_layout)?;
-        let out = forward(xs, weight.len(), |out, xs| layer_norm_forward(out, xs, weight, bias, self.eps));
-        Ok((CpuStorage::F32(out), xs_layout.shape().clone()))
+        let inputs = [(xs, xs_layout), (weight, weight_layout), (bias, bias_layout)];
+        let [xs, weight, bias] = Elements::of_all(Self::NAME, inputs)?;
+        let [weight, bias] = [weight, bias].map(|elements| elements.wide(0..elements.len()));
+        let out = forward(xs, weight.len(), |out, xs| layer_norm_forward(out, xs, &weight, &bias, self.eps));
+        Ok((out, xs_layout.shape().clone()))
     }
 
     #[cfg(feature = "cuda")]
@@ -113,9 +113,9 @@ impl CustomOp3 for LayerNorm {
             backward(Self::NAME, xs, weight, grad, |dx, [weight_sums, bias_sums], x, dy, weight| {
                 layer_norm_backward(dx, weight_sums, bias_sums, x, dy, weight, self.eps)
             })?;
-        let d_xs = hand_over(xs, Some(cpu_tensor(dx, xs)?))?;
-        let d_weight = hand_over(weight, Some(cpu_tensor(d_weight, weight)?))?;
-        let d_bias = hand_over(bias, Some(cpu_tensor(d_bias, bias)?))?;
+        let d_xs = hand_over(xs, Some(cpu_tensor(dx, xs)))?;
+        let d_weight = hand_over(weight, Some(cpu_tensor(d_weight, weight)))?;
+        let d_bias = hand_over(bias, Some(cpu_tensor(d_bias, bias)))?;
         Ok((d_xs, d_weight, d_bias))
     }
 }
@@ -140,10 +140,10 @@ impl CustomOp2 for RmsNorm {
         weight: &CpuStorage,
         weight_layout: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
-        let xs = elements::<f32>(Self::NAME, xs, xs_layout)?;
-        let weight = elements::<f32>(Self::NAME, weight, weight_layout)?;
-        let out = forward(xs, weight.len(), |out, xs| rms_norm_forward(out, xs, weight, self.eps));
-        Ok((CpuStorage::F32(out), xs_layout.shape().clone()))
+        let [xs, weight] = Elements::of_all(Self::NAME, [(xs, xs_layout), (weight, weight_layout)])?;
+        let weight = weight.wide(0..weight.len());
+        let out = forward(xs, weight.len(), |out, xs| rms_norm_forward(out, xs, &weight, self.eps));
+        Ok((out, xs_layout.shape().clone()))
     }
 
     #[cfg(feature = "cuda")]
@@ -172,8 +172,8 @@ impl CustomOp2 for RmsNorm {
         let (dx, [d_weight]) = backward(Self::NAME, xs, weight, grad, |dx, [weight_sums], x, dy, weight| {
             rms_norm_backward(dx, weight_sums, x, dy, weight, self.eps)
         })?;
-        let d_xs = hand_over(xs, Some(cpu_tensor(dx, xs)?))?;
-        Ok((d_xs, hand_over(weight, Some(cpu_tensor(d_weight, weight)?))?))
+        let d_xs = hand_over(xs, Some(cpu_tensor(dx, xs)))?;
+        Ok((d_xs, hand_over(weight, Some(cpu_tensor(d_weight, weight)))?))
     }
 }
 
@@ -181,30 +181,23 @@ impl CustomOp2 for RmsNorm {
 /// error of long sums small, and does not depend on the number of threads.
 const BLOCK_ROWS: usize = 32;
 
-/// The result for rows of `width` elements; `kernel` writes every element of the rows that it is given. Nothing is written before: zeros
-/// would cost as much as the result, and one thread would write them.
-fn forward(xs: &[f32], width: usize, kernel: impl Fn(&mut [MaybeUninit<f32>], &[f32]) + Sync) -> Vec<f32> {
-    let mut out = Vec::with_capacity(xs.len());
-    let chunk = chunk_elements(width);
-    let rows = out.spare_capacity_mut()[..xs.len()].par_chunks_mut(chunk).zip(xs.par_chunks(chunk));
-    rows.for_each(|(out, xs)| kernel(out, xs));
-    // SAFETY: the capacity is that of the input, and the kernels wrote each of these elements.
-    unsafe { out.set_len(xs.len()) };
-    out
+/// The result for rows of `width` elements; `kernel` makes some of them.
+fn forward(xs: Elements<'_>, width: usize, kernel: impl Fn(&mut [f32], &[f32]) + Sync) -> CpuStorage {
+    in_chunks(xs, xs.len(), chunk_elements(width), |range, out| kernel(out, &xs.wide(range)))
 }
 
-/// The gradients of the input, and of the weight and what else is one element a column. `kernel(dx, sums, x, dy, weight)` writes every
-/// element of `dx` of some rows, and adds their contributions to the sums, in one pass over memory.
+/// The gradients of the input, and of the weight and what else is one element a column. `kernel(dx, sums, x, dy, weight)` makes `dx` of some
+/// rows, and adds their contributions to the sums, in one pass over memory.
 fn backward<const SUMS: usize>(
     op: &'static str,
     xs: &Tensor,
     weight: &Tensor,
     grad: &Tensor,
-    kernel: impl Fn(&mut [MaybeUninit<f32>], [&mut [f32]; SUMS], &[f32], &[f32], &[f32]) + Sync,
-) -> Result<(Vec<f32>, [Vec<f32>; SUMS])> {
+    kernel: impl Fn(&mut [f32], [&mut [f32]; SUMS], &[f32], &[f32], &[f32]) + Sync,
+) -> Result<(CpuStorage, [CpuStorage; SUMS])> {
     let grad = grad.contiguous()?;
     let (x, weight, dy) = (Input::new(op, xs), Input::new(op, weight), Input::new(op, &grad));
-    let (x, weight, dy) = (x.elements::<f32>()?, weight.elements::<f32>()?, dy.elements::<f32>()?);
+    let (x, weight, dy) = (x.real()?, weight.real()?, dy.real()?);
     if dy.len() != x.len() {
         return Err(shapes_error(
             op,
@@ -214,24 +207,20 @@ fn backward<const SUMS: usize>(
     }
     let width = weight.len();
     let block = BLOCK_ROWS * width;
-    let mut dx = Vec::with_capacity(x.len());
+    let wide_weight = weight.wide(0..width);
     let mut sums = vec![0f32; x.len().div_ceil(block) * SUMS * width]; // [blocks, SUMS, C]
-    dx.spare_capacity_mut()[..x.len()]
-        .par_chunks_mut(block)
-        .zip(sums.par_chunks_mut(SUMS * width))
-        .zip(x.par_chunks(block).zip(dy.par_chunks(block)))
-        .for_each(|((dx, sums), (x, dy))| {
-            let mut sums = sums.chunks_exact_mut(width);
-            kernel(dx, array::from_fn(|_| sums.next().unwrap_or_default()), x, dy, weight);
-        });
-    // SAFETY: the capacity is that of the input, and the kernels wrote each of these elements.
-    unsafe { dx.set_len(x.len()) };
+    let of_blocks = sums.par_chunks_mut(SUMS * width);
+    let [dx] = in_chunks_beside(x, x.len(), block, of_blocks, |range, [dx], sums| {
+        let mut sums = sums.chunks_exact_mut(width);
+        let sums = array::from_fn(|_| sums.next().unwrap_or_default());
+        kernel(dx, sums, &x.wide(range.clone()), &dy.wide(range), &wide_weight);
+    });
     let total = |sum: usize| {
         let mut total = vec![0f32; width];
         for block in sums.chunks_exact(SUMS * width) {
             total.iter_mut().zip(&block[sum * width..]).for_each(|(total, sum)| *total += sum);
         }
-        total
+        storage(total, weight)
     };
     Ok((dx, array::from_fn(total)))
 }
@@ -252,17 +241,17 @@ fn inverse_root_mean_square(xs: &[f32], eps: f32) -> f32 {
 }
 
 vectorized! {
-    fn layer_norm_forward(out: &mut [MaybeUninit<f32>], xs: &[f32], weight: &[f32], bias: &[f32], eps: f32) {
+    fn layer_norm_forward(out: &mut [f32], xs: &[f32], weight: &[f32], bias: &[f32], eps: f32) {
         for (out, xs) in out.chunks_exact_mut(weight.len()).zip(xs.chunks_exact(weight.len())) {
             let (mean, inverse) = moments(xs, eps);
             for (((out, &x), &weight), &bias) in out.iter_mut().zip(xs).zip(weight).zip(bias) {
-                out.write((x - mean) * inverse * weight + bias);
+                *out = (x - mean) * inverse * weight + bias;
             }
         }
     }
 
     fn layer_norm_backward(
-        dx: &mut [MaybeUninit<f32>],
+        dx: &mut [f32],
         weight_sums: &mut [f32],
         bias_sums: &mut [f32],
         xs: &[f32],
@@ -282,24 +271,24 @@ vectorized! {
                 dx.iter_mut().zip(xs).zip(dy).zip(weight).zip(sums)
             {
                 let normed = (x - mean) * inverse;
-                dx.write(inverse * (dy * weight - mean_g - normed * mean_g_x));
+                *dx = inverse * (dy * weight - mean_g - normed * mean_g_x);
                 *weight_sum += dy * normed;
                 *bias_sum += dy;
             }
         }
     }
 
-    fn rms_norm_forward(out: &mut [MaybeUninit<f32>], xs: &[f32], weight: &[f32], eps: f32) {
+    fn rms_norm_forward(out: &mut [f32], xs: &[f32], weight: &[f32], eps: f32) {
         for (out, xs) in out.chunks_exact_mut(weight.len()).zip(xs.chunks_exact(weight.len())) {
             let inverse = inverse_root_mean_square(xs, eps);
             for ((out, &x), &weight) in out.iter_mut().zip(xs).zip(weight) {
-                out.write(x * inverse * weight);
+                *out = x * inverse * weight;
             }
         }
     }
 
     fn rms_norm_backward(
-        dx: &mut [MaybeUninit<f32>],
+        dx: &mut [f32],
         weight_sums: &mut [f32],
         xs: &[f32],
         dy: &[f32],
@@ -316,7 +305,7 @@ vectorized! {
                 dx.iter_mut().zip(xs).zip(dy).zip(weight).zip(weight_sums.iter_mut())
             {
                 let normed = x * inverse;
-                dx.write(inverse * (dy * weight - normed * mean_g_x));
+                *dx = inverse * (dy * weight - normed * mean_g_x);
                 *weight_sum += dy * normed;
             }
         }

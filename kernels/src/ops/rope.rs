@@ -3,12 +3,12 @@
 #[cfg(feature = "cuda")]
 use candle_core::CudaStorage;
 use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Tensor};
-use rayon::prelude::*;
 
 #[cfg(feature = "cuda")]
 use super::cuda::rope::Rotation;
 use super::error::{OpError, shapes_error};
-use super::input::{Input, cpu_tensor, elements};
+use super::input::{Elements, Input};
+use super::output::{cpu_tensor, in_chunks};
 use super::vector::{chunk_elements, vectorized};
 
 /// Rotates the pairs (element `i`, element `i + D/2`) of each head by an angle of its position (Su et al., arXiv
@@ -126,15 +126,13 @@ impl Rope {
     }
 
     /// Rotates every row of `xs` by its angle, or its opposite when `direction` is −1.
-    fn rotate(&self, xs: &[f32], cos: &[f32], sin: &[f32], sizes: Sizes, direction: f32) -> Vec<f32> {
-        let mut out = vec![0f32; xs.len()];
-        let chunk = chunk_elements(sizes.head_width);
+    fn rotate(&self, [xs, cos, sin]: [Elements<'_>; 3], sizes: Sizes, direction: f32) -> CpuStorage {
+        let [cos, sin] = [cos, sin].map(|table| table.wide(0..table.len()));
         let rotate_rows = if self.interleaved { rotate_neighbours } else { rotate_halves };
-        out.par_chunks_mut(chunk).zip(xs.par_chunks(chunk)).enumerate().for_each(|(index, (out, xs))| {
-            let first_row = index * chunk / sizes.head_width;
-            rotate_rows(out, xs, cos, sin, sizes, first_row, direction);
-        });
-        out
+        in_chunks(xs, xs.len(), chunk_elements(sizes.head_width), |range, out| {
+            let first_row = range.start / sizes.head_width;
+            rotate_rows(out, &xs.wide(range), &cos, &sin, sizes, first_row, direction);
+        })
     }
 }
 
@@ -153,14 +151,11 @@ impl CustomOp3 for Rope {
         sin_layout: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
         let shape = xs_layout.shape();
-        let xs = elements::<f32>(self.name, xs, xs_layout)?;
-        let cos = elements::<f32>(self.name, cos, cos_layout)?;
-        let sin = elements::<f32>(self.name, sin, sin_layout)?;
-        let out = match self.sizes(shape, cos_layout.shape()) {
-            Some(sizes) => self.rotate(xs, cos, sin, sizes, 1.0),
-            None => Vec::new(),
-        };
-        Ok((CpuStorage::F32(out), shape.clone()))
+        let inputs = Elements::of_all(self.name, [(xs, xs_layout), (cos, cos_layout), (sin, sin_layout)])?;
+        let table = cos_layout.shape();
+        let sizes =
+            self.sizes(shape, table).ok_or_else(|| shapes_error(self.name, SHAPES, &[shape, table]))?;
+        Ok((self.rotate(inputs, sizes, 1.0), shape.clone()))
     }
 
     #[cfg(feature = "cuda")]
@@ -192,11 +187,11 @@ impl CustomOp3 for Rope {
             return Ok((Some(rotation.backward(&grad, cos, sin)?), None, None));
         }
         let [dy, c, s] = [&grad, cos, sin].map(|tensor| Input::new(self.name, tensor));
-        let dx = match self.sizes(xs.shape(), cos.shape()) {
-            Some(sizes) => self.rotate(dy.elements()?, c.elements()?, s.elements()?, sizes, -1.0),
-            None => Vec::new(),
-        };
-        Ok((Some(cpu_tensor(dx, xs)?), None, None))
+        let shapes = [xs.shape(), cos.shape()];
+        let sizes =
+            self.sizes(shapes[0], shapes[1]).ok_or_else(|| shapes_error(self.name, SHAPES, &shapes))?;
+        let dx = self.rotate([dy.real()?, c.real()?, s.real()?], sizes, -1.0);
+        Ok((Some(cpu_tensor(dx, xs)), None, None))
     }
 }
 

@@ -3,13 +3,13 @@
 #[cfg(feature = "cuda")]
 use candle_core::CudaStorage;
 use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor};
-use rayon::prelude::*;
 use std::ops::Range;
 
 #[cfg(feature = "cuda")]
 use super::cuda;
 use super::error::{OpError, shapes_error};
-use super::input::{Input, cpu_tensor, elements};
+use super::input::{Elements, Input};
+use super::output::{cpu_tensor, in_chunks};
 use super::vector::{chunk_elements, exp, maximum, sum_by, sum_by2, vectorized};
 
 /// `e^(x − max) / Σ e^(x − max)` over the last dimension, as [`candle_nn::ops::softmax_last_dim`].
@@ -87,16 +87,13 @@ impl CustomOp1 for Softmax {
     }
 
     fn cpu_fwd(&self, storage: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
-        let scores = elements::<f32>(self.name, storage, layout)?;
-        let mut out = vec![0f32; scores.len()];
-        let chunk = chunk_elements(self.shape.columns);
-        out.par_chunks_mut(chunk).zip(scores.par_chunks(chunk)).enumerate().for_each(
-            |(index, (out, scores))| {
-                out.copy_from_slice(scores);
-                softmax_rows(out, index * chunk / self.shape.columns, self.shape, self.scale);
-            },
-        );
-        Ok((CpuStorage::F32(out), layout.shape().clone()))
+        let scores = Elements::of(self.name, storage, layout)?;
+        let columns = self.shape.columns;
+        let out = in_chunks(scores, scores.len(), chunk_elements(columns), |range, out| {
+            scores.widen(range.clone(), out);
+            softmax_rows(out, range.start / columns, self.shape, self.scale);
+        });
+        Ok((out, layout.shape().clone()))
     }
 
     #[cfg(feature = "cuda")]
@@ -111,15 +108,13 @@ impl CustomOp1 for Softmax {
         }
         let grad = grad.contiguous()?;
         let (y, dy) = (Input::new(self.name, res), Input::new(self.name, &grad));
-        let (y, dy) = (y.elements::<f32>()?, dy.elements::<f32>()?);
-        let mut dx = vec![0f32; y.len()];
-        let chunk = chunk_elements(self.shape.columns);
-        let chunks = dx.par_chunks_mut(chunk).zip(y.par_chunks(chunk)).zip(dy.par_chunks(chunk));
-        chunks.enumerate().for_each(|(index, ((dx, y), dy))| {
-            dx.copy_from_slice(dy);
-            softmax_rows_backward(dx, y, index * chunk / self.shape.columns, self.shape, self.scale);
+        let (y, dy) = (y.real()?, dy.real()?);
+        let columns = self.shape.columns;
+        let dx = in_chunks(y, y.len(), chunk_elements(columns), |range, dx| {
+            dy.widen(range.clone(), dx);
+            softmax_rows_backward(dx, &y.wide(range.clone()), range.start / columns, self.shape, self.scale);
         });
-        Ok(Some(cpu_tensor(dx, res)?))
+        Ok(Some(cpu_tensor(dx, res)))
     }
 }
 

@@ -5,7 +5,7 @@ mod recompute;
 
 use candle_core::{DType, Device, Error, Result, Tensor, Var};
 use cases::{Case, large, random, small};
-use ferrozero_kernels::ops::{self, OpError};
+use ferrozero_kernels::ops::{self, OpError, Products};
 
 /// The result of an operation and the gradients of its inputs for the upstream gradient `upstream(result's shape)`.
 struct Run {
@@ -35,7 +35,9 @@ fn values(tensor: &Tensor) -> Vec<f64> {
     tensor.to_dtype(DType::F64).unwrap().flatten_all().unwrap().to_vec1().unwrap()
 }
 
+/// The bits of every element, in f32, which is exact.
 fn bits(tensor: &Tensor) -> Vec<u32> {
+    let tensor = tensor.to_dtype(DType::F32).unwrap();
     tensor.flatten_all().unwrap().to_vec1::<f32>().unwrap().iter().map(|x| x.to_bits()).collect()
 }
 
@@ -67,6 +69,57 @@ fn assert_matches_composed(case: &Case) {
 #[test]
 fn values_and_gradients_match_the_composed_operations_in_f64() {
     small().iter().chain(&large()).for_each(assert_matches_composed);
+}
+
+fn to(dtype: DType, inputs: &[Tensor]) -> Vec<Tensor> {
+    inputs.iter().map(|input| input.to_dtype(dtype).unwrap()).collect()
+}
+
+/// The mantissas of both types, over sums in f32.
+#[test]
+fn in_16_bits_values_and_gradients_are_close_to_exact_ones_on_the_same_inputs() {
+    for (dtype, tolerance) in [(DType::BF16, 2e-2), (DType::F16, 2e-3)] {
+        for case in small().iter().chain(&large()) {
+            let inputs = to(dtype, &case.inputs());
+            let ours = run(&case.ours, &inputs);
+            let composed = run(&case.composed, &to_f64(&inputs));
+            let what = format!("{} in {dtype:?}", case.name);
+            assert_close(&what, &values(&ours.result), &values(&composed.result), tolerance);
+            for (index, (ours, composed)) in ours.gradients.iter().zip(&composed.gradients).enumerate() {
+                assert_eq!((ours.dims(), ours.dtype()), (composed.dims(), dtype), "{what}");
+                let what = format!("{what}, gradient of input {index}");
+                assert_close(&what, &values(ours), &values(composed), tolerance);
+            }
+        }
+    }
+}
+
+#[test]
+fn products_of_bf16_leave_everything_else_as_it_is() {
+    if !Products::Bf16.is_native() {
+        eprintln!("skipped: this processor has no matrix tiles for bf16, or the system does not grant them");
+        return;
+    }
+    let mut others = 0;
+    for case in small().iter().chain(&large()) {
+        let inputs = case.inputs();
+        let exact = run(&case.composed, &to_f64(&inputs));
+        let in_f32 = run(&case.ours, &inputs);
+        let ours = ops::with_products(Products::Bf16, || run(&case.ours, &inputs));
+        let multiplies = ["linear", "closing"].iter().any(|name| case.name.starts_with(name));
+        if !multiplies {
+            assert_same_bits(&case.name, &ours, &in_f32);
+            continue;
+        }
+        others += usize::from(bits(&ours.result) != bits(&in_f32.result));
+        assert_close(&case.name, &values(&ours.result), &values(&exact.result), 2e-2);
+        for (ours, exact) in ours.gradients.iter().zip(&exact.gradients) {
+            assert_close(&case.name, &values(ours), &values(exact), 2e-2);
+        }
+        let again = ops::with_products(Products::Bf16, || run(&case.ours, &inputs));
+        assert_same_bits(&case.name, &ours, &again);
+    }
+    assert!(others > 10, "{others} results differ from products of f32");
 }
 
 /// `Σ result·upstream` of the composed operation in f64.
@@ -110,15 +163,19 @@ fn assert_same_bits(what: &str, a: &Run, b: &Run) {
 
 #[test]
 fn the_number_of_threads_does_not_change_a_bit() {
-    for case in large() {
-        let inputs = case.inputs();
+    for (case, dtype) in large().iter().flat_map(|case| [(case, DType::F32), (case, DType::BF16)]) {
+        let inputs = to(dtype, &case.inputs());
         let on_threads = |count: usize| {
             let pool = rayon::ThreadPoolBuilder::new().num_threads(count).build().unwrap();
             pool.install(|| run(&case.ours, &inputs))
         };
         let one = on_threads(1);
         for count in [2, 3] {
-            assert_same_bits(&format!("{} on {count} threads", case.name), &one, &on_threads(count));
+            assert_same_bits(
+                &format!("{} in {dtype:?} on {count} threads", case.name),
+                &one,
+                &on_threads(count),
+            );
         }
     }
 }
@@ -139,8 +196,8 @@ fn scattered(tensor: &Tensor) -> Tensor {
 
 #[test]
 fn layout_does_not_change_a_bit() {
-    for case in small() {
-        let inputs = case.inputs();
+    for (case, dtype) in small().iter().flat_map(|case| [(case, DType::F32), (case, DType::BF16)]) {
+        let inputs = to(dtype, &case.inputs());
         let contiguous = run(&case.ours, &inputs);
         // The gradient goes through the scattering too, back to the row-major variable.
         let scattered = run(
@@ -321,12 +378,20 @@ fn an_embedding_has_the_shape_of_its_tokens() {
 #[test]
 fn other_dtypes_are_refused_with_the_cure() {
     for case in small() {
-        for dtype in [DType::BF16, DType::F16, DType::F64] {
-            let inputs: Vec<Tensor> =
-                case.inputs().iter().map(|input| input.to_dtype(dtype).unwrap()).collect();
-            let message = message((case.ours)(&inputs));
-            assert!(message.contains("cast the tensor to F32"), "{}: {message}", case.name);
-        }
+        let inputs: Vec<Tensor> =
+            case.inputs().iter().map(|input| input.to_dtype(DType::F64).unwrap()).collect();
+        let message = message((case.ours)(&inputs));
+        assert!(message.contains("cast the tensor to F32"), "{}: {message}", case.name);
+    }
+}
+
+#[test]
+fn inputs_of_two_dtypes_are_refused() {
+    for case in small().iter().filter(|case| case.inputs().len() > 1 && !case.name.contains("closing")) {
+        let mut inputs = case.inputs();
+        inputs[0] = inputs[0].to_dtype(DType::BF16).unwrap();
+        let message = message((case.ours)(&inputs));
+        assert!(message.contains("cast the tensor to BF16"), "{}: {message}", case.name);
     }
 }
 
