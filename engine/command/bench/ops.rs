@@ -4,10 +4,11 @@
 
 use super::super::{CommandResult, configuration};
 use super::{Spread, spread};
+use crate::command::settings::ProductType;
 use crate::models::gpt::{Block, GptConfig};
 use candle_core::{D, DType, Device, Module, Result, Tensor, Var};
 use candle_nn::{VarBuilder, VarMap};
-use ferrozero_kernels::ops;
+use ferrozero_kernels::ops::{self, Products};
 use ferrozero_kernels::philox::Stream;
 use ferrozero_offload::memory;
 use serde_json::json;
@@ -35,6 +36,9 @@ pub struct OpsArguments {
     /// Different tokens
     #[arg(long, default_value_t = 32_000)]
     vocab: usize,
+    /// What ours multiply matrices as
+    #[arg(long, value_enum, default_value_t)]
+    products: ProductType,
     /// Measured rounds of each
     #[arg(long, default_value_t = 5)]
     rounds: usize,
@@ -76,11 +80,15 @@ impl Case {
         Ok(Self { name, inputs, ours: Box::new(ours), composed: Box::new(composed) })
     }
 
-    /// Seconds of one forward and backward.
-    fn run(&self, operation: &Operation) -> Result<f64> {
+    /// Seconds of one forward and backward of one of the two.
+    fn run(&self, side: Side, products: Products) -> Result<f64> {
         let inputs: Vec<Tensor> = self.inputs.iter().map(|input| input.as_tensor().clone()).collect();
+        let operation = match side {
+            Side::Ours => &self.ours,
+            Side::Composed => &self.composed,
+        };
         let started = Instant::now();
-        ops::backward(&ops::before_backward(|| operation(&inputs))?)?;
+        ops::with_products(products, || ops::backward(&ops::before_backward(|| operation(&inputs))?))?;
         Ok(started.elapsed().as_secs_f64())
     }
 }
@@ -239,6 +247,12 @@ pub fn run(arguments: OpsArguments) -> CommandResult {
         let message = "bench ops: sizes must be at least 1, and --hidden a multiple of twice the --heads";
         return Err(configuration(message.into()).into());
     }
+    let products = Products::from(arguments.products);
+    if !products.is_native() {
+        let message =
+            "bench ops: this processor has no matrix tiles for bf16, or the system does not grant them";
+        return Err(configuration(message.into()).into());
+    }
     // As in a run, whose plan grants freed tensors their memory for the next ones.
     memory::set_cache_limit_bytes(memory::current_bytes() + KEPT_BYTES);
     let cases = cases(&arguments)?;
@@ -248,11 +262,7 @@ pub fn run(arguments: OpsArguments) -> CommandResult {
             let case = cases.iter().find(|case| case.name == name);
             let case =
                 case.ok_or_else(|| configuration(format!("bench ops: there is no operation {name}")))?;
-            let operation = match side {
-                Side::Ours => &case.ours,
-                Side::Composed => &case.composed,
-            };
-            println!("{}", case.run(operation)?);
+            println!("{}", case.run(side, products)?);
         }
         return Ok(());
     }
@@ -261,7 +271,7 @@ pub fn run(arguments: OpsArguments) -> CommandResult {
         let (mut ours, mut composed) = (vec![], vec![]);
         // The first round warms both up.
         for round in 0..=arguments.rounds {
-            let times = (case.run(&case.ours)?, case.run(&case.composed)?);
+            let times = (case.run(Side::Ours, products)?, case.run(Side::Composed, products)?);
             if round > 0 {
                 ours.push(times.0);
                 composed.push(times.1);

@@ -3,7 +3,7 @@
 
 use super::super::{CommandResult, configuration};
 use super::{Spread, spread};
-use crate::command::settings::ProductType;
+use crate::command::settings::{ComputeType, ProductType};
 use crate::models::gpt::{self, Gpt, GptConfig};
 use crate::models::linear::Adapting;
 use crate::models::llama::{self, Llama};
@@ -55,6 +55,9 @@ pub struct StepArguments {
     /// compared with all are
     #[arg(long, default_value_t = 0)]
     kept: usize,
+    /// Type of parameters, gradients and activations; in the placement that is compared with f32
+    #[arg(long, value_enum, default_value_t)]
+    dtype: ComputeType,
     /// What matrices are multiplied as; in the placement that is compared with f32
     #[arg(long, value_enum, default_value_t)]
     products: ProductType,
@@ -94,6 +97,7 @@ impl Home {
 struct Variant {
     home: Home,
     kept: usize,
+    dtype: ComputeType,
     products: ProductType,
 }
 
@@ -113,6 +117,7 @@ struct Footprint {
 struct Measured {
     placement: &'static str,
     kept: usize,
+    dtype: ComputeType,
     products: ProductType,
     step_s: Spread,
     tokens_per_s: f64,
@@ -126,8 +131,9 @@ pub fn run(arguments: StepArguments) -> CommandResult {
     if arguments.serve {
         return serve(&arguments);
     }
-    let first = Variant { home: arguments.placement, kept: arguments.kept, products: arguments.products };
-    let plain = |home| Variant { home, kept: 0, products: ProductType::F32 };
+    let StepArguments { placement: home, kept, dtype, products, .. } = arguments;
+    let first = Variant { home, kept, dtype, products };
+    let plain = |home| Variant { home, kept: 0, dtype: ComputeType::F32, products: ProductType::F32 };
     let variants: Vec<_> = std::iter::once(first).chain(arguments.against.map(plain)).collect();
     let mut servers = variants
         .iter()
@@ -147,11 +153,12 @@ pub fn run(arguments: StepArguments) -> CommandResult {
     let tokens = (arguments.batch * arguments.seq) as f64;
     let mut measured = vec![];
     for ((server, steps), &variant) in servers.into_iter().zip(&steps).zip(&variants) {
-        let Variant { home, kept, products } = variant;
+        let Variant { home, kept, dtype, products } = variant;
         let step_s = figure(steps, "step_s");
         measured.push(Measured {
             placement: home.name(),
             kept,
+            dtype,
             products,
             step_s,
             tokens_per_s: tokens / step_s.median,
@@ -175,15 +182,16 @@ fn report(arguments: &StepArguments, measured: &[Measured]) -> CommandResult {
         return Ok(());
     }
     println!(
-        "| placement | graphs kept | products | median step | tokens/s | exposed stall | peak resident | planned |"
+        "| placement | graphs kept | dtype | products | median step | tokens/s | exposed stall | peak resident | planned |"
     );
-    println!("|---|---|---|---|---|---|---|---|");
+    println!("|---|---|---|---|---|---|---|---|---|");
     let mib = |bytes: u64| format!("{} MiB", bytes >> 20);
     for row in measured {
         println!(
-            "| {} | {} | {} | {:.2} s ({:.2} to {:.2}) | {:.0} | {:.1} % | {} | {} |",
+            "| {} | {} | {} | {} | {:.2} s ({:.2} to {:.2}) | {:.0} | {:.1} % | {} | {} |",
             row.placement,
             row.kept,
+            row.dtype,
             row.products,
             row.step_s.median,
             row.step_s.least,
@@ -208,7 +216,10 @@ struct Server {
 }
 
 impl Server {
-    fn start(arguments: &StepArguments, Variant { home, kept, products }: Variant) -> CommandResult<Self> {
+    fn start(
+        arguments: &StepArguments,
+        Variant { home, kept, dtype, products }: Variant,
+    ) -> CommandResult<Self> {
         let mut command = Command::new(std::env::current_exe()?);
         command.args(["bench", "step", "--serve", "--placement", home.name()]);
         let sizes = [
@@ -223,7 +234,7 @@ impl Server {
         for (option, size) in sizes {
             command.arg(option).arg(size.to_string());
         }
-        command.arg("--products").arg(products.to_string());
+        command.arg("--dtype").arg(dtype.to_string()).arg("--products").arg(products.to_string());
         if let Some(config) = &arguments.config {
             command.arg("--config").arg(config);
         }
@@ -262,7 +273,8 @@ impl Server {
 }
 
 fn serve(arguments: &StepArguments) -> CommandResult {
-    let name = format!("{}-{}-{}", arguments.placement.name(), arguments.kept, arguments.products);
+    let StepArguments { placement, kept, dtype, products, .. } = arguments;
+    let name = format!("{}-{kept}-{dtype}-{products}", placement.name());
     let folder = arguments.dir.join(name);
     let _ = std::fs::remove_dir_all(&folder);
     let footprint = serve_in(arguments, folder.clone());
@@ -287,6 +299,7 @@ fn serve_in(arguments: &StepArguments, folder: PathBuf) -> CommandResult<Footpri
         placement,
         clip: arguments.clip,
         kept: Some(arguments.kept),
+        dtype: arguments.dtype.into(),
         products: arguments.products.into(),
         ..Config::default()
     })?;

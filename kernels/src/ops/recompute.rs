@@ -17,7 +17,9 @@ use std::collections::HashMap;
 
 #[cfg(feature = "cuda")]
 use super::cuda;
+use super::input::Elements;
 use super::linear::{self, linear};
+use super::output::storage;
 
 /// Gradients that were handed over, each summed in the order of its parts.
 type HandedOver = HashMap<TensorId, Tensor>;
@@ -212,14 +214,15 @@ impl CustomOp3 for ClosingLinear {
 
     fn cpu_fwd(
         &self,
-        _: &CpuStorage,
-        residual: &Layout,
+        residual: &CpuStorage,
+        layout: &Layout,
         _: &CpuStorage,
         _: &Layout,
         _: &CpuStorage,
         _: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
-        Ok((CpuStorage::F32(vec![]), residual.shape().clone()))
+        let like = Elements::of("closing_linear", residual, layout)?;
+        Ok((storage(vec![], like), layout.shape().clone()))
     }
 
     #[cfg(feature = "cuda")]
