@@ -14,7 +14,7 @@ use super::input::{Elements, Input, elements};
 use super::matrix::{Matrix, MatrixMut, Threads, multiply};
 use super::output::{cpu_tensor, in_chunks, rounded_like, storage};
 use super::recompute::{backward_follows, hand_over};
-use super::vector::{chunk_elements, exp, maximum, sum_by, vectorized};
+use super::vector::{chunk_elements, exp, maximum, share, sum_by, vectorized};
 
 /// `mean(log Σ e^logits − logits[target])` over the rows: `logits` `[N, V]`, `targets` `[N]` of `u32`, a scalar.
 ///
@@ -426,7 +426,7 @@ vectorized! {
         let rows = logits.chunks_exact_mut(vocabulary_size).zip(log_sums).zip(targets);
         for ((logits, &log_sum), &target) in rows {
             for logit in logits.iter_mut() {
-                *logit = scale * exp(*logit - log_sum);
+                *logit = scale * share(*logit - log_sum);
             }
             if let Some(gradient) = logits.get_mut(target as usize) {
                 *gradient -= scale;

@@ -10,7 +10,7 @@ use super::linear::linear;
 use super::matrix::Matrix;
 use super::output::{cpu_tensor, storage};
 use super::recompute::hand_over;
-use super::vector::{chunk_elements, exp, vectorized};
+use super::vector::{chunk_elements, share, vectorized};
 
 const NAME: &str = "linear_log_sums";
 
@@ -160,7 +160,7 @@ vectorized! {
         let rows = logits.chunks_exact_mut(vocabulary_size).zip(targets).zip(upstream);
         for ((logits, &target), ((&log_sum, &of_sum), &of_target)) in rows {
             for logit in logits.iter_mut() {
-                *logit = of_sum * exp(*logit - log_sum);
+                *logit = of_sum * share(*logit - log_sum);
             }
             if let Some(gradient) = logits.get_mut(target as usize) {
                 *gradient += of_target;

@@ -10,7 +10,7 @@ use super::cuda;
 use super::error::{OpError, shapes_error};
 use super::input::{Elements, Input};
 use super::output::{cpu_tensor, in_chunks};
-use super::vector::{chunk_elements, exp, maximum, sum_by, sum_by2, vectorized};
+use super::vector::{chunk_elements, maximum, share, sum_by, sum_by2, vectorized};
 
 /// `e^(x − max) / Σ e^(x − max)` over the last dimension, as [`candle_nn::ops::softmax_last_dim`].
 ///
@@ -131,7 +131,7 @@ vectorized! {
             }
             let largest = maximum(scores);
             for score in scores.iter_mut() {
-                *score = exp(*score - largest);
+                *score = share(*score - largest);
             }
             let inverse = 1.0 / sum_by(scores, |power| power);
             for score in scores.iter_mut() {
