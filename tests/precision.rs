@@ -1,10 +1,15 @@
-//! Computing in bf16 and f16 over masters in f32: where still never changes what, the losses stay near those of f32, and a
-//! step whose gradients overflow in f16 changes nothing.
+//! Computing in bf16 and f16 over masters in f32, and products of f32 made of bf16: where still never changes what, the losses stay near
+//! those of f32, and a step whose gradients overflow in f16 changes nothing.
 
 mod support;
 
-use candle_core::DType;
-use ferrozero::{BackendChoice, Config, Placement, Tier};
+use candle_core::{DType, Device, Module, Tensor};
+use ferrozero::models::gpt::{self, Gpt, GptConfig};
+use ferrozero::models::linear::Adapting;
+use ferrozero::models::llama::{self, Llama};
+use ferrozero::models::llama_config::LlamaConfig;
+use ferrozero::{AdamW, BackendChoice, Config, Engine, Placement, Products, Tier, Trainer};
+use serde_json::json;
 use support::{tokens, train, trainer};
 
 const BLOCKS: usize = 3;
@@ -100,4 +105,140 @@ fn what_overflows_at_every_scale_is_an_error() {
     });
     let error = error.map(|error| error.to_string()).unwrap_or_default();
     assert!(error.contains("infinite or NaN"), "{error}");
+}
+
+const VOCABULARY: usize = 50;
+
+/// The families that the engine itself brings, of its own operations.
+enum Model {
+    Gpt(Gpt<gpt::StreamedBlock>),
+    Llama(Llama<llama::StreamedBlock>),
+}
+
+impl Model {
+    fn loss(&self, micro_batch: usize) -> candle_core::Result<Tensor> {
+        let tokens = |first: usize| {
+            let tokens = (0..2 * 33).map(|i| ((i * i + 7 * (i + first + micro_batch)) % VOCABULARY) as u32);
+            Tensor::from_vec(tokens.collect::<Vec<_>>(), (2, 33), &Device::Cpu)
+        };
+        let (inputs, targets) = (tokens(0)?, tokens(1)?);
+        match self {
+            Self::Gpt(model) => model.loss(&inputs, &targets),
+            Self::Llama(model) => {
+                let hidden = model.hidden(&inputs, |_, layer, xs| layer.forward(xs))?;
+                model.cross_entropy(&hidden.flatten(0, 1)?, &targets.flatten_all()?)
+            }
+        }
+    }
+}
+
+/// A trainer of one of them: three blocks of width 64.
+fn family(is_llama: bool, config: Config) -> ferrozero::Result<(Trainer, Model)> {
+    let engine = Engine::new(config)?;
+    let none = Adapting::default();
+    let model = if is_llama {
+        let config = json!({
+            "model_type": "llama", "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4,
+            "num_key_value_heads": 2, "intermediate_size": 96, "vocab_size": VOCABULARY, "rms_norm_eps": 1e-5,
+            "rope_theta": 10000.0, "max_position_embeddings": 33, "tie_word_embeddings": true,
+        });
+        let config = LlamaConfig::from_json(&config, "the test", 33)?;
+        let block = |vb, layer| llama::StreamedBlock::of(&engine, &config, layer, &none, 1, vb);
+        Model::Llama(Llama::new(&config, engine.var_builder(), block, |_| Ok(None))?)
+    } else {
+        let config = GptConfig { vocabulary: VOCABULARY, layers: 3, hidden: 64, heads: 4, sequence: 33 };
+        let block = |vb, _| gpt::StreamedBlock::of(&engine, &config, &none, 1, vb);
+        Model::Gpt(Gpt::new(&config, engine.var_builder(), block)?)
+    };
+    let adamw = AdamW { learning_rate: 5e-4, ..AdamW::default() };
+    let plan = engine.plan(adamw, || model.loss(0))?;
+    Ok((engine.trainer(plan)?, model))
+}
+
+/// The losses of some steps, and the digest of the weights after them.
+fn train_family(is_llama: bool, config: Config) -> ferrozero::Result<(Vec<f32>, String)> {
+    let (mut trainer, model) = family(is_llama, config)?;
+    let mut losses = vec![];
+    for _ in 0..6 {
+        losses.push(trainer.step(|micro_batch| model.loss(micro_batch))?.loss);
+    }
+    Ok((losses, trainer.weights_digest()?))
+}
+
+/// Trains both families in other numbers than f32, with states, boundaries and graphs in every place.
+fn assert_near_f32_and_the_same_everywhere(other: &Config, tolerance: f32) {
+    for is_llama in [false, true] {
+        let in_f32 = Config { accumulate: 2, ..config(DType::F32, Tier::Host) };
+        let (in_f32, f32_digest) = train_family(is_llama, in_f32).unwrap();
+        let with = |config: Config| {
+            let Config { dtype, products, .. } = *other;
+            train_family(is_llama, Config { dtype, products, accumulate: 2, ..config }).unwrap()
+        };
+        let expected = with(config(DType::F32, Tier::Host));
+        assert_ne!(expected.1, f32_digest, "nothing was computed in other numbers");
+        for (expected, found) in in_f32.iter().zip(&expected.0) {
+            assert!(
+                (expected - found).abs() <= tolerance * expected,
+                "llama {is_llama}: {found}, {expected}"
+            );
+        }
+        let disk = config(DType::F32, Tier::Disk);
+        let slots = Config { slots: Some(1), look_ahead: Some(1), clip: Some(1e3), ..disk.clone() };
+        let boundaries = Config { boundaries: Some(Tier::Disk), kept: Some(0), ..disk.clone() };
+        let vertical = Config { vertical: Some(2), ..disk.clone() };
+        let kept = Config { kept: Some(3), ..disk };
+        let all = [("slots", slots), ("boundaries", boundaries), ("vertical", vertical), ("kept", kept)];
+        for (name, config) in all {
+            assert_eq!(with(config), expected, "{name}, llama {is_llama}, {:?}", other.dtype);
+        }
+    }
+}
+
+#[test]
+fn the_models_train_in_16_bits_wherever_their_states_are() {
+    for (dtype, tolerance) in [(DType::BF16, 2e-2), (DType::F16, 2e-3)] {
+        assert_near_f32_and_the_same_everywhere(&Config { dtype, ..Config::default() }, tolerance);
+    }
+}
+
+/// Whether the processor makes them; says so if not.
+fn has_products_of_bf16() -> bool {
+    let native = Products::Bf16.is_native();
+    if !native {
+        eprintln!("skipped: this processor has no matrix tiles for bf16, or the system does not grant them");
+    }
+    native
+}
+
+#[test]
+fn the_models_train_with_products_of_bf16_wherever_their_states_are() {
+    if has_products_of_bf16() {
+        assert_near_f32_and_the_same_everywhere(
+            &Config { products: Products::Bf16, ..Config::default() },
+            2e-2,
+        );
+    }
+}
+
+#[test]
+fn an_evaluation_makes_the_products_of_a_step() {
+    if !has_products_of_bf16() {
+        return;
+    }
+    let (mut trainer, model) =
+        family(false, Config { products: Products::Bf16, ..config(DType::F32, Tier::Host) }).unwrap();
+    let evaluated = trainer.evaluate(|| model.loss(0)?.to_scalar::<f32>()).unwrap();
+    assert_eq!(trainer.step(|_| model.loss(0)).unwrap().loss, evaluated);
+}
+
+#[test]
+fn products_of_bf16_are_refused_where_they_are_not_made() {
+    let refused = |dtype| {
+        let config = Config { products: Products::Bf16, dtype, ..Config::default() };
+        Engine::new(config).map(drop).unwrap_err().to_string()
+    };
+    assert!(refused(DType::BF16).contains("leave products out"));
+    if !Products::Bf16.is_native() {
+        assert!(refused(DType::F32).contains("no matrix tiles"));
+    }
 }
