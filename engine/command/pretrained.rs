@@ -49,7 +49,7 @@ pub struct GenerateArguments {
     /// Device that computes: cpu, cuda or cuda:NUMBER
     #[arg(long, default_value = "cpu")]
     device: String,
-    /// Type of parameters and activations on the device; on the CPU device 16 bits save memory, but no time
+    /// Type of parameters and activations on the device
     #[arg(long, value_enum, default_value_t)]
     dtype: ComputeType,
     /// What matrices are multiplied as on the CPU device; bf16 is faster where the processor has matrix tiles (AMX), and less exact

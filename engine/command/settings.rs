@@ -37,8 +37,7 @@ pub struct RunArguments {
     /// Device that computes: cpu, cuda or cuda:NUMBER
     #[arg(long)]
     pub device: Option<String>,
-    /// Type of parameters, gradients and activations on the device; masters and moments stay f32. On the CPU device 16 bits save memory,
-    /// but no time
+    /// Type of parameters, gradients and activations on the device; masters and moments stay f32
     #[arg(long)]
     pub dtype: Option<ComputeType>,
     /// What matrices are multiplied as on the CPU device; bf16 is faster where the processor has matrix tiles (AMX), and less exact
