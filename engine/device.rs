@@ -114,14 +114,14 @@ fn check_products(device: &Device, dtype: DType, products: Products) -> Result<(
     if !device.is_cpu() || dtype != DType::F32 {
         return Err(Error::Configuration(
             "products of bf16 are for f32 on the CPU device: with another dtype, as on a CUDA device with --dtype bf16, matrices \
-             are multiplied in that type anyway; leave products out"
+             are multiplied in that type anyway; use products of f32 (--products f32)"
                 .into(),
         ));
     }
     if !products.is_native() {
         return Err(Error::Configuration(
             "this processor has no matrix tiles for bf16 (Intel's AMX), or the system does not grant them: products of bf16 would be \
-             slower than those of f32; leave products out"
+             slower than those of f32; use products of f32 (--products f32)"
                 .into(),
         ));
     }

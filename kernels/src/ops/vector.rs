@@ -163,7 +163,7 @@ pub(super) fn exp(x: f32) -> f32 {
 }
 
 /// `e^x`, see [`exp`], as a share of a sum that is 1 or more: 0 below 1e-30, which adds nothing to it. Products of such numbers would be
-/// subnormal, and some processors take a hundred times as long for those.
+/// subnormal, which some processors multiply much more slowly.
 #[inline(always)]
 pub(super) fn share(x: f32) -> f32 {
     let share = exp(x);

@@ -121,16 +121,17 @@ impl<'a, T: Factor> Vectors<'a, T> {
     /// Up to `count` vectors from `first` on.
     pub(super) fn part(self, first: usize, count: usize) -> Self {
         let first = first.min(self.count);
-        Vectors { elements: self.from(first * self.stride), count: count.min(self.count - first), ..self }
+        Vectors { elements: self.after(first * self.stride), count: count.min(self.count - first), ..self }
     }
 
     /// Up to `depth` elements of each, from `first` on.
     pub(super) fn slice(self, first: usize, depth: usize) -> Self {
         let first = first.min(self.depth);
-        Vectors { elements: self.from(first * self.step), depth: depth.min(self.depth - first), ..self }
+        Vectors { elements: self.after(first * self.step), depth: depth.min(self.depth - first), ..self }
     }
 
-    fn from(self, start: usize) -> &'a [T] {
+    /// The elements from one on, none where that is beyond the last.
+    fn after(self, start: usize) -> &'a [T] {
         &self.elements[start.min(self.elements.len())..]
     }
 }
