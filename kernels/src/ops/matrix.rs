@@ -248,7 +248,10 @@ pub(super) fn multiply(
     };
     let parallelism = match threads {
         Threads::One => gemm::Parallelism::None,
-        Threads::All if products() == Products::Bf16 && Products::Bf16.is_native() => {
+        // A single row is multiplied as fast as memory is read, and packing would be one pass more.
+        Threads::All
+            if destination.rows > 1 && products() == Products::Bf16 && Products::Bf16.is_native() =>
+        {
             return halves::multiply(destination, accumulate, a, b);
         }
         // Zero stands for the size of the current pool.

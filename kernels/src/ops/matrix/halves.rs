@@ -44,6 +44,14 @@ pub(super) fn multiply<E: Element>(
 
 /// The same for sums of one to [`DEPTH`] elements.
 fn multiply_once<E: Element>(destination: MatrixMut<'_, E>, accumulate: bool, a: Matrix<'_>, b: Matrix<'_>) {
+    // A single row, as of the next token, by columns that lie whole.
+    if a.row_count() == 1 && b.row_stride == 1 && b.column_stride >= b.rows {
+        match b.elements {
+            Elements::BF16(columns) => return multiply_row(destination, accumulate, a, (b, columns)),
+            Elements::F16(columns) => return multiply_row(destination, accumulate, a, (b, columns)),
+            Elements::F32(_) => {}
+        }
+    }
     #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
     if let Some(tiles) = Tiles::find() {
         match (a.elements, b.elements) {
@@ -87,7 +95,45 @@ fn multiply_widened<E: Element>(
     );
 }
 
+/// A row by columns that each lie whole: memory is what it waits for, so nothing is copied.
+fn multiply_row<E: Element, T: Element>(
+    destination: MatrixMut<'_, E>,
+    accumulate: bool,
+    a: Matrix<'_>,
+    (b, columns): (Matrix<'_>, &[T]),
+) {
+    let path = Path::best();
+    let mut scratch = vec![];
+    let row = a.widened(&mut scratch);
+    let Elements::F32(row) = row.elements else { return };
+    let mut sums = vec![0f32; b.columns];
+    sums.par_chunks_mut(STRIP).enumerate().for_each(|(number, sums)| {
+        dots(path, sums, row, &columns[number * STRIP * b.column_stride..], b.column_stride);
+    });
+    put(path, destination, &sums, b.columns, accumulate);
+}
+
+/// Sums that a dot product keeps, of every so many-th product.
+const LANES: usize = 64;
+
 on_paths! {
+    /// The sums of the products of a row and each of some columns, of which each starts `stride` elements after the one before.
+    fn dots[T: Element](sums: &mut [f32], row: &[f32], columns: &[T], stride: usize) {
+        let (row_blocks, row_tail) = row.as_chunks::<LANES>();
+        for (sum, column) in sums.iter_mut().zip(columns.chunks(stride)) {
+            let (blocks, tail) = column[..row.len()].as_chunks::<LANES>();
+            let mut lanes = [0f32; LANES];
+            for (xs, ys) in row_blocks.iter().zip(blocks) {
+                for lane in 0..LANES {
+                    lanes[lane] += xs[lane] * ys[lane].widen();
+                }
+            }
+            for (lane, (&x, &y)) in lanes.iter_mut().zip(row_tail.iter().zip(tail)) {
+                *lane += x * y.widen();
+            }
+            *sum = lanes.iter().sum();
+        }
+    }
     /// Rounds rows of sums, of which each starts `stride` elements after the one before, into a matrix, or adds them to it.
     fn put[E: Element](destination: MatrixMut<'_, E>, sums: &[f32], stride: usize, accumulate: bool) {
         let mut destination = destination;
@@ -118,13 +164,15 @@ mod tests {
     }
 
     /// Shapes that fill tiles, panels and strips, and that leave some over.
-    const SHAPES: [(usize, usize, usize); 9] = [
+    const SHAPES: [(usize, usize, usize); 11] = [
         (1, 1, 1),
         (32, 32, 32),
         (33, 31, 65),
         (16, 300, 2),
         (130, 5, 97),
         (1, 257, 40),
+        (1, 300, 200),
+        (1, 1, 70),
         (257, 1, 33),
         (129, 140, 128),
         (3, 5, DEPTH + 17),
