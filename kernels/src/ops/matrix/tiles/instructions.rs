@@ -50,7 +50,7 @@ impl Tiles {
         let (tiles, _) = panel.as_chunks_mut::<TILE>();
         for (number, tile) in tiles.iter_mut().enumerate() {
             let part = vectors.part(number % 2 * SIDE, SIDE).slice(number / 2 * DEPTH, DEPTH);
-            // SAFETY: where there are tiles, there is AVX-512.
+            // SAFETY: there are tiles only where AVX-512F and AVX-512BW were found, too.
             unsafe { pack_tile(part, order, tile) };
         }
     }
@@ -147,7 +147,8 @@ fn has_tiles() -> bool {
     const OS_KEEPS_STATE: u32 = 1 << 27;
     const AMX_BF16_AND_TILE: u32 = 1 << 22 | 1 << 24;
     const TILE_STATE: u64 = 0b11 << 17;
-    if !is_x86_feature_detected!("avx512f") || !is_x86_feature_detected!("xsave") {
+    let has_vectors = is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512bw");
+    if !has_vectors || !is_x86_feature_detected!("xsave") {
         return false;
     }
     let keeps_state = __cpuid(1).ecx & OS_KEEPS_STATE != 0;
@@ -204,7 +205,8 @@ fn pack_tile<T: Factor>(vectors: Vectors<'_, T>, order: Order, tile: &mut [u16; 
     }
 }
 
-/// Exchanges vectors and pairs: rows and columns of 16 × 16 pairs. Rows of four are gathered by halves of ever larger parts.
+/// Exchanges vectors and pairs: rows and columns of 16 × 16 pairs. Pairs change places between rows that are 1, 2, 4 and 8
+/// apart.
 #[target_feature(enable = "avx512f")]
 fn transpose(tile: &mut [u16; TILE]) {
     let tile = tile.as_mut_ptr();
