@@ -52,9 +52,17 @@ fn stored_and_changed_texts_in_toml_are_settings_or_an_error() {
 
 #[test]
 fn stored_and_changed_configurations_of_deepspeed_are_settings_or_an_error() {
-    // Types of 16 bits need a device other than the default.
-    let expected =
-        ["all", "auto", "batch_alone", "batch_of_accumulation", "folder_number", "folder_root", "warmup"];
+    let expected = [
+        "all",
+        "auto",
+        "batch_alone",
+        "batch_of_accumulation",
+        "bf16",
+        "folder_number",
+        "folder_root",
+        "fp16",
+        "warmup",
+    ];
     expect_accepted(&corpus("deepspeed"), configuration::resolve_deepspeed, &expected);
 }
 

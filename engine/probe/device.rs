@@ -140,6 +140,11 @@ mod tests {
     #[test]
     fn attention_is_measured_in_the_types_that_a_device_computes_in() {
         assert!(attention_flop_per_s(&Device::Cpu, DType::F32).unwrap() > 0.0);
-        assert!(attention_flop_per_s(&Device::Cpu, DType::BF16).is_err());
+        assert!(attention_flop_per_s(&Device::Cpu, DType::F64).is_err());
+    }
+
+    #[test]
+    fn products_of_bf16_are_measured_where_they_are_made() {
+        assert_eq!(bf16_products_flop_per_s(&Device::Cpu).is_some(), Products::Bf16.is_native());
     }
 }
