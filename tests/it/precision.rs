@@ -1,8 +1,7 @@
 //! Computing in bf16 and f16 over masters in f32, and products of f32 made of bf16: where still never changes what, the losses stay near
 //! those of f32, and a step whose gradients overflow in f16 changes nothing.
 
-mod support;
-
+use crate::support::{tokens, train, trainer};
 use candle_core::{DType, Device, Module, Tensor};
 use ferrozero::models::gpt::{self, Gpt, GptConfig};
 use ferrozero::models::linear::Adapting;
@@ -10,7 +9,6 @@ use ferrozero::models::llama::{self, Llama};
 use ferrozero::models::llama_config::LlamaConfig;
 use ferrozero::{AdamW, BackendChoice, Config, Engine, Placement, Products, Tier, Trainer};
 use serde_json::json;
-use support::{tokens, train, trainer};
 
 const BLOCKS: usize = 3;
 

@@ -1,9 +1,9 @@
 //! Whatever is in a configuration's place gives settings or an error, and settings that are accepted can be computed
 //! with. The texts are those that the fuzzer starts from.
 
-#[path = "../fuzz/harness/configuration.rs"]
+#[path = "../../fuzz/harness/configuration.rs"]
 mod configuration;
-#[path = "../fuzz/harness/mutation.rs"]
+#[path = "../../fuzz/harness/mutation.rs"]
 mod mutation;
 
 use ferrozero::command::{RunArguments, TrainArguments, TrainSettings};

@@ -1,14 +1,12 @@
 //! Each failure of the disk at each moment of a short run: told with file, extent and step, or ridden out. No run hangs,
 //! panics or trains on damage, and the last commit resumes with the bits of a run that met no fault.
 
-mod support;
-
+use crate::support::{tokens, train, trainer};
 use ferrozero::{BackendChoice, Config, Error, Fault, FaultKind, FaultPlan, FaultPoint, Placement, Tier};
 use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::time::Duration;
-use support::{tokens, train, trainer};
 
 const BLOCKS: usize = 1;
 const STEPS: u64 = 3;

@@ -1,14 +1,12 @@
 //! Micro-batches that run vertically: what they spare, how they fail, and what is refused. That they have the bits of
 //! micro-batches that run one after another is in `bitwise`.
 
-mod support;
-
+use crate::support::{Block, tokens, train, trainer};
 use candle_core::{CpuStorage, CustomOp1, DType, Device, Layout, Module, Result, Shape, Tensor, bail};
 use candle_nn::{Init, VarBuilder};
 use ferrozero::schedule::Operation;
 use ferrozero::{AdamW, BackendChoice, Config, Engine, Error, Placement, Segment, Tier, Trainer};
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use support::{Block, tokens, train, trainer};
 
 const BLOCKS: usize = 3;
 const MICRO_BATCHES: usize = 4;

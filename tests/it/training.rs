@@ -1,15 +1,13 @@
 //! What a user may do with a model, and what is refused: tied, frozen and unused parameters, several inputs,
 //! evaluation, resuming, exporting, and calls that the schedule does not expect.
 
-mod support;
-
+use crate::support::{Block, Model, VOCABULARY, WIDTH, engine_model, tokens, train, trainer};
 use candle_core::{DType, Device, Module, Tensor};
 use candle_nn::{Init, VarBuilder};
 use ferrozero::{AdamW, BackendChoice, Config, Engine, Error, InitialValues, Placement, Tier};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 use std::sync::{Arc, Mutex};
-use support::{Block, Model, VOCABULARY, WIDTH, engine_model, tokens, train, trainer};
 
 fn folder() -> tempfile::TempDir {
     tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap()

@@ -1,12 +1,10 @@
 //! The state on disk is the checkpoint: it can be looked at, checked, exported and made without the model, and it is
 //! committed behind the next step.
 
-mod support;
-
+use crate::support::{tokens, train, trainer};
 use ferrozero::{Checkpoint, Config, Error, Placement, Tier, import_safetensors};
 use std::os::unix::fs::FileExt;
 use std::path::Path;
-use support::{tokens, train, trainer};
 
 const BLOCKS: usize = 3;
 const PIECE_BYTES: usize = 8192;

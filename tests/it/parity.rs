@@ -207,7 +207,7 @@ fn gradients_that_are_observed_are_those_of_plain_candle_each_once_a_micro_batch
 /// The losses that `scripts/torch_reference.py` wrote, from the engine's own initial values.
 #[test]
 fn twenty_steps_have_the_losses_of_pytorch() {
-    let text = include_str!("data/torch_reference.json");
+    let text = include_str!("../data/torch_reference.json");
     let reference: serde_json::Value = serde_json::from_str(text).unwrap();
     let losses: Vec<f32> =
         reference["losses"].as_array().unwrap().iter().map(|loss| loss.as_f64().unwrap() as f32).collect();

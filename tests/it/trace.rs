@@ -2,8 +2,6 @@
 //! held within what the plan has for it.
 
 #[expect(dead_code, reason = "the other tests use the rest")]
-mod support;
-
 use ferrozero::schedule::Queue;
 use ferrozero::trace::ChromeTrace;
 use ferrozero::{BackendChoice, Config, Placement, Tier};
@@ -32,12 +30,13 @@ fn trace_of_a_run(placement: Placement, clip: Option<f64>) {
         piece_bytes: Some(4096),
         ..Config::default()
     };
-    let (mut trainer, model) = support::trainer(config, 3).unwrap();
+    let (mut trainer, model) = crate::support::trainer(config, 3).unwrap();
     let mut chrome = ChromeTrace::create(&path, trainer.plan()).unwrap();
     trainer.take_trace().unwrap();
     let tracks_at_first = objects(&path);
     for step in 0..STEPS {
-        let report = trainer.step(|micro_batch| model.loss(&support::tokens(step, micro_batch))).unwrap();
+        let report =
+            trainer.step(|micro_batch| model.loss(&crate::support::tokens(step, micro_batch))).unwrap();
         chrome.append(&report.trace).unwrap();
         assert!(objects(&path).len() > tracks_at_first.len());
     }
@@ -124,7 +123,7 @@ fn every_operation_of_a_step_is_an_event_on_the_track_of_its_queue() {
 
 #[test]
 fn a_file_that_cannot_be_made_is_named() {
-    let (trainer, _) = support::trainer(Config::default(), 1).unwrap();
+    let (trainer, _) = crate::support::trainer(Config::default(), 1).unwrap();
     let error = ChromeTrace::create(Path::new("/nowhere/trace.json"), trainer.plan()).err().unwrap();
     assert!(error.to_string().contains("/nowhere/trace.json"), "{error}");
 }

@@ -2,11 +2,9 @@
 //! look-ahead, pieces of state, gradient sets, moment of updates, piece size, number of threads, home of boundaries, number of
 //! micro-batches that run vertically, and number of segments that are not computed again.
 
-mod support;
-
+use crate::support::{tokens, train, trainer};
 use ferrozero::arrangement::GroupPlacement;
 use ferrozero::{BackendChoice, Config, Placement, Tier, Updates};
-use support::{tokens, train, trainer};
 
 const BLOCKS: usize = 4;
 const STEPS: u64 = 3;

@@ -4,14 +4,12 @@
 //!
 //! The long form: `scripts/crash_soak`.
 
-mod support;
-
+use crate::support::{tokens, train, trainer};
 use ferrozero::{BackendChoice, Config, Engine, Fault, FaultKind, FaultPlan, FaultPoint, Placement, Tier};
 use std::io::{BufRead, BufReader};
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use support::{tokens, train, trainer};
 
 const BLOCKS: usize = 2;
 const STEPS: u64 = 8;
@@ -107,7 +105,7 @@ fn spawn(folder: &Path, way: usize, point: usize, nth: u64) -> Child {
 fn command(folder: &Path, way: usize, point: usize, nth: u64) -> Command {
     let mut command = Command::new(std::env::current_exe().unwrap());
     command
-        .args(["child", "--exact", "--ignored", "--nocapture"])
+        .args(["crash::child", "--exact", "--ignored", "--nocapture"])
         .env(CHILD, format!("{way} {point} {nth}"))
         .env(FOLDER, folder)
         .stdin(Stdio::null())
