@@ -1,7 +1,6 @@
 //! The timeline of a run: valid JSON after every step, a named track a queue, every operation of the schedule once, and what each tier
 //! held within what the plan has for it.
 
-#[expect(dead_code, reason = "the other tests use the rest")]
 use ferrozero::schedule::Queue;
 use ferrozero::trace::ChromeTrace;
 use ferrozero::{BackendChoice, Config, Placement, Tier};
