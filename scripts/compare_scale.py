@@ -3,7 +3,7 @@
 
 The models, the tokens of a step and the recomputation are those of `scripts/scale_demo`; what DeepSpeed is given is what
 `scripts/compare_step.py` gives it: stage 3, parameters and optimizer on disk, buffers for the largest parameter. Its set-up is
-there too. Each model is tried in the memory that ferrozero trained it in, by the README; a run that is killed for it, or
+there too. Each model is tried in the memory that ferrozero trained it in, by docs/benchmarks.md; a run that is killed for it, or
 fails, is tried again with twice as much, up to the machine's memory. From the project's root, as root where cgroups need
 it, with 30 GB of free disk:
 
@@ -23,7 +23,7 @@ from pathlib import Path
 import compare_common as common
 from memory_cgroup import Cgroup
 
-# What the README's runs of scale_demo had.
+# What the runs of scale_demo in docs/benchmarks.md had.
 LIMITS_MIB = [213, 291, 2048]
 
 # A process that barely fits reads its own code from disk again and again.
