@@ -4,10 +4,13 @@
 //! cargo run --release --example embed_in_research_loop
 //! ```
 //!
-//! A model learns a function of the plane from noisy samples, and how noisy they are: its loss is the negative
-//! log-likelihood of a normal distribution, whose standard deviation is a parameter too. The points pass through
-//! frozen random features (Rahimi and Recht, "Random features for large-scale kernel machines", 2007). An observer looks at
-//! gradients before they leave the device, and a parameter is read in mid-training. In the middle, the run commits with the state of its own loop; it ends, is resumed from there, and must end with the same bits.
+//! A model learns a function of the plane from noisy samples, and how noisy they are: its loss is the
+//! negative log-likelihood of a normal distribution, whose standard deviation is a parameter too. The points
+//! pass through frozen random features (Rahimi and Recht, "Random features for large-scale kernel machines",
+//! 2007). An observer looks at gradients before they leave the device, and a parameter is read in
+//! mid-training. In the middle, the run commits with the state of its own loop; it ends, is resumed from
+//! there, and must end with the same bits.
+//!
 //! B: points of a batch, F: features, C: width.
 
 use candle_core::{DType, Device, Module, Result, Tensor};
@@ -33,7 +36,7 @@ const COMMIT_AT: u64 = 60;
 const NOISE: f32 = 0.1;
 const SCALE: f32 = 40.0;
 
-// ----------------------------------------------------------------------------------------------------------- the model
+// ------------------------------------------------------------------------------------------------- the model
 
 struct Block {
     up: Linear,
@@ -60,8 +63,8 @@ struct Regressor {
     entrance: Linear,
     blocks: Vec<Segment<Block>>,
     head: Linear,
-    /// The logarithm of the standard deviation over [`SCALE`]: AdamW moves every parameter about as far, and this one
-    /// has far to go.
+    /// The logarithm of the standard deviation over [`SCALE`]: AdamW moves every parameter about as far, and
+    /// this one has far to go.
     log_deviation: Tensor,
 }
 
@@ -100,9 +103,10 @@ impl Regressor {
     }
 }
 
-// ------------------------------------------------------------------------------------------------------------ the data
+// -------------------------------------------------------------------------------------------------- the data
 
-/// Random numbers that a commit can hold (Steele et al., "Fast splittable pseudorandom number generators", 2014).
+/// Random numbers that a commit can hold (Steele et al., "Fast splittable pseudorandom number generators",
+/// 2014).
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 struct Random(u64);
 
@@ -138,7 +142,7 @@ fn samples(count: usize, random: &mut Random) -> Result<(Tensor, Tensor)> {
     Ok((points, Tensor::from_vec(values, (count, 1), &Device::Cpu)?))
 }
 
-// ------------------------------------------------------------------------------------------------------------ the loop
+// -------------------------------------------------------------------------------------------------- the loop
 
 /// What the loop must know to go on: it travels in the commit.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -173,7 +177,8 @@ fn open(directory: &Path, resume: bool) -> AnyResult<(Trainer, Regressor, Progre
     };
     engine.freeze(|name, _| name == "waves")?; // before the parameters are asked for
     let model = Regressor::new(&engine)?;
-    // The plan asks for the loss once, to see shapes and the order of segments: any batch of the right size will do.
+    // The plan asks for the loss once, to see shapes and the order of segments: any batch of the right size
+    // will do.
     let points = Tensor::zeros((BATCH, 2), DType::F32, &Device::Cpu)?;
     let values = Tensor::zeros((BATCH, 1), DType::F32, &Device::Cpu)?;
     let plan = engine.plan(AdamW::default(), || model.loss(&points, &values))?;
@@ -186,7 +191,8 @@ fn open(directory: &Path, resume: bool) -> AnyResult<(Trainer, Regressor, Progre
 /// Norms of the gradients of the last step, by parameter.
 type Norms = Arc<Mutex<BTreeMap<String, f32>>>;
 
-/// Looks at every gradient that autograd makes, before it leaves the device. What is kept is a number: the tensor's storage goes.
+/// Looks at every gradient that autograd makes, before it leaves the device. What is kept is a number: the
+/// tensor's storage goes.
 fn observe(trainer: &mut Trainer) -> Norms {
     let norms = Norms::default();
     let kept = norms.clone();
@@ -220,8 +226,8 @@ fn run(trainer: &mut Trainer, model: &Regressor, mut progress: Progress) -> AnyR
             let steepest = norms.iter().max_by(|a, b| a.1.total_cmp(b.1));
             let steepest = steepest.map_or("nothing", |(name, _)| name);
             println!(
-                "step {:>3}: loss {:>7.4}, gradient norm {:>6.3}, most of it of {steepest}, learning rate {:.1e}, test \
-                 error {error:.3}, noise estimated at {deviation:.3}",
+                "step {:>3}: loss {:>7.4}, gradient norm {:>6.3}, most of it of {steepest}, learning rate \
+                 {:.1e}, test error {error:.3}, noise estimated at {deviation:.3}",
                 report.step, report.loss, report.gradient_norm, report.learning_rate
             );
         }

@@ -1,11 +1,13 @@
-//! A model that was written for candle alone, trained by candle alone and then by the engine: from the same initial
-//! values, on the same images, within a memory budget, with its states on disk.
+//! A model that was written for candle alone, trained by candle alone and then by the engine: from the same
+//! initial values, on the same images, within a memory budget, with its states on disk.
 //!
 //! ```sh
 //! cargo run --release --example wrap_candle_model
 //! ```
 //!
-//! The model is an MLP-Mixer (Tolstikhin et al., arXiv 2105.01601). What the engine changes is marked with "changed".
+//! The model is an MLP-Mixer (Tolstikhin et al., arXiv 2105.01601). What the engine changes is marked with
+//! "changed".
+//!
 //! B: images of a batch, T: patches of an image, C: channels of a patch.
 
 use candle_core::{D, DType, Device, Module, Result, Tensor};
@@ -19,7 +21,7 @@ use std::sync::Arc;
 #[global_allocator]
 static ALLOCATOR: CountingAllocator = CountingAllocator;
 
-// ---------------------------------------------------------------------------------------------- the model: plain candle
+// ----------------------------------------------------------------------------------- the model: plain candle
 
 const PATCHES: usize = 16; // T
 const CHANNELS: usize = 256; // C
@@ -125,7 +127,7 @@ impl<B: Module> Mixer<B> {
     }
 }
 
-// ------------------------------------------------------------------------------------------------------------ the data
+// -------------------------------------------------------------------------------------------------- the data
 
 const BATCH: usize = 4; // B
 const STEPS: u64 = 8;
@@ -152,7 +154,7 @@ fn batch(step: u64) -> Result<(Tensor, Tensor)> {
     Ok((images, Tensor::from_vec(classes, BATCH, &Device::Cpu)?))
 }
 
-// ------------------------------------------------------------------------------------------------ trained by candle alone
+// ----------------------------------------------------------------------------------- trained by candle alone
 
 /// Trains with everything in memory, writes the initial values to `initial`, and answers the losses.
 fn train_with_candle(initial: &Path) -> Result<Vec<f32>> {
@@ -172,14 +174,15 @@ fn train_with_candle(initial: &Path) -> Result<Vec<f32>> {
     Ok(losses)
 }
 
-// ------------------------------------------------------------------------------------------------- trained by the engine
+// ------------------------------------------------------------------------------------- trained by the engine
 
 const MEMORY_BYTES: u64 = 32 << 20;
 
-/// Trains within [`MEMORY_BYTES`] from the values in `initial`, with states in `directory`, and answers the losses.
+/// Trains within [`MEMORY_BYTES`] from the values in `initial`, with states in `directory`, and answers the
+/// losses.
 fn train_with_engine(initial: &Path, directory: &Path) -> ferrozero::Result<Vec<f32>> {
-    // Only because candle went first, and the CPU's random numbers of candle have no seed. A run of its own leaves out
-    // this line and `resume`: then the engine makes the initial values.
+    // Only because candle went first, and the CPU's random numbers of candle have no seed. A run of its own
+    // leaves out this line and `resume`: then the engine makes the initial values.
     import_safetensors(initial, directory)?;
     let engine = Engine::new(Config {
         memory_bytes: Some(MEMORY_BYTES),
@@ -189,7 +192,7 @@ fn train_with_engine(initial: &Path, directory: &Path) -> ferrozero::Result<Vec<
     })?;
     let vb = engine.var_builder(); // changed: instead of a VarMap
     let blocks = (0..BLOCKS)
-        .map(|i| engine.segment(vb.pp(format!("blocks.{i}")), |vb| Block::new(vb))) // changed: instead of Block::new
+        .map(|i| engine.segment(vb.pp(format!("blocks.{i}")), |vb| Block::new(vb))) // changed: not Block::new
         .collect::<ferrozero::Result<_>>()?;
     let model = Mixer::new(vb, blocks)?;
     // candle's AdamW lets every parameter decay; the engine's default spares norms and biases.

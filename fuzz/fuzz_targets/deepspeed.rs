@@ -1,4 +1,5 @@
-//! `cargo +nightly fuzz run deepspeed`: any text in the place of a configuration of DeepSpeed's gives settings or an error.
+//! `cargo +nightly fuzz run deepspeed`: any text in the place of a configuration of DeepSpeed's gives
+//! settings or an error.
 #![no_main]
 
 #[allow(dead_code, reason = "shared with the other targets")]

@@ -4,7 +4,8 @@ use ferrozero::byte_size::ByteSize;
 use ferrozero::command::{Settings, TrainArguments, TrainSettings};
 use std::path::Path;
 
-/// Reads the text as a size and as settings in JSON. What is accepted comes back the same after it was written.
+/// Reads the text as a size and as settings in JSON. What is accepted comes back the same after it was
+/// written.
 pub fn resolve(text: &[u8]) {
     if let Some(size) = std::str::from_utf8(text).ok().and_then(|text| text.parse::<ByteSize>().ok()) {
         assert_eq!(size.to_string().parse(), Ok(size));
@@ -19,8 +20,8 @@ pub fn resolve_toml(text: &[u8]) -> bool {
     of_text(text, "train.toml").is_some()
 }
 
-/// Reads the text as a configuration of DeepSpeed's; answers whether it was accepted. Where it says how large a batch is,
-/// the settings have as many sequences.
+/// Reads the text as a configuration of DeepSpeed's; answers whether it was accepted. Where it says how large
+/// a batch is, the settings have as many sequences.
 pub fn resolve_deepspeed(text: &[u8]) -> bool {
     let Some(settings) = of_text(text, "ds_config.json") else { return false };
     let config = serde_json::from_slice::<serde_json::Value>(text).unwrap_or_default();

@@ -1,4 +1,5 @@
-//! What is done with a document that may be a manifest: by the fuzzer, and by the tests on the stored documents.
+//! What is done with a document that may be a manifest: by the fuzzer, and by the tests on the stored
+//! documents.
 
 use std::{
     path::PathBuf,
@@ -56,7 +57,8 @@ impl Io for Document {
     }
 }
 
-/// Opens a store by the document; where that works, asks it everything and commits. Answers whether it worked.
+/// Opens a store by the document; where that works, asks it everything and commits. Answers whether it
+/// worked.
 pub fn open(document: &[u8]) -> bool {
     let disk = Arc::new(Document { bytes: document.to_vec(), files: AtomicU64::new(0) });
     let store = match Store::open_on(disk.clone()) {
