@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""Trains a small model, reads its events with TensorBoard's own reader, and compares them with the JSON lines.
+"""Trains a small model, reads its events with TensorBoard's own reader, and compares them with the JSON
+lines.
 
 Usage: scripts/check_tensorboard.py [path of the ferrozero binary]     (needs the package tensorboard)
 """
@@ -23,11 +24,23 @@ SCALARS = {
     "exposed_stall": "exposed_stall",
     "validation_loss": "validation_loss",
 }
-MODEL = "--layers 2 --hidden 32 --heads 2 --seq 16 --batch 2 --warmup 1 --sample 0 --memory 40MiB --eval-every 2"
+MODEL = (
+    "--layers 2 --hidden 32 --heads 2 --seq 16 --batch 2 --warmup 1 --sample 0 --memory 40MiB --eval-every 2"
+)
 
 
 def train(folder, *options):
-    command = [BINARY, "train", "--json", "--data", "data.txt", *MODEL.split(), "--tensorboard", "events", *options]
+    command = [
+        BINARY,
+        "train",
+        "--json",
+        "--data",
+        "data.txt",
+        *MODEL.split(),
+        "--tensorboard",
+        "events",
+        *options,
+    ]
     output = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True).stdout
     return [json.loads(line) for line in output.splitlines()]
 
@@ -44,9 +57,13 @@ def main():
         for scalar, key in SCALARS.items():
             expected = {o["step"]: o[key] for o in objects if key in o}
             found = {event.step: event.value for event in events.Scalars(scalar)}
-            assert found.keys() == expected.keys(), f"{scalar}: steps {sorted(found)} and not {sorted(expected)}"
+            assert found.keys() == expected.keys(), (
+                f"{scalar}: steps {sorted(found)} and not {sorted(expected)}"
+            )
             for step, value in found.items():
-                assert value == numpy.float32(expected[step]), f"{scalar} of step {step}: {value}, {expected[step]}"
+                assert value == numpy.float32(expected[step]), (
+                    f"{scalar} of step {step}: {value}, {expected[step]}"
+                )
             compared += len(found)
         assert len(events.Scalars("loss")) == 9
         print(f"{compared} values of {len(SCALARS)} scalars are as in the JSON lines")

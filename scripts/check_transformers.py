@@ -1,6 +1,7 @@
 #!/usr/bin/env python3
-"""Checks that a folder which `ferrozero finetune` wrote is loaded by transformers, with all of its weights; with --adapters, that PEFT puts
-the adapters of another folder into a model and comes to the weights that `--lora-merge` wrote into DIR.
+"""Checks that a folder which `ferrozero finetune` wrote is loaded by transformers, with all of its weights;
+with --adapters, that PEFT puts the adapters of another folder into a model and comes to the weights that
+`--lora-merge` wrote into DIR.
 
     python3 -m pip install torch transformers
     python3 scripts/check_transformers.py DIR [--text TEXT]
@@ -49,8 +50,10 @@ def main():
         sys.exit(f"{arguments.folder}: {wrong}")
     tokens = AutoTokenizer.from_pretrained(arguments.folder)(arguments.text, return_tensors="pt").input_ids
     if tokens.shape[1] < 2:
-        sys.exit(f"{arguments.folder}: its tokenizer makes {tokens.shape[1]} tokens of the text: give a longer --text, or see what "
-                 "class tokenizer_config.json says")
+        sys.exit(
+            f"{arguments.folder}: its tokenizer makes {tokens.shape[1]} tokens of the text: "
+            "give a longer --text, or see what class tokenizer_config.json says"
+        )
     with torch.no_grad():
         loss = model(tokens, labels=tokens).loss.item()
     if not 0 < loss < float("inf"):

@@ -131,7 +131,9 @@ class Server:
 
 
 class Peer(Server):
-    """A comparison, by default this one again, as one of its peers. Answers {"value": ..} or {"unavailable": why}."""
+    """A comparison, by default this one again, as one of its peers. Answers {"value": ..} or {"unavailable":
+    why}.
+    """
 
     def __init__(self, name, peer, arguments, environment=None, command=None, cgroup=None):
         # The extensions that DeepSpeed builds at first use need ninja, which pip puts beside Python.

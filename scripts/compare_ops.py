@@ -1,9 +1,11 @@
 #!/usr/bin/env python3
-"""Compares forward and backward of ferrozero's fused operations on the CPU with the same composed of candle's own, and with PyTorch's.
+"""Compares forward and backward of ferrozero's fused operations on the CPU with the same composed of candle's
+own, and with PyTorch's.
 
-All in f32, each side in a process of its own with the same number of threads; they take turns operation by operation, so
-that all see the same machine. `block` is a pre-norm transformer block; PyTorch's is its TransformerEncoderLayer with a
-causal mask. A ratio of 1.0 or more means that ferrozero is at least as fast. Set-up and use, from the project's root:
+All in f32, each side in a process of its own with the same number of threads; they take turns operation by
+operation, so that all see the same machine. `block` is a pre-norm transformer block; PyTorch's is its
+TransformerEncoderLayer with a causal mask. A ratio of 1.0 or more means that ferrozero is at least as fast.
+Set-up and use, from the project's root:
 
     cargo build --release
     python3 -m venv /tmp/peers && /tmp/peers/bin/pip install torch numpy
@@ -109,7 +111,14 @@ def main():
     options = common.parser("Fused operations on the CPU: ferrozero, candle and PyTorch in turns.")
     for name, (size, meaning) in SIZES.items():
         options.add_argument(f"--{name}", type=int, default=size, help=meaning)
-    options.add_argument("--operations", nargs="+", choices=OPERATIONS, default=OPERATIONS, metavar="NAME", help="those to measure")
+    options.add_argument(
+        "--operations",
+        nargs="+",
+        choices=OPERATIONS,
+        default=OPERATIONS,
+        metavar="NAME",
+        help="those to measure",
+    )
     arguments = common.parse(options)
     if any(getattr(arguments, name) < 1 for name in SIZES) or arguments.hidden % (2 * arguments.heads):
         options.error("sizes must be at least 1, and --hidden a multiple of twice the --heads")
@@ -129,7 +138,9 @@ def main():
             server.finish()
     if OURS not in answers:
         sys.exit(f"{OURS}: {unavailable[OURS]}")
-    times = {name: {each: common.median(seconds) for each, seconds in answers[name].items()} for name in answers}
+    times = {
+        name: {each: common.median(seconds) for each, seconds in answers[name].items()} for name in answers
+    }
     ratios = {
         name: {each: spread["median"] / times[OURS][each]["median"] for each, spread in times[name].items()}
         for name in times

@@ -1,15 +1,17 @@
 #!/usr/bin/env python3
-"""Tries DeepSpeed's ZeRO-Infinity on the models of scale_demo, in a memory cgroup as ferrozero's runs there are.
+"""Tries DeepSpeed's ZeRO-Infinity on the models of scale_demo, in a memory cgroup as ferrozero's runs there
+are.
 
-The models, the tokens of a step and the recomputation are those of `scripts/scale_demo`; what DeepSpeed is given is what
-`scripts/compare_step.py` gives it: stage 3, parameters and optimizer on disk, buffers for the largest parameter. Its set-up is
-there too. Each model is tried in the memory that ferrozero trained it in, by docs/benchmarks.md; a run that is killed for it, or
-fails, is tried again with twice as much, up to the machine's memory. From the project's root, as root where cgroups need
-it, with 30 GB of free disk:
+The models, the tokens of a step and the recomputation are those of `scripts/scale_demo`; what DeepSpeed is
+given is what `scripts/compare_step.py` gives it: stage 3, parameters and optimizer on disk, buffers for the
+largest parameter. Its set-up is there too. Each model is tried in the memory that ferrozero trained it in, by
+docs/benchmarks.md; a run that is killed for it, or fails, is tried again with twice as much, up to the
+machine's memory. From the project's root, as root where cgroups need it, with 30 GB of free disk:
 
     /tmp/peers/bin/python scripts/compare_scale.py --dir /path/on/the/disk
 
-Prints a Markdown table: what became of each run, what was resident at most in one that ended, seconds of its last step.
+Prints a Markdown table: what became of each run, what was resident at most in one that ended, seconds of its
+last step.
 """
 
 import argparse
@@ -39,8 +41,24 @@ def attempt(arguments, size, limit_bytes):
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     script = Path(__file__).with_name("compare_step.py")
-    sizes = {"layers": layers, "hidden": hidden, "heads": heads, "vocab": 256, "seq": arguments.seq, "batch": 1}
-    command = ["timeout", RUN_S, sys.executable, script, "--dir", folder, "--sub-group-size", arguments.sub_group_size]
+    sizes = {
+        "layers": layers,
+        "hidden": hidden,
+        "heads": heads,
+        "vocab": 256,
+        "seq": arguments.seq,
+        "batch": 1,
+    }
+    command = [
+        "timeout",
+        RUN_S,
+        sys.executable,
+        script,
+        "--dir",
+        folder,
+        "--sub-group-size",
+        arguments.sub_group_size,
+    ]
     for name, value in sizes.items():
         command += [f"--{name}", value]
     environment = {"OMP_NUM_THREADS": str(common.cpus()), "DS_ACCELERATOR": "cpu"}
@@ -66,17 +84,30 @@ def attempt(arguments, size, limit_bytes):
     finally:
         cgroup.remove()
         shutil.rmtree(folder, ignore_errors=True)
-    return {"outcome": outcome, "limit_bytes": limit_bytes, "peak_resident_bytes": resident_bytes, "steps": steps}
+    return {
+        "outcome": outcome,
+        "limit_bytes": limit_bytes,
+        "peak_resident_bytes": resident_bytes,
+        "steps": steps,
+    }
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dir", type=Path, default="ferrozero-scale", help="folder for the states; they are removed")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--dir", type=Path, default="ferrozero-scale", help="folder for the states; they are removed"
+    )
     parser.add_argument("--steps", type=int, default=2, help="steps of each run")
     parser.add_argument("--seq", type=int, default=128, help="tokens of a step")
-    parser.add_argument("--sizes", type=int, nargs="*", default=range(len(common.SCALES)), help="which, from 0")
+    parser.add_argument(
+        "--sizes", type=int, nargs="*", default=range(len(common.SCALES)), help="which, from 0"
+    )
     parser.add_argument("--memory-mib", type=int, help="the first limit, instead of what ferrozero had")
-    parser.add_argument("--sub-group-size", type=int, default=10_000_000, help="parameters that DeepSpeed updates at a time")
+    parser.add_argument(
+        "--sub-group-size", type=int, default=10_000_000, help="parameters that DeepSpeed updates at a time"
+    )
     parser.add_argument("--verbose", action="store_true", help="show what DeepSpeed prints")
     arguments = parser.parse_args()
     rows = []

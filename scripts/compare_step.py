@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Compares training steps on the CPU: ferrozero with states on disk, PyTorch, and DeepSpeed's ZeRO-Infinity.
 
-The model is a GPT in f32 whose blocks are recomputed in the backward pass, unless --keep-graphs, trained by AdamW. With --config FILE it is
-the Llama-like model of a Hugging Face config.json, random, and PyTorch's is transformers' own (pip install transformers);
---smollm2 takes the shape of SmolLM2-135M:
+The model is a GPT in f32 whose blocks are recomputed in the backward pass, unless --keep-graphs, trained by
+AdamW. With --config FILE it is the Llama-like model of a Hugging Face config.json, random, and PyTorch's is
+transformers' own (pip install transformers); --smollm2 takes the shape of SmolLM2-135M:
 
 - ferrozero: `bench step --placement disk`;
 - PyTorch: everything in memory, torch.utils.checkpoint around each block, torch.optim.AdamW(fused=True);
@@ -69,7 +69,9 @@ def parameter_count(arguments):
     """Parameters of the model."""
     if arguments.config:
         shape = json.loads(arguments.config.read_text())
-        width, layers, wide = (shape[name] for name in ("hidden_size", "num_hidden_layers", "intermediate_size"))
+        width, layers, wide = (
+            shape[name] for name in ("hidden_size", "num_hidden_layers", "intermediate_size")
+        )
         keys = shape["num_key_value_heads"] * width // shape["num_attention_heads"]
         heads = 1 if shape.get("tie_word_embeddings") else 2
         layer = 2 * width * (width + keys) + 3 * width * wide + 2 * width
@@ -139,7 +141,9 @@ def gpt(arguments, use_reentrant):
 
 
 def llama(arguments):
-    """transformers' model of a config.json, with its layers recomputed in the backward pass unless their graphs are kept."""
+    """transformers' model of a config.json, with its layers recomputed in the backward pass unless their
+    graphs are kept.
+    """
     torch, transformers = common.need("torch"), common.need("transformers")
     config = transformers.AutoConfig.for_model(**json.loads(arguments.config.read_text()))
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
@@ -273,7 +277,9 @@ def start_peer(arguments):
     torch.manual_seed(1)
     versions, step = {"torch": start_torch, "deepspeed": start_deepspeed}[arguments.serve_peer](arguments)
     shape = (arguments.batch, arguments.seq)
-    vocabulary = json.loads(arguments.config.read_text())["vocab_size"] if arguments.config else arguments.vocab
+    vocabulary = (
+        json.loads(arguments.config.read_text())["vocab_size"] if arguments.config else arguments.vocab
+    )
 
     def respond(_):
         inputs, targets = (torch.randint(vocabulary, shape) for _ in range(2))
@@ -317,7 +323,10 @@ def main():
             arguments.config = arguments.dir / "config.json"
             arguments.config.write_text(json.dumps(SMOLLM2))
             # The processes of the peers are started with the same options.
-            sys.argv = [each for each in sys.argv if each != "--smollm2"] + ["--config", str(arguments.config)]
+            sys.argv = [each for each in sys.argv if each != "--smollm2"] + [
+                "--config",
+                str(arguments.config),
+            ]
         return compare(arguments)
     finally:
         shutil.rmtree(arguments.dir, ignore_errors=True)
@@ -331,7 +340,11 @@ def compare(arguments):
     for name in SIZES:
         command += [f"--{name}", getattr(arguments, name)]
     if arguments.keep_graphs:
-        layers = json.loads(arguments.config.read_text())["num_hidden_layers"] if arguments.config else arguments.layers
+        layers = (
+            json.loads(arguments.config.read_text())["num_hidden_layers"]
+            if arguments.config
+            else arguments.layers
+        )
         command += ["--kept", layers]
     ours = common.Server(OURS, [*command, "--dir", arguments.dir / "ferrozero"])
     environment = {"OMP_NUM_THREADS": str(common.cpus()), "DS_ACCELERATOR": "cpu"}

@@ -3,8 +3,8 @@
 
     gpu_speed.py FOLDER --layers L --hidden C --heads H --seq T --batch B
 
-FOLDER holds what scripts/gpu_check leaves: trace.json (of `train --trace`), speed.json (of `train --json`) and, if the bus was
-measured alone, copy.json (of `bench copy --json`)."""
+FOLDER holds what scripts/gpu_check leaves: trace.json (of `train --trace`), speed.json (of `train --json`)
+and, if the bus was measured alone, copy.json (of `bench copy --json`)."""
 
 import json
 import os
@@ -70,7 +70,9 @@ def main():
     print("| queue | busy, s | of it beside computing |")
     print("|---|---|---|")
     for name, spans in sorted(queues.items()):
-        beside = "" if name == COMPUTE else f"{100 * common(spans, compute) / max(length(spans), 1e-12):.0f} %"
+        beside = (
+            "" if name == COMPUTE else f"{100 * common(spans, compute) / max(length(spans), 1e-12):.0f} %"
+        )
         print(f"| {name} | {length(spans):.3f} | {beside} |")
 
     alone = {}
@@ -90,7 +92,8 @@ def main():
     layers, hidden, sequence = shape["layers"], shape["hidden"], shape["seq"]
     tokens = shape["batch"] * sequence
     parameters = 12 * layers * hidden * hidden + VOCABULARY * hidden
-    # Forward and backward of the model, as usually counted: what is computed again counts as time and not as work.
+    # Forward and backward of the model, as usually counted: what is computed again counts as time and not as
+    # work.
     flop = 6.0 * parameters * tokens + 12.0 * layers * hidden * sequence * tokens
     step_s = median([row["step_s"] for row in steps])
     compute_s = median(list(computed.values()))

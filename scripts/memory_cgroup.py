@@ -7,7 +7,9 @@ CGROUPS = pathlib.Path("/sys/fs/cgroup")
 
 
 class Cgroup:
-    """A limit on the memory of the processes that join, page cache included. Raises OSError where none can be made."""
+    """A limit on the memory of the processes that join, page cache included. Raises OSError where none can be
+    made.
+    """
 
     def __init__(self, name, limit_bytes):
         unified = (CGROUPS / "cgroup.controllers").exists()

@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
-"""Writes what tests/it/gguf.rs compares with: a small vocabulary that SentencePiece has learnt, as a GGUF file has it, and how
-SentencePiece cuts some texts with it.
+"""Writes what tests/gguf.rs compares with: a small vocabulary that SentencePiece has learnt, as a GGUF file
+has it, and how SentencePiece cuts some texts with it.
 
     python3 -m pip install sentencepiece
     python3 scripts/sentencepiece_reference.py tests/data/sentencepiece.json
@@ -22,7 +22,7 @@ TEXTS = [
     "naïve façade, 16·P bytes, 日本語, 🦀🦀",
     "line one\n\tline two\n\nline four\r\n",
     "aaaaaaa bbbbb the the thethethe THE",
-    "fn main() { println!(\"{}\", 1 + 2); }",
+    'fn main() { println!("{}", 1 + 2); }',
     "▁ is what it writes for a space",
     "zymurgy quixotic xylophone",
     "a",
@@ -32,17 +32,31 @@ TEXTS = [
 
 
 def main():
-    options = dict(model_type="bpe", vocab_size=700, byte_fallback=True, character_coverage=0.999, split_digits=True,
-                   normalization_rule_name="identity", remove_extra_whitespaces=False, allow_whitespace_only_pieces=True,
-                   user_defined_symbols=["<extra>"], minloglevel=2)
+    options = dict(
+        model_type="bpe",
+        vocab_size=700,
+        byte_fallback=True,
+        character_coverage=0.999,
+        split_digits=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        allow_whitespace_only_pieces=True,
+        user_defined_symbols=["<extra>"],
+        minloglevel=2,
+    )
     with tempfile.TemporaryDirectory() as folder:
         prefix = f"{folder}/model"
-        sentencepiece.SentencePieceTrainer.train(input=str(ROOT / "ARCHITECTURE.md"), model_prefix=prefix, **options)
+        sentencepiece.SentencePieceTrainer.train(
+            input=str(ROOT / "ARCHITECTURE.md"), model_prefix=prefix, **options
+        )
         model = sentencepiece.SentencePieceProcessor(model_file=f"{prefix}.model")
 
     def kind(token):
         tests = [(model.is_unknown, 2), (model.is_control, 3), (model.is_byte, 6), (model.is_unused, 5)]
-        return next((number for test, number in tests if test(token)), 4 if model.id_to_piece(token) == "<extra>" else 1)
+        return next(
+            (number for test, number in tests if test(token)),
+            4 if model.id_to_piece(token) == "<extra>" else 1,
+        )
 
     tokens = range(model.get_piece_size())
     reference = {

@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
-"""Writes the losses that tests/it/parity.rs compares the engine with: 20 steps of a small GPT in PyTorch, in f32.
+"""Writes the losses that tests/parity.rs compares the engine with: 20 steps of a small GPT in PyTorch, in
+f32.
 
 The initial values are the engine's own, which the test exports. Set-up and use, from the project's root:
 
     python3 -m venv /tmp/peers && /tmp/peers/bin/pip install torch numpy safetensors
-    FERROZERO_EXPORT_INITIAL=/tmp/initial.safetensors cargo test --test it parity pytorch   # may fail: it exports first
-    /tmp/peers/bin/python scripts/torch_reference.py /tmp/initial.safetensors > tests/data/torch_reference.json
+    FERROZERO_EXPORT_INITIAL=/tmp/initial.safetensors cargo test --test parity pytorch  # may fail
+    /tmp/peers/bin/python scripts/torch_reference.py /tmp/initial.safetensors >tests/data/torch_reference.json
 """
 
 import json
@@ -55,7 +56,9 @@ def loss(weights, inputs, targets):
     xs = weights["wte.weight"][inputs] + weights["wpe.weight"][: inputs.shape[1]]
     for i in range(LAYERS):
         qkv = linear(norm(xs, f"h.{i}.ln_1"), f"h.{i}.attn.c_attn")
-        q, k, v = (part.reshape(BATCH, -1, HEADS, HIDDEN // HEADS).transpose(1, 2) for part in qkv.split(HIDDEN, 2))
+        q, k, v = (
+            part.reshape(BATCH, -1, HEADS, HIDDEN // HEADS).transpose(1, 2) for part in qkv.split(HIDDEN, 2)
+        )
         scores = q @ k.transpose(2, 3) / math.sqrt(HIDDEN // HEADS)
         mask = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
         attended = scores.masked_fill(mask, -math.inf).softmax(-1) @ v
@@ -79,7 +82,16 @@ def main():
         value.backward()
         optimizer.step()
         losses.append(round(value.item(), 7))
-    print(json.dumps({"made_by": "scripts/torch_reference.py", "torch": torch.__version__.split("+")[0], "losses": losses}, indent=1))
+    print(
+        json.dumps(
+            {
+                "made_by": "scripts/torch_reference.py",
+                "torch": torch.__version__.split("+")[0],
+                "losses": losses,
+            },
+            indent=1,
+        )
+    )
 
 
 main()
