@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Writes what tests/gguf.rs compares with: a small vocabulary that SentencePiece has learnt, as a GGUF file
+"""Writes what tests/it/gguf.rs compares with: a small vocabulary that SentencePiece has learnt, as a GGUF file
 has it, and how SentencePiece cuts some texts with it.
 
     python3 -m pip install sentencepiece

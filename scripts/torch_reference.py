@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""Writes the losses that tests/parity.rs compares the engine with: 20 steps of a small GPT in PyTorch, in
+"""Writes the losses that tests/it/parity.rs compares the engine with: 20 steps of a small GPT in PyTorch, in
 f32.
 
 The initial values are the engine's own, which the test exports. Set-up and use, from the project's root:
 
     python3 -m venv /tmp/peers && /tmp/peers/bin/pip install torch numpy safetensors
-    FERROZERO_EXPORT_INITIAL=/tmp/initial.safetensors cargo test --test parity pytorch  # may fail
+    FERROZERO_EXPORT_INITIAL=/tmp/initial.safetensors cargo test --test it parity pytorch  # may fail
     /tmp/peers/bin/python scripts/torch_reference.py /tmp/initial.safetensors >tests/data/torch_reference.json
 """
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Writes what tests/pretrained.rs compares with: tiny models with random weights as transformers saves them,
+"""Writes what tests/it/pretrained.rs compares with: tiny models with random weights as transformers saves them,
 and their loss, gradients and greedy continuation.
 
     python3 -m pip install torch transformers safetensors
