@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
-"""Writes what tests/it/gguf.rs compares with: a small vocabulary that SentencePiece has learnt, as a GGUF file
-has it, and how SentencePiece cuts some texts with it.
+"""Writes what tests/it/gguf.rs compares with: a small vocabulary that SentencePiece has learnt, as a GGUF
+file has it, and how SentencePiece cuts some texts with it.
 
     python3 -m pip install sentencepiece
     python3 scripts/sentencepiece_reference.py tests/data/sentencepiece.json

@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
-"""Writes what tests/it/pretrained.rs compares with: tiny models with random weights as transformers saves them,
-and their loss, gradients and greedy continuation.
+"""Writes what tests/it/pretrained.rs compares with: tiny models with random weights as transformers saves
+them, and their loss, gradients and greedy continuation.
 
     python3 -m pip install torch transformers safetensors
     python3 scripts/transformers_reference.py tests/data/pretrained
