@@ -7,6 +7,8 @@ use std::path::{Path, PathBuf};
 const LONGEST_FILE_LINES: usize = 600;
 /// Longest README, in lines.
 const LONGEST_README_LINES: usize = 150;
+/// No line at all.
+const NONE: Vec<usize> = vec![];
 /// Widest line of code, comments and documents, in columns.
 const WIDEST_LINE: usize = 110;
 
@@ -134,7 +136,7 @@ fn a_wide_line_is_found() {
     let (fits, wide) = ("x".repeat(WIDEST_LINE), "é ".repeat(WIDEST_LINE));
     let row = format!("| {wide} |");
     let address = format!("see https://example.com/{fits}");
-    assert_eq!(wide_lines(&format!("{fits}\n{row}\n/// {row}\n{address}")), []);
+    assert_eq!(wide_lines(&format!("{fits}\n{row}\n/// {row}\n{address}")), NONE);
     for planted in [
         format!("{fits}x"),
         wide.clone(),
@@ -142,7 +144,7 @@ fn a_wide_line_is_found() {
         format!("| {wide}"),
         format!("{address} {fits}"),
     ] {
-        assert_eq!(wide_lines(&format!("first\n{planted}\nlast")), [2], "{planted}");
+        assert_eq!(wide_lines(&format!("first\n{planted}\nlast")), vec![2], "{planted}");
     }
 }
 
@@ -190,9 +192,9 @@ fn tables_without_command(text: &str) -> Vec<usize> {
 /// A figure that nobody can measure again is a claim.
 #[test]
 fn figures_have_the_command_that_makes_them() {
-    assert_eq!(tables_without_command(include_str!("../../docs/benchmarks.md")), []);
+    assert_eq!(tables_without_command(include_str!("../../docs/benchmarks.md")), NONE);
     let planted = "`scripts/a`\n\n| a |\n|---|\n\nmore\n\n| b |\n|---|\n";
-    assert_eq!(tables_without_command(planted), [8]);
+    assert_eq!(tables_without_command(planted), vec![8]);
 }
 
 #[test]
