@@ -17,6 +17,8 @@ use loom::sync::{Arc, Mutex, MutexGuard};
 #[cfg(not(loom))]
 use std::sync::{Arc, Mutex, MutexGuard};
 
+use memmap2::{Advice, MmapMut};
+
 use crate::{Budget, Error, Notice, Reservation};
 
 /// Alignment of leases, extents and pieces: what `O_DIRECT` and the memory management ask for.
@@ -84,7 +86,8 @@ impl Arena {
         let padded = padded_capacity(capacity_bytes)?;
         let reservation = budget.reserve(padded as u64)?;
         let memory = crate::cuda::PinnedMemory::new(cuda.context(), padded)?;
-        let mapping = Mapping { base: memory.base(), bytes: padded, pinned_for_cuda: Some(memory) };
+        let mapping =
+            Mapping { base: memory.base(), bytes: padded, owner: Owner::PinnedForCuda { _memory: memory } };
         Ok(Self::over(mapping, vec![], reservation))
     }
 
@@ -217,13 +220,22 @@ impl Drop for Lease {
     }
 }
 
-/// An anonymous mapping, unmapped when dropped, or the CUDA driver's memory.
+/// Memory that leases are parts of.
 #[derive(Debug)]
 struct Mapping {
     base: NonNull<u8>,
     bytes: usize,
+    owner: Owner,
+}
+
+/// What gives the memory back when it is dropped.
+#[derive(Debug)]
+enum Owner {
+    Mapped(MmapMut),
     #[cfg(feature = "cuda")]
-    pinned_for_cuda: Option<crate::cuda::PinnedMemory>,
+    PinnedForCuda {
+        _memory: crate::cuda::PinnedMemory,
+    },
 }
 
 // SAFETY: a mapping is memory of the whole process; who may touch which part is the free list's business.
@@ -232,59 +244,23 @@ unsafe impl Send for Mapping {}
 unsafe impl Sync for Mapping {}
 
 impl Mapping {
-    /// Maps `bytes`; a large mapping starts at a huge page and asks for huge pages.
+    /// Maps `bytes`; a large mapping asks for huge pages.
     fn new(bytes: usize) -> io::Result<Self> {
-        let slack_bytes = if bytes >= HUGE_PAGE_BYTES { HUGE_PAGE_BYTES } else { 0 };
-        let mapped_bytes = bytes.checked_add(slack_bytes).ok_or(io::ErrorKind::InvalidInput)?;
-        let protection = libc::PROT_READ | libc::PROT_WRITE;
-        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
-        // SAFETY: a new anonymous mapping at an address of the kernel's choice touches no existing memory.
-        let mapped = unsafe { libc::mmap(std::ptr::null_mut(), mapped_bytes, protection, flags, -1, 0) };
-        if mapped == libc::MAP_FAILED {
-            return Err(io::Error::last_os_error());
+        let mut mapped = MmapMut::map_anon(bytes)?;
+        if bytes >= HUGE_PAGE_BYTES {
+            // Without them it is as good, and slower.
+            let _ = mapped.advise(Advice::HugePage);
         }
-        let mapped = mapped.cast::<u8>();
-        let head_bytes = if slack_bytes == 0 { 0 } else { mapped.align_offset(HUGE_PAGE_BYTES) };
-        let base = mapped.wrapping_add(head_bytes);
-        // SAFETY: both ranges are the unused ends of the mapping just made, and the advice covers the middle;
-        // failing of any of the three loses nothing but address space or speed.
-        unsafe {
-            if head_bytes > 0 {
-                libc::munmap(mapped.cast(), head_bytes);
-            }
-            if slack_bytes > head_bytes {
-                libc::munmap(base.wrapping_add(bytes).cast(), slack_bytes - head_bytes);
-            }
-            if slack_bytes > 0 {
-                libc::madvise(base.cast(), bytes, libc::MADV_HUGEPAGE);
-            }
-        }
-        let base = NonNull::new(base).ok_or(io::ErrorKind::OutOfMemory)?;
-        Ok(Self {
-            base,
-            bytes,
-            #[cfg(feature = "cuda")]
-            pinned_for_cuda: None,
-        })
+        let base = NonNull::new(mapped.as_mut_ptr()).ok_or(io::ErrorKind::OutOfMemory)?;
+        Ok(Self { base, bytes, owner: Owner::Mapped(mapped) })
     }
 
     fn pin(&self) -> io::Result<()> {
-        // SAFETY: the range is this mapping, and locking it changes no byte of it.
-        match unsafe { libc::mlock(self.base.as_ptr().cast(), self.bytes) } {
-            0 => Ok(()),
-            _ => Err(io::Error::last_os_error()),
+        match &self.owner {
+            Owner::Mapped(mapped) => mapped.lock(),
+            #[cfg(feature = "cuda")]
+            Owner::PinnedForCuda { .. } => Ok(()),
         }
-    }
-}
-
-impl Drop for Mapping {
-    fn drop(&mut self) {
-        #[cfg(feature = "cuda")]
-        if self.pinned_for_cuda.is_some() {
-            return;
-        }
-        // SAFETY: the range was mapped by `new`, and no lease is left: each holds the arena alive.
-        unsafe { libc::munmap(self.base.as_ptr().cast(), self.bytes) };
     }
 }
 
