@@ -75,6 +75,7 @@ fn options(config: &Config, piece_bytes: usize) -> StoreOptions {
         backend: config.backend,
         faults: config.faults.clone(),
         throttle: config.throttle.clone(),
+        ..StoreOptions::default()
     }
 }
 

@@ -1,6 +1,6 @@
 //! The one error type of the crate: what failed, where, and what to do about it.
 
-use std::{io, path::PathBuf};
+use std::{fmt, io, path::PathBuf};
 
 use crate::Tier;
 
@@ -117,6 +117,60 @@ pub enum Error {
         needed_bytes: u64,
         /// Bytes that were free.
         available_bytes: u64,
+    },
+
+    /// A file would be larger than the process or the file system allows.
+    #[error(
+        "{path} would have {bytes} bytes{}: raise the limit on the size of files (ulimit -f), choose another \
+         file system, or plan for fewer bytes on disk", limit(*limit_bytes), path = path.display()
+    )]
+    FileTooLarge {
+        /// The file.
+        path: PathBuf,
+        /// Bytes that it was to have.
+        bytes: u64,
+        /// Most bytes that a file of this process may have; none where it is the file system that allows no more.
+        limit_bytes: Option<u64>,
+    },
+
+    /// The path by which a directory was opened does not lead to it any more.
+    #[error("{path} does not lead to the directory any more that was opened by this name: {now}", path = path.display())]
+    FolderMoved {
+        /// The path that it was opened by.
+        path: PathBuf,
+        /// What became of the directory.
+        now: Whereabouts,
+    },
+
+    /// A file was removed, renamed or replaced while it was in use.
+    #[error("{path} does not lead to the file any more that is in use: {now}", path = path.display())]
+    FileReplaced {
+        /// The path that it was opened by.
+        path: PathBuf,
+        /// What became of the file.
+        now: Whereabouts,
+    },
+
+    /// A store that was opened to be read was to be written.
+    #[error("the store in {directory} was opened to be read only", directory = directory.display())]
+    ReadOnly {
+        /// The directory.
+        directory: PathBuf,
+    },
+
+    /// A directory that a manifest names as a part of its store belongs to another one.
+    #[error(
+        "{directory} is named as a part of the store of {manifest} and belongs to that of {owner}: if the store was \
+         moved or copied, its parts in other directories are still those of the first",
+        directory = directory.display(), manifest = manifest.display(), owner = owner.display()
+    )]
+    ForeignStripe {
+        /// The directory.
+        directory: PathBuf,
+        /// The manifest that names it.
+        manifest: PathBuf,
+        /// The manifest of the store that it belongs to.
+        owner: PathBuf,
     },
 
     /// Another process, or another store of this one, uses the directory.
@@ -354,6 +408,41 @@ pub enum Error {
         /// Generation of the last commit; 0 when there is none to come back to.
         generation: u64,
     },
+}
+
+/// A limit on the size of files, for messages.
+fn limit(bytes: Option<u64>) -> String {
+    bytes.map_or_else(String::new, |bytes| format!(", and this process may write files of {bytes} bytes"))
+}
+
+/// What became of a file or directory that its path does not lead to any more.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Whereabouts {
+    /// It has no name any more.
+    Removed,
+    /// It has another path.
+    MovedTo(PathBuf),
+    /// Something was mounted over it.
+    Covered,
+    /// The system does not tell.
+    Unknown,
+}
+
+impl fmt::Display for Whereabouts {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Removed => f.write_str(
+                "it was removed, and what it held ends with this process; restore it from a copy, or start anew",
+            ),
+            Self::MovedTo(path) => write!(
+                f,
+                "it is {} now, with all that it held; move it back, or use it by that name",
+                path.display()
+            ),
+            Self::Covered => f.write_str("something was mounted over it; unmount that, and all that it held is there"),
+            Self::Unknown => f.write_str("it was moved, and the system does not tell where to; move it back"),
+        }
+    }
 }
 
 /// What a store can be reopened to; generation 0 stands for nothing.

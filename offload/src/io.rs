@@ -12,7 +12,6 @@ use std::path::PathBuf;
 
 use crate::{Error, Lease, Notice};
 
-#[allow(unsafe_code)]
 mod directory;
 mod fault;
 mod mem;
@@ -24,7 +23,7 @@ mod ticket;
 mod uring;
 mod workers;
 
-pub(crate) use directory::{Directory, make_directory};
+pub(crate) use directory::{Directory, Purpose, make_directory, sync_entry};
 pub(crate) use fault::Script;
 pub use fault::{Fault, FaultKind, FaultPlan, FaultPoint, Faulty};
 pub use mem::Mem;
@@ -58,6 +57,18 @@ pub trait Io: Send + Sync {
 
     /// Reads a named document, if there is one.
     fn load_document(&self, name: &str) -> Result<Option<Vec<u8>>, Error>;
+
+    /// Checks that every file is still the one that has its name: nobody has removed, moved or replaced it.
+    ///
+    /// # Errors
+    /// [`Error::FileReplaced`], or what the file system answers.
+    fn check_files(&self) -> Result<(), Error>;
+
+    /// Checks that the path of every directory still leads to it.
+    ///
+    /// # Errors
+    /// [`Error::FolderMoved`], or what the file system answers.
+    fn check_paths(&self) -> Result<(), Error>;
 
     /// Where a file or document of this name is, for messages.
     fn path_of(&self, name: &str) -> PathBuf;

@@ -52,7 +52,10 @@ mod clock;
 #[allow(unsafe_code)]
 pub mod cuda;
 mod error;
+mod folder;
 pub mod io;
+#[allow(unsafe_code)]
+mod limits;
 #[allow(unsafe_code)]
 pub mod memory;
 mod notice;
@@ -60,8 +63,10 @@ mod store;
 
 pub use arena::{Arena, Lease, PAGE_BYTES, padded_bytes};
 pub use budget::{Budget, Reservation, Tier};
-pub use error::Error;
+pub use error::{Error, Whereabouts};
+pub use folder::{Access, Folder};
 pub use io::{Completion, Throttle, Ticket};
+pub use limits::report_file_size_limit;
 pub use notice::Notice;
 pub use store::{
     BackendChoice, Commit, Extent, ExtentId, ExtentKind, ExtentSpec, Store, StoreOptions, Traffic,

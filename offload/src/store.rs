@@ -10,14 +10,15 @@ use std::{
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    Completion, Error, Lease, Notice,
+    Completion, Error, Folder, Lease, Notice,
     io::{
-        Directory, FaultPlan, Faulty, Io, Job, Mem, Pool, Request, Script, Throttle, Throttled, Uring, Verb,
-        Workers, make_directory,
+        Directory, FaultPlan, Faulty, Io, Job, Mem, Pool, Purpose, Request, Script, Throttle, Throttled,
+        Uring, Verb, Workers, make_directory, sync_entry,
     },
     locked, padded_bytes,
 };
 
+mod check;
 mod claim;
 mod copy;
 mod layout;
@@ -46,6 +47,9 @@ pub struct StoreOptions {
     /// More directories, on other disks, that pieces are dealt out to in turn. Default: none. A store that is opened
     /// has them where it was made with them.
     pub stripes: Vec<PathBuf>,
+    /// Files without names, that end with the store, also after a kill, and touch nothing in the directory. Its commits
+    /// cannot be opened again. Default: no.
+    pub temporary: bool,
     /// What moves the bytes. Default: [`BackendChoice::Auto`].
     pub backend: BackendChoice,
     /// Failures to inject.
@@ -60,6 +64,7 @@ impl Default for StoreOptions {
             piece_bytes: 4 << 20,
             in_place: false,
             stripes: Vec::new(),
+            temporary: false,
             backend: BackendChoice::default(),
             faults: None,
             throttle: None,
@@ -115,12 +120,17 @@ pub struct Commit {
 /// its directories, and the manifest in the first. One that is written [`StoreOptions::in_place`] has no second place:
 /// before the first write after a commit it notes durably that the commit is being overwritten, and until the next
 /// commit it cannot be opened again.
+///
+/// A store keeps the directories that it opened, whatever becomes of their names. A commit ends with an error where the
+/// path of one does not lead to it any more: what was committed is there, but not where its user would look for it.
 pub struct Store {
     // Dropped in this order: the backend ends all transfers, and the checkers then run the callbacks.
     io: Arc<dyn Io>,
     checkers: Workers,
     shared: Arc<Shared>,
     notices: Vec<Notice>,
+    /// None in memory, and on a backend of the caller's own.
+    folder: Option<Arc<Folder>>,
 }
 
 struct Shared {
@@ -139,7 +149,7 @@ impl Store {
     pub fn create(directory: &Path, specs: Vec<ExtentSpec>, options: StoreOptions) -> Result<Self, Error> {
         let script = options.script();
         let mut made = MadeDirectories { script: script.clone(), made: Vec::new() };
-        let (directory, stripes) = match options.backend {
+        let (canonical, stripes) = match options.backend {
             BackendChoice::Memory => (directory.to_owned(), options.stripes.clone()),
             _ => {
                 let stripes = options.stripes.iter().map(|stripe| made.ensure(stripe));
@@ -148,68 +158,89 @@ impl Store {
             }
         };
         let options = StoreOptions { stripes, ..options };
-        if let Some(twice) = duplicate(&directory, &options.stripes) {
+        if let Some(twice) = duplicate(&canonical, &options.stripes) {
             let reason = format!("{} is there twice: name each directory once", twice.display());
             return Err(Error::BadLayout { reason });
         }
         let layout = layout_of(specs, &options)?;
-        let (io, notices) = connect(&directory, &options, script)?;
-        let store = Self::create_from(io, layout, notices)?;
+        let purpose = if options.temporary { Purpose::Temporary } else { Purpose::Write };
+        let connected = connect(directory, purpose, &options, script)?;
+        let store = Self::create_from(connected, layout)?;
         made.keep();
         Ok(store)
     }
 
-    /// Opens the last commit of the store in `directory`.
+    /// Opens the last commit of the store in `directory`, to go on from it.
     ///
     /// # Errors
     /// [`Error::NoCommit`], [`Error::Locked`], [`Error::NewerFormat`], [`Error::OlderFormat`],
-    /// [`Error::CorruptManifest`], [`Error::TruncatedFile`], [`Error::MissingStripe`], [`Error::Overwritten`], or what
-    /// the file system answers.
+    /// [`Error::CorruptManifest`], [`Error::TruncatedFile`], [`Error::MissingStripe`], [`Error::ForeignStripe`],
+    /// [`Error::Overwritten`], or what the file system answers.
     pub fn open(directory: &Path, options: StoreOptions) -> Result<Self, Error> {
-        let is_there = match fs::metadata(directory) {
-            Ok(metadata) => metadata.is_dir(),
-            Err(error) if error.kind() == ErrorKind::NotFound => false,
-            // One that may not be looked into is not one that is not there.
-            Err(source) => {
-                return Err(Error::File { operation: "open", path: directory.to_owned(), source });
-            }
-        };
-        if options.backend == BackendChoice::Memory || !is_there {
+        Self::open_for(directory, Purpose::Write, options)
+    }
+
+    /// As [`Store::open`], to read only: nothing in the directory is made or changed, so that its file system may be
+    /// read-only and its files another user's. Writes and commits are refused with [`Error::ReadOnly`].
+    ///
+    /// # Errors
+    /// As [`Store::open`]. [`Error::Locked`] only where the lock may be looked at: what a run changes meanwhile is otherwise
+    /// found by its checksum.
+    pub fn open_to_read(directory: &Path, options: StoreOptions) -> Result<Self, Error> {
+        Self::open_for(directory, Purpose::Read, options)
+    }
+
+    fn open_for(directory: &Path, purpose: Purpose, options: StoreOptions) -> Result<Self, Error> {
+        if options.backend == BackendChoice::Memory {
             return Err(Error::NoCommit { directory: directory.to_owned() });
         }
-        let (io, notices) = connect(directory, &options, options.script())?;
-        Self::open_from(io, directory, notices)
+        let connected = connect(directory, purpose, &options, options.script());
+        let connected = connected.map_err(|error| match error {
+            Error::File { operation: "open", path, source }
+                if matches!(source.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) =>
+            {
+                Error::NoCommit { directory: path }
+            }
+            other => other,
+        })?;
+        Self::open_from(connected, directory, purpose)
     }
 
     /// As [`Store::create`], on a backend or a stack of wrappers of your own. Of the options, `piece_bytes`, `in_place`
     /// and `stripes` count; the directories must exist.
     pub fn create_on(io: Arc<dyn Io>, specs: Vec<ExtentSpec>, options: &StoreOptions) -> Result<Self, Error> {
-        Self::create_from(io, layout_of(specs, options)?, Vec::new())
+        Self::create_from(Connected::over(io), layout_of(specs, options)?)
     }
 
     /// As [`Store::open`], on a backend or a stack of wrappers of your own.
     pub fn open_on(io: Arc<dyn Io>) -> Result<Self, Error> {
         let directory = io.path_of("");
-        Self::open_from(io, &directory, Vec::new())
+        Self::open_from(Connected::over(io), &directory, Purpose::Write)
     }
 
-    fn create_from(io: Arc<dyn Io>, layout: Layout, notices: Vec<Notice>) -> Result<Self, Error> {
-        claim::refuse_taken(&*io, layout.form())?;
-        io.allocate_files(&layout.files())?;
+    fn create_from(connected: Connected, layout: Layout) -> Result<Self, Error> {
+        claim::refuse_taken(&*connected.io, layout.form())?;
+        connected.io.allocate_files(&layout.files())?;
         let table = Table::new(&layout);
-        Self::start(io, layout, table, notices)
+        Self::start(connected, layout, table)
     }
 
-    fn open_from(io: Arc<dyn Io>, directory: &Path, notices: Vec<Notice>) -> Result<Self, Error> {
+    fn open_from(connected: Connected, directory: &Path, purpose: Purpose) -> Result<Self, Error> {
+        let io = &*connected.io;
         let document = io.load_document(manifest::NAME)?;
         let document = document.ok_or_else(|| Error::NoCommit { directory: directory.to_owned() })?;
         let (layout, manifest) = Manifest::decode(&document, &io.path_of(manifest::NAME))?;
+        claim::refuse_foreign(io, layout.form())?;
         io.open_files(&layout.files())?;
-        let table = manifest.into_table(&layout)?;
-        Self::start(io, layout, table, notices)
+        let mut table = manifest.into_table(&layout)?;
+        if purpose == Purpose::Read {
+            table.keep_unwritten(directory);
+        }
+        Self::start(connected, layout, table)
     }
 
-    fn start(io: Arc<dyn Io>, layout: Layout, table: Table, mut notices: Vec<Notice>) -> Result<Self, Error> {
+    fn start(connected: Connected, layout: Layout, table: Table) -> Result<Self, Error> {
+        let Connected { io, mut notices, folder } = connected;
         let checkers = Workers::spawn("ferrozero-check", CHECKER_THREADS)?;
         notices.extend(io.notices());
         if layout.form().in_place {
@@ -218,7 +249,12 @@ impl Store {
             notices.push(Notice::new("in-place", text));
         }
         let shared = Arc::new(Shared { layout, table: Mutex::new(table), marking: Mutex::new(()) });
-        Ok(Self { io, checkers, shared, notices })
+        Ok(Self { io, checkers, shared, notices, folder })
+    }
+
+    /// The directory of the store, as it was opened: none in memory, and on a backend of the caller's own.
+    pub fn folder(&self) -> Option<&Arc<Folder>> {
+        self.folder.as_ref()
     }
 
     /// The last commit, if there is one.
@@ -362,18 +398,25 @@ impl Store {
     ///
     /// # Errors
     /// [`Error::WritesInFlight`]; [`Error::SyncFailed`] once data could not be made durable: what was written since the
-    /// last commit is then lost; any other error leaves it open whether the commit is on disk, so that it must be
+    /// last commit is then lost; [`Error::FileReplaced`], with nothing committed, where a file was removed or replaced
+    /// meanwhile; [`Error::FolderMoved`], after a commit to the directory that was opened, where its path leads elsewhere by
+    /// now; any other error leaves it open whether the commit is on disk, so that it must be
     /// tried again before the next write of state.
     pub fn commit(&self, application: serde_json::Value) -> Result<u64, Error> {
         let commit = locked(&self.shared.table).begin_commit(&self.shared.layout, application)?;
         let saved = self.save(&commit);
         let generation = commit.generation;
         locked(&self.shared.table).end_commit(saved.as_ref().ok().map(|()| commit));
-        saved.map(|()| generation)
+        saved?;
+        // After the commit, so that it loses nothing and a name that changes during it is noticed.
+        self.io.check_paths()?;
+        Ok(generation)
     }
 
     fn save(&self, commit: &Commit) -> Result<(), Error> {
         let Shared { layout, table, .. } = &*self.shared;
+        // A manifest must not name pieces in files that are not there.
+        self.io.check_files()?;
         for file in layout.state_files() {
             if let Err(error) = self.io.sync(file) {
                 locked(table).distrust();
@@ -440,39 +483,49 @@ impl Shared {
         completion: Completion,
     ) -> Completion {
         let Completion { lease, result } = completion;
-        let crc = result.is_ok().then(|| piece.checksum(&lease[..piece.bytes]));
-        let mut table = locked(&self.table);
-        let generation = table.generation();
+        let found = result.map(|()| piece.checksum(&lease[..piece.bytes]));
+        let crc = found.as_ref().ok().copied();
         match verb {
-            Verb::Read => table.end_read(piece, crc.is_some()),
-            Verb::Write => table.end_write(piece, located.place, crc),
+            Verb::Read => locked(&self.table).end_read(piece, crc.is_some()),
+            Verb::Write => locked(&self.table).end_write(piece, located.place, crc),
         }
-        drop(table);
+        let expected = (verb == Verb::Read).then_some(located.crc);
+        Completion { lease, result: self.judge(piece, path, found, expected) }
+    }
+
+    /// The outcome of a transfer of a piece: what was found of its checksum, and which is expected if one is.
+    fn judge(
+        &self,
+        piece: Piece,
+        path: &Path,
+        found: Result<u32, Error>,
+        expected: Option<u32>,
+    ) -> Result<(), Error> {
+        let generation = locked(&self.table).generation();
         let extent = || self.layout.name(piece.extent).to_owned();
-        let result = match result {
-            Ok(()) if verb == Verb::Read && crc != Some(located.crc) => Err(Error::Checksum {
+        match found {
+            Ok(crc) if expected.is_none_or(|expected| crc == expected) => Ok(()),
+            Ok(_) => Err(Error::Checksum {
                 path: path.to_owned(),
                 extent: extent(),
                 piece: piece.number,
                 offset_bytes: piece.offset_bytes,
                 generation,
             }),
-            Ok(()) => Ok(()),
             Err(error) => Err(Error::Piece {
                 extent: extent(),
                 piece: piece.number,
                 generation,
                 source: Box::new(error),
             }),
-        };
-        Completion { lease, result }
+        }
     }
 }
 
 /// Directories that were made for a store; removed again, if nothing else was put there, unless they are kept.
 struct MadeDirectories {
     script: Arc<Script>,
-    made: Vec<PathBuf>,
+    made: Vec<Folder>,
 }
 
 impl MadeDirectories {
@@ -482,8 +535,12 @@ impl MadeDirectories {
         let is_missing = |path: &&Path| !path.as_os_str().is_empty() && !path.exists();
         let missing: Vec<_> = path.ancestors().take_while(is_missing).collect();
         for directory in missing.into_iter().rev() {
-            self.made.push(directory.to_owned());
-            make_directory(&self.script, directory)?;
+            if make_directory(&self.script, directory)? {
+                let made = Folder::open(directory);
+                let failed = |source| Error::File { operation: "open", path: directory.to_owned(), source };
+                self.made.push(made.map_err(failed)?);
+                sync_entry(&self.script, directory)?;
+            }
         }
         path.canonicalize().map_err(|source| Error::File { operation: "make", path: path.to_owned(), source })
     }
@@ -495,9 +552,9 @@ impl MadeDirectories {
 
 impl Drop for MadeDirectories {
     fn drop(&mut self) {
-        for path in self.made.iter().rev() {
-            let _ = fs::remove_file(path.join(".lock"));
-            let _ = fs::remove_dir(path);
+        for folder in self.made.iter().rev() {
+            let _ = folder.unlink(".lock");
+            let _ = fs::remove_dir(folder.path());
         }
     }
 }
@@ -517,20 +574,39 @@ fn layout_of(specs: Vec<ExtentSpec>, options: &StoreOptions) -> Result<Layout, E
     Layout::new(specs, Form { piece_bytes, in_place, stripes: stripes.clone() })
 }
 
-/// The backend that the options ask for, in its wrappers.
+/// A backend in its wrappers.
+struct Connected {
+    io: Arc<dyn Io>,
+    notices: Vec<Notice>,
+    folder: Option<Arc<Folder>>,
+}
+
+impl Connected {
+    fn over(io: Arc<dyn Io>) -> Self {
+        Self { io, notices: Vec::new(), folder: None }
+    }
+}
+
+/// The backend that the options ask for.
 fn connect(
     path: &Path,
+    purpose: Purpose,
     options: &StoreOptions,
     script: Arc<Script>,
-) -> Result<(Arc<dyn Io>, Vec<Notice>), Error> {
+) -> Result<Connected, Error> {
     let mut notices = Vec::new();
-    let lock = |script| Ok::<_, Error>(Arc::new(Directory::lock(path, script)?));
+    let mut folder = None;
+    let mut open = |script| {
+        let directory = Directory::open(path, purpose, script)?;
+        folder = Some(directory.folder().clone());
+        Ok::<_, Error>(Arc::new(directory))
+    };
     let mut io: Arc<dyn Io> = match options.backend {
         BackendChoice::Memory => Arc::new(Mem::over(script)?),
-        BackendChoice::Pool => Arc::new(Pool::over(lock(script)?)?),
-        BackendChoice::Uring => Arc::new(Uring::over(lock(script)?)?),
+        BackendChoice::Pool => Arc::new(Pool::over(open(script)?)?),
+        BackendChoice::Uring => Arc::new(Uring::over(open(script)?)?),
         BackendChoice::Auto => {
-            let directory = lock(script)?;
+            let directory = open(script)?;
             match Uring::over(directory.clone()) {
                 Ok(uring) => Arc::new(uring),
                 Err(error) => {
@@ -547,5 +623,5 @@ fn connect(
     if let Some(throttle) = &options.throttle {
         io = Arc::new(Throttled::new(io, throttle.clone()));
     }
-    Ok((io, notices))
+    Ok(Connected { io, notices, folder })
 }

@@ -190,7 +190,7 @@ fn permission_that_was_lost_is_named() {
     let path = directory.path();
     // A path whose permission goes, and the path that the error is to name.
     let cases = [
-        (path.to_owned(), path.join(".lock")),
+        (path.to_owned(), path.to_owned()),
         (path.join(".lock"), path.join(".lock")),
         (path.join("manifest.json"), path.join("manifest.json")),
         (path.join("state-a.bin"), path.join("state-a.bin")),

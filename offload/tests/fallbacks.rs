@@ -57,11 +57,11 @@ fn expect_works(store: Store, directory: &std::path::Path) {
     }
 }
 
-/// The ring itself, what is asked of it before it is chosen, the entry into it, and the event that wakes its thread.
+/// The ring itself, what is asked of it before it is chosen, the entry into it, and the pipe that wakes its thread.
 #[test]
 fn without_a_part_of_io_uring_the_pool_takes_over_with_a_notice() {
     let parts =
-        [libc::SYS_io_uring_setup, libc::SYS_io_uring_register, libc::SYS_io_uring_enter, libc::SYS_eventfd2];
+        [libc::SYS_io_uring_setup, libc::SYS_io_uring_register, libc::SYS_io_uring_enter, libc::SYS_pipe2];
     for call in parts {
         without(call, libc::EPERM, move || {
             let directory = tempfile::tempdir().unwrap();
@@ -84,7 +84,7 @@ fn a_ring_that_was_chosen_needs_no_other_call_of_the_system() {
         return println!("skipping: no io_uring");
     };
     without(libc::SYS_io_uring_register, libc::EPERM, move || {
-        for call in [libc::SYS_io_uring_setup, libc::SYS_eventfd2] {
+        for call in [libc::SYS_io_uring_setup, libc::SYS_pipe2] {
             forbid(call, libc::EPERM);
         }
         ring.allocate_files(&[FileSpec { name: "weights".to_owned(), bytes: 8192 }]).unwrap();
@@ -102,6 +102,92 @@ fn a_ring_that_was_chosen_needs_no_other_call_of_the_system() {
         transfer(Verb::Write, 7);
         assert!(transfer(Verb::Read, 0).iter().all(|&byte| byte == 7));
     });
+}
+
+/// What a ring that was chosen then meets: the thread that was made for it cannot enter the kernel any more.
+#[test]
+fn a_ring_that_is_shut_out_ends_every_request_with_an_error_and_none_waits_for_ever() {
+    let directory = tempfile::tempdir().unwrap();
+    let Ok(ring) = Uring::new(directory.path(), &FaultPlan::default()) else {
+        return println!("skipping: no io_uring");
+    };
+    without(libc::SYS_io_uring_enter, libc::EIO, move || {
+        ring.allocate_files(&[FileSpec { name: "weights".to_owned(), bytes: 1 << 20 }]).unwrap();
+        let arena = arena(1 << 20);
+        for round in 0..2 {
+            let transfers: Vec<_> = (0..8).map(|number| start(&ring, &arena, Verb::Write, number)).collect();
+            for done in transfers {
+                let text = done.recv().unwrap().result.unwrap_err().to_string();
+                assert!(text.contains("weights") && text.contains("os error 5"), "round {round}: {text}");
+            }
+        }
+        assert_eq!(arena.free_bytes(), arena.capacity_bytes(), "every lease came back");
+    });
+}
+
+/// The pipe that wakes the ring's thread breaks: everything is moved all the same.
+#[test]
+fn a_ring_whose_thread_cannot_be_woken_moves_everything_all_the_same() {
+    let directory = tempfile::tempdir().unwrap();
+    let Ok(ring) = Uring::new(directory.path(), &FaultPlan::default()) else {
+        return println!("skipping: no io_uring");
+    };
+    ring.allocate_files(&[FileSpec { name: "weights".to_owned(), bytes: 1 << 20 }]).unwrap();
+    without(libc::SYS_write, libc::EIO, move || {
+        let arena = arena(1 << 20);
+        for _ in 0..3 {
+            let transfers: Vec<_> = (0..8).map(|number| start(&ring, &arena, Verb::Write, number)).collect();
+            transfers.into_iter().for_each(|done| done.recv().unwrap().result.unwrap());
+        }
+        drop(ring);
+    });
+}
+
+/// One of the pages of a file.
+fn start(ring: &Uring, arena: &Arena, verb: Verb, number: u64) -> mpsc::Receiver<Completion> {
+    let lease = arena.lease(4096).unwrap();
+    let request = Request::new(verb, FileId(0), 4096 * number, 4096, lease).unwrap();
+    let (sender, done) = mpsc::channel();
+    ring.submit(request, Box::new(move |completion| sender.send(completion).unwrap()));
+    done
+}
+
+/// No thread can be had, as where the limit on processes (`ulimit -u`) is reached.
+#[test]
+fn a_process_that_gets_no_threads_is_told_so() {
+    for backend in [BackendChoice::Auto, BackendChoice::Pool] {
+        without(libc::SYS_clone3, libc::EAGAIN, move || {
+            // Where the C library has no clone3 it takes clone.
+            forbid(libc::SYS_clone, libc::EAGAIN);
+            let directory = tempfile::tempdir().unwrap();
+            let created =
+                Store::create(directory.path(), state("weights", 50_000), options(backend)).map(drop);
+            assert!(matches!(created, Err(Error::Thread { .. })), "{created:?}");
+        });
+    }
+}
+
+/// Closing a file may report that what was written is lost: by then everything is durable, or an error has said so.
+#[test]
+fn a_close_that_fails_costs_nothing() {
+    for backend in [BackendChoice::Auto, BackendChoice::Pool] {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().to_owned();
+        without(libc::SYS_close, libc::EIO, move || {
+            let store = Store::create(&path, state("weights", 50_000), options(backend)).unwrap();
+            expect_works(store, &path);
+        });
+    }
+}
+
+/// No memory can be mapped, as where the limit on it (`ulimit -v`) is reached.
+#[test]
+fn an_arena_that_cannot_be_mapped_is_told_with_its_bytes() {
+    let mapped = Arena::new(&Budget::new(Tier::Host, 1 << 62), 1 << 60).map(drop);
+    assert!(
+        matches!(mapped, Err(Error::ArenaMap { capacity_bytes, .. }) if capacity_bytes == 1 << 60),
+        "{mapped:?}"
+    );
 }
 
 #[test]

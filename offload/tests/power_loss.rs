@@ -67,6 +67,12 @@ impl Io for Journal {
     fn load_document(&self, name: &str) -> Result<Option<Vec<u8>>, Error> {
         self.inner.load_document(name)
     }
+    fn check_files(&self) -> Result<(), Error> {
+        self.inner.check_files()
+    }
+    fn check_paths(&self) -> Result<(), Error> {
+        self.inner.check_paths()
+    }
     fn path_of(&self, name: &str) -> PathBuf {
         self.inner.path_of(name)
     }

@@ -135,6 +135,12 @@ impl io::Io for Gate {
     fn load_document(&self, name: &str) -> Result<Option<Vec<u8>>, Error> {
         self.inner.load_document(name)
     }
+    fn check_files(&self) -> Result<(), Error> {
+        self.inner.check_files()
+    }
+    fn check_paths(&self) -> Result<(), Error> {
+        self.inner.check_paths()
+    }
     fn path_of(&self, name: &str) -> std::path::PathBuf {
         self.inner.path_of(name)
     }

@@ -281,6 +281,14 @@ impl Io for Faulty {
         Ok(document)
     }
 
+    fn check_files(&self) -> Result<(), Error> {
+        self.inner.check_files()
+    }
+
+    fn check_paths(&self) -> Result<(), Error> {
+        self.inner.check_paths()
+    }
+
     fn path_of(&self, name: &str) -> PathBuf {
         self.inner.path_of(name)
     }

@@ -97,6 +97,14 @@ impl Io for Mem {
         Ok(locked(&self.contents).documents.get(name).cloned())
     }
 
+    fn check_files(&self) -> Result<(), Error> {
+        Ok(())
+    }
+
+    fn check_paths(&self) -> Result<(), Error> {
+        Ok(())
+    }
+
     fn path_of(&self, name: &str) -> PathBuf {
         path_of(name)
     }

@@ -4,7 +4,7 @@ use std::{io, os::unix::fs::FileExt, path::Path, path::PathBuf, sync::Arc};
 
 use super::{
     FileId, FileSpec, Io, OnDone, Request, Verb, Workers,
-    directory::Directory,
+    directory::{Directory, Purpose},
     fault::{FaultPlan, Script},
     progress::Progress,
 };
@@ -23,7 +23,7 @@ pub struct Pool {
 impl Pool {
     /// Locks `directory`, which must exist. System calls fail as `faults` says.
     pub fn new(directory: &Path, faults: &FaultPlan) -> Result<Self, Error> {
-        Self::over(Arc::new(Directory::lock(directory, Arc::new(Script::below(faults)))?))
+        Self::over(Arc::new(Directory::open(directory, Purpose::Write, Arc::new(Script::below(faults)))?))
     }
 
     pub(crate) fn over(directory: Arc<Directory>) -> Result<Self, Error> {
@@ -58,6 +58,14 @@ impl Io for Pool {
 
     fn load_document(&self, name: &str) -> Result<Option<Vec<u8>>, Error> {
         self.directory.load_document(name)
+    }
+
+    fn check_files(&self) -> Result<(), Error> {
+        self.directory.check_files()
+    }
+
+    fn check_paths(&self) -> Result<(), Error> {
+        self.directory.check_paths()
     }
 
     fn path_of(&self, name: &str) -> PathBuf {

@@ -2,8 +2,8 @@
 
 use std::{
     fs::File,
-    io::{self, Read, Write},
-    os::fd::{AsRawFd, FromRawFd, OwnedFd},
+    io,
+    os::fd::AsRawFd,
     panic::{AssertUnwindSafe, catch_unwind},
     path::{Path, PathBuf},
     sync::{Arc, Mutex, OnceLock},
@@ -16,7 +16,7 @@ use io_uring::{IoUring, Probe, opcode};
 
 use super::{
     FileId, FileSpec, Io, OnDone, Request,
-    directory::Directory,
+    directory::{Directory, Purpose},
     fault::{FaultPlan, Script},
     progress::retried,
 };
@@ -24,8 +24,10 @@ use crate::{Error, Notice, locked};
 
 mod ring;
 mod shape;
+mod waker;
 
 use shape::Shape;
+use waker::{Sleeper, Waker};
 
 use ring::{Ring, Submission};
 
@@ -44,14 +46,15 @@ pub struct Uring {
 
 struct Idle {
     ring: IoUring,
-    waker: Arc<Waker>,
+    waker: Waker,
+    sleeper: Sleeper,
 }
 
 impl Idle {
     /// A ring that has been asked for all that will be needed, so that whoever chooses a backend can take another one:
     /// kernels differ, and some systems forbid a part.
     fn new() -> io::Result<Self> {
-        let (mut ring, waker) = (IoUring::new(shape::ENTRIES)?, Arc::new(Waker::new()?));
+        let (mut ring, (waker, sleeper)) = (IoUring::new(shape::ENTRIES)?, waker::pair()?);
         let mut probe = Probe::new();
         ring.submitter().register_probe(&mut probe)?;
         require(|code| probe.is_supported(code))?;
@@ -60,7 +63,7 @@ impl Idle {
         unsafe { ring.submission().push(&opcode::Nop::new().build()) }.map_err(io::Error::other)?;
         retried(|| ring.submit_and_wait(1))?;
         ring.completion().next().ok_or_else(|| io::Error::other("the ring completes nothing"))?;
-        Ok(Self { ring, waker })
+        Ok(Self { ring, waker, sleeper })
     }
 }
 
@@ -80,7 +83,7 @@ fn require(is_supported: impl Fn(u8) -> bool) -> io::Result<()> {
 #[derive(Debug)]
 struct Running {
     submissions: Option<Sender<Submission>>,
-    waker: Arc<Waker>,
+    waker: Waker,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -91,7 +94,7 @@ impl Uring {
     /// [`Error::UringUnavailable`] where the system has no io_uring, forbids it or lacks a part of it that is needed;
     /// [`Error::Locked`].
     pub fn new(directory: &Path, faults: &FaultPlan) -> Result<Self, Error> {
-        Self::over(Arc::new(Directory::lock(directory, Arc::new(Script::below(faults)))?))
+        Self::over(Arc::new(Directory::open(directory, Purpose::Write, Arc::new(Script::below(faults)))?))
     }
 
     pub(crate) fn over(directory: Arc<Directory>) -> Result<Self, Error> {
@@ -101,10 +104,10 @@ impl Uring {
 
     /// Hands the ring, with the files that are now open, to its thread.
     fn start(&self, are_new: bool) -> Result<(), Error> {
-        let Some(Idle { mut ring, waker }) = locked(&self.idle).take() else { return Ok(()) };
+        let Some(Idle { mut ring, waker, sleeper }) = locked(&self.idle).take() else { return Ok(()) };
         let shape = shape::choose(&mut ring, self.directory.files(), are_new).over(self.directory.count());
         let (sender, submissions) = unbounded();
-        let (directory, sleeper) = (self.directory.clone(), waker.clone());
+        let directory = self.directory.clone();
         let run = move || Ring::new(ring, shape, directory, submissions, sleeper).run();
         let spawned = thread::Builder::new().name("ferrozero-uring".to_owned()).spawn(run);
         let thread = Some(spawned.map_err(|source| Error::Thread { source })?);
@@ -146,6 +149,14 @@ impl Io for Uring {
         self.directory.load_document(name)
     }
 
+    fn check_files(&self) -> Result<(), Error> {
+        self.directory.check_files()
+    }
+
+    fn check_paths(&self) -> Result<(), Error> {
+        self.directory.check_paths()
+    }
+
     fn path_of(&self, name: &str) -> PathBuf {
         self.directory.path_of(name)
     }
@@ -168,7 +179,7 @@ impl Running {
 impl Drop for Running {
     fn drop(&mut self) {
         self.submissions = None;
-        self.waker.wake();
+        self.waker.close();
         if let Some(thread) = self.thread.take()
             && thread.thread().id() != thread::current().id()
         {
@@ -180,32 +191,6 @@ impl Drop for Running {
 impl std::fmt::Debug for Idle {
     fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         formatter.write_str("Idle")
-    }
-}
-
-/// Wakes the ring's thread: an eventfd that the ring itself reads.
-#[derive(Debug)]
-struct Waker(File);
-
-impl Waker {
-    fn new() -> io::Result<Self> {
-        // SAFETY: the call takes no pointers.
-        let descriptor = unsafe { libc::eventfd(0, libc::EFD_CLOEXEC) };
-        if descriptor < 0 {
-            return Err(io::Error::last_os_error());
-        }
-        // SAFETY: the descriptor was just made and belongs to nobody else.
-        Ok(Self(File::from(unsafe { OwnedFd::from_raw_fd(descriptor) })))
-    }
-
-    fn wake(&self) {
-        // Fails only when 2^64 - 2 wake-ups are pending.
-        let _ = (&self.0).write(&1_u64.to_ne_bytes());
-    }
-
-    /// Takes back all wake-ups so far, of which there must be one.
-    fn clear(&self) {
-        let _ = (&self.0).read(&mut [0; 8]);
     }
 }
 

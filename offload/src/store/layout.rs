@@ -89,21 +89,46 @@ impl Piece {
         FileId(self.directory * FILE_NAMES.len() + place as usize)
     }
 
-    /// CRC-32C of the bytes followed by the extent and piece numbers, so that a piece in another's place is found.
     pub(super) fn checksum(&self, bytes: &[u8]) -> u32 {
-        let (extent, number) = (self.extent.0 as u64, self.number as u64);
-        crc32c(&[bytes, &extent.to_le_bytes(), &number.to_le_bytes()])
+        let mut checksum = Checksum::default();
+        checksum.update(bytes);
+        checksum.of(self)
+    }
+}
+
+/// The checksum of a piece, whose bytes come in parts: CRC-32C (Castagnoli) of the bytes followed by the extent and piece
+/// numbers, so that a piece in another's place is found.
+pub(super) struct Checksum(crc_fast::Digest);
+
+impl Default for Checksum {
+    fn default() -> Self {
+        Self(crc_fast::Digest::new(crc_fast::CrcAlgorithm::Crc32Iscsi))
+    }
+}
+
+impl Checksum {
+    pub(super) fn update(&mut self, bytes: &[u8]) {
+        self.0.update(bytes);
+    }
+
+    pub(super) fn of(mut self, piece: &Piece) -> u32 {
+        let (extent, number) = (piece.extent.0 as u64, piece.number as u64);
+        self.update(&extent.to_le_bytes());
+        self.update(&number.to_le_bytes());
+        self.value()
+    }
+
+    fn value(self) -> u32 {
+        // Wider than its 32 bits because of its longer siblings.
+        self.0.finalize() as u32
     }
 }
 
 /// CRC-32C (Castagnoli) of all bytes, one part after the other.
 pub(super) fn crc32c(parts: &[&[u8]]) -> u32 {
-    let mut digest = crc_fast::Digest::new(crc_fast::CrcAlgorithm::Crc32Iscsi);
-    for part in parts {
-        digest.update(part);
-    }
-    // Wider than its 32 bits because of its longer siblings.
-    digest.finalize() as u32
+    let mut checksum = Checksum::default();
+    parts.iter().for_each(|part| checksum.update(part));
+    checksum.value()
 }
 
 #[derive(Debug)]

@@ -1,6 +1,9 @@
 //! What is known of each piece while a store is open.
 
-use std::sync::Arc;
+use std::{
+    path::{Path, PathBuf},
+    sync::Arc,
+};
 
 use super::{
     Commit,
@@ -50,6 +53,8 @@ enum Trust {
     Unsettled,
     /// Data was not made durable.
     SyncFailed,
+    /// Nothing is to be written.
+    ReadOnly,
 }
 
 #[derive(Debug)]
@@ -62,6 +67,8 @@ pub(super) struct Table {
     is_overwriting: bool,
     trust: Trust,
     traffic: Traffic,
+    /// For messages of a store that is only read.
+    directory: PathBuf,
 }
 
 impl Table {
@@ -74,6 +81,7 @@ impl Table {
             is_overwriting: false,
             trust: Trust::Settled,
             traffic: Traffic::default(),
+            directory: PathBuf::new(),
         }
     }
 
@@ -85,6 +93,16 @@ impl Table {
         }
         table.committed = Some(Arc::new(commit));
         table
+    }
+
+    /// Refuses all writes from here on, naming the directory.
+    pub(super) fn keep_unwritten(&mut self, directory: &Path) {
+        self.trust = Trust::ReadOnly;
+        self.directory = directory.to_owned();
+    }
+
+    fn read_only(&self) -> Error {
+        Error::ReadOnly { directory: self.directory.clone() }
     }
 
     pub(super) fn committed(&self) -> Option<Arc<Commit>> {
@@ -149,6 +167,9 @@ impl Table {
         let extent = || layout.name(piece.extent).to_owned();
         let kind = self.kind(piece.extent);
         let generation = self.reachable_generation();
+        if self.trust == Trust::ReadOnly {
+            return Err(self.read_only());
+        }
         let entry = &mut self.entries[piece.index];
         if entry.writing || entry.readers > 0 {
             return Err(Error::PieceBusy { extent: extent(), piece: piece.number });
@@ -159,7 +180,7 @@ impl Table {
                 return Err(Error::Committing { extent: extent(), piece: piece.number });
             }
             (_, Trust::Unsettled) => return Err(Error::Unsettled { generation }),
-            (_, Trust::SyncFailed) => return Err(Error::SyncFailed { generation }),
+            (_, Trust::SyncFailed | Trust::ReadOnly) => return Err(Error::SyncFailed { generation }),
             (ExtentKind::State, Trust::Settled) => match entry.committed {
                 Some(Located { place: Place::A, .. }) if !layout.form().in_place => Place::B,
                 _ => Place::A,
@@ -204,6 +225,7 @@ impl Table {
         match self.trust {
             Trust::SyncFailed => return Err(Error::SyncFailed { generation }),
             Trust::Committing => return Err(Error::CommitUnderWay),
+            Trust::ReadOnly => return Err(self.read_only()),
             Trust::Settled | Trust::Unsettled => {}
         }
         if self.state_writes_in_flight > 0 {

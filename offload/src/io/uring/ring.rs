@@ -14,6 +14,10 @@ use crate::io::{
 /// Marks the wake-up among the completions; parts are marked by their place.
 const WAKE: u64 = u64::MAX;
 
+/// Times in a row, a millisecond apart, that the system may refuse to be entered: where it asks to be asked again, and where
+/// it gives another reason.
+const REFUSALS_MAX: [u32; 2] = [30_000, 100];
+
 /// A request on its way to the thread.
 pub(super) struct Submission {
     pub(super) request: Request,
@@ -42,12 +46,18 @@ pub(super) struct Ring {
     shape: Shape,
     directory: Arc<Directory>,
     submissions: Receiver<Submission>,
-    waker: Arc<Waker>,
+    sleeper: Sleeper,
     is_waker_armed: bool,
+    /// Whether submissions can no longer wake this thread while it waits for completions.
+    is_deaf: bool,
     is_closing: bool,
     active: Vec<Option<Active>>,
     waiting: VecDeque<Part>,
     in_flight: Vec<Option<Part>>,
+    /// Entries that the kernel may not have taken yet, in order.
+    pushed: VecDeque<u64>,
+    /// Times in a row that the system refused to be entered.
+    refusals: u32,
 }
 
 /// Requests own their buffers, and the kernel may be writing to them: if this thread were to unwind and drop them, other
@@ -69,19 +79,22 @@ impl Ring {
         shape: Shape,
         directory: Arc<Directory>,
         submissions: Receiver<Submission>,
-        waker: Arc<Waker>,
+        sleeper: Sleeper,
     ) -> Self {
         Self {
             ring,
             shape,
             directory,
             submissions,
-            waker,
+            sleeper,
             is_waker_armed: false,
+            is_deaf: false,
             is_closing: false,
             active: Vec::new(),
             waiting: VecDeque::new(),
             in_flight: (0..shape.depth).map(|_| None).collect(),
+            pushed: VecDeque::new(),
+            refusals: 0,
         }
     }
 
@@ -91,12 +104,18 @@ impl Ring {
         loop {
             self.take_submissions();
             let is_idle = self.active.iter().all(Option::is_none);
-            if self.is_closing && is_idle && !self.is_waker_armed {
+            if self.is_closing && is_idle {
                 return;
+            }
+            if self.is_deaf && is_idle {
+                self.wait_for_submission();
+                continue;
             }
             self.arm_waker();
             self.start_parts();
-            self.wait();
+            if let Err(error) = self.wait() {
+                return self.give_up(&error);
+            }
             self.take_completions();
         }
     }
@@ -111,6 +130,13 @@ impl Ring {
                     return;
                 }
             }
+        }
+    }
+
+    fn wait_for_submission(&mut self) {
+        match self.submissions.recv() {
+            Ok(submission) => self.split(submission),
+            Err(_) => self.is_closing = true,
         }
     }
 
@@ -139,13 +165,14 @@ impl Ring {
     }
 
     fn arm_waker(&mut self) {
-        if self.is_waker_armed || self.is_closing {
+        if self.is_waker_armed || self.is_deaf || self.is_closing {
             return;
         }
-        let poll = opcode::PollAdd::new(types::Fd(self.waker.0.as_raw_fd()), libc::POLLIN as u32);
+        let poll = opcode::PollAdd::new(types::Fd(self.sleeper.descriptor()), libc::POLLIN as u32);
         // SAFETY: a poll points to no memory, and `self` keeps the descriptor open longer than the ring.
         let pushed = unsafe { self.ring.submission().push(&poll.build().user_data(WAKE)) };
         self.is_waker_armed = pushed.is_ok();
+        self.pushed.extend(pushed.ok().map(|()| WAKE));
     }
 
     /// Fills the free places with waiting parts.
@@ -165,20 +192,62 @@ impl Ring {
                 self.waiting.push_front(part);
                 return;
             }
+            self.pushed.push_back(place as u64);
             *slot = Some(part);
         }
     }
 
-    fn wait(&mut self) {
-        match self.ring.submit_and_wait(1) {
-            Ok(_) => {}
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-            Err(error) => {
-                // EAGAIN and EBUSY pass. Nothing else is expected; and since buffers may be in flight, there is
-                // nothing better to do than to try again.
-                tracing::warn!(%error, "io_uring refused a submission");
-                thread::sleep(Duration::from_millis(1));
+    /// Enters the kernel until there is a completion. An error when that is refused again and again.
+    fn wait(&mut self) -> io::Result<()> {
+        let entered = self.ring.submit_and_wait(1);
+        let untaken = self.ring.submission().len();
+        self.pushed.drain(..self.pushed.len().saturating_sub(untaken));
+        let Err(error) = entered else {
+            self.refusals = 0;
+            return Ok(());
+        };
+        let refusals_max = match error.raw_os_error() {
+            Some(libc::EINTR) => return Ok(()),
+            Some(libc::EAGAIN | libc::EBUSY) => REFUSALS_MAX[0],
+            _ => REFUSALS_MAX[1],
+        };
+        self.refusals += 1;
+        if self.refusals > refusals_max {
+            return Err(error);
+        }
+        tracing::warn!(%error, "io_uring refused a submission");
+        thread::sleep(Duration::from_millis(1));
+        Ok(())
+    }
+
+    /// Ends all requests, and those that are still to come, with an error. The kernel is not entered any more.
+    fn give_up(mut self, error: &io::Error) {
+        tracing::error!(%error, "io_uring takes no more submissions");
+        // What the kernel has not taken it never will; all else completes by itself, and owns its buffer until then.
+        for place in std::mem::take(&mut self.pushed) {
+            if let Some(slot) = self.in_flight.get_mut(place as usize) {
+                *slot = None;
             }
+        }
+        while self.in_flight.iter().any(Option::is_some) {
+            thread::sleep(Duration::from_millis(1));
+            self.take_completions();
+        }
+        let again = || match error.raw_os_error() {
+            Some(code) => io::Error::from_raw_os_error(code),
+            None => error.kind().into(),
+        };
+        let refuse = |directory: &Directory, Submission { request, on_done }: Submission| {
+            let path =
+                directory.file(request.file()).map_or_else(|_| PathBuf::new(), |open| open.path.clone());
+            let refusal = request.error(path, again());
+            call_back(on_done, request, Err(refusal));
+        };
+        for Active { submission, .. } in self.active.iter_mut().filter_map(Option::take) {
+            refuse(&self.directory, submission);
+        }
+        while let Ok(submission) = self.submissions.recv() {
+            refuse(&self.directory, submission);
         }
     }
 
@@ -188,7 +257,7 @@ impl Ring {
             let place = completion.user_data();
             if place == WAKE {
                 self.is_waker_armed = false;
-                self.waker.clear();
+                self.is_deaf = !self.sleeper.clear();
                 continue;
             }
             if let Some(part) = self.in_flight.get_mut(place as usize).and_then(Option::take) {

@@ -113,12 +113,8 @@ pub(super) fn choose(ring: &mut IoUring, files: &[OpenFile], are_new: bool) -> S
 
 /// Device and file system: either may change what is fast.
 fn device_name(file: &File, device: u64) -> String {
-    let (major, minor) = (libc::major(device), libc::minor(device));
-    let mut statistics = std::mem::MaybeUninit::<libc::statfs>::uninit();
-    // SAFETY: the descriptor is open and the target has room for the answer.
-    let answered = unsafe { libc::fstatfs(file.as_raw_fd(), statistics.as_mut_ptr()) } == 0;
-    // SAFETY: the call succeeded and so has filled it in.
-    let kind = if answered { unsafe { statistics.assume_init() }.f_type } else { 0 };
+    let (major, minor) = (rustix::fs::major(device), rustix::fs::minor(device));
+    let kind = rustix::fs::fstatfs(file).map_or(0, |statistics| statistics.f_type);
     format!("{major}:{minor} {kind:x}")
 }
 
