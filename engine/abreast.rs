@@ -2,7 +2,7 @@
 
 use crate::baton::Baton;
 use crate::error::{Error, Result};
-use crate::pass::lock;
+use crate::sync::lock;
 use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::{Mutex, PoisonError};

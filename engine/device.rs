@@ -6,11 +6,10 @@ mod counts;
 #[cfg(feature = "cuda")]
 mod cuda;
 
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, internal};
 use crate::layout::{Group, Run};
 use crate::schedule::Queue;
 use crate::vacancy::{self, DeviceRun};
-use crate::work::internal;
 use candle_core::{CpuStorage, DType, Device, Tensor};
 use ferrozero_kernels::adamw::AdamWStep;
 use ferrozero_kernels::gradient::{Accumulate, GradientStatistics};

@@ -208,6 +208,12 @@ fn list_names(names: &[String]) -> String {
         _ => shown,
     }
 }
+
+/// A state that no user can cause: reported as an error all the same, so that the last commit stays reachable.
+pub fn internal(what: &str) -> Error {
+    Error::Unsupported(format!("internal error: {what}; please report it"))
+}
+
 impl Error {
     /// A panic of a queue's thread.
     pub(crate) fn panicked(queue: &'static str, panic: &(dyn Any + Send)) -> Self {

@@ -3,12 +3,12 @@
 
 use crate::arrangement::Arrangement;
 use crate::device::{BufferMemory, Done};
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, internal};
 use crate::order::Order;
 use crate::schedule::{Buffer, Extent, Operation, Queue, Resource, Slot};
 use crate::trace::{DeviceClock, Moments, Trace, TraceEvent};
 use crate::vacancy::DeviceRun;
-use crate::work::{Held, Norm, Passing, Shared, StepContext, internal};
+use crate::work::{Held, Norm, Passing, Shared, StepContext};
 use crossbeam::channel::{Receiver, Sender, bounded, unbounded};
 use ferrozero_kernels::gradient::GradientStatistics;
 use ferrozero_offload::io::Verb;

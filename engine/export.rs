@@ -1,10 +1,9 @@
 //! Parameters to and from safetensors files, a part at a time.
 
 use crate::checkpoint::Making;
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, internal};
 use crate::stores::{ParameterRow, RESIDENT};
 use crate::weights::decode;
-use crate::work::internal;
 use candle_core::DType;
 use ferrozero_offload::StoreOptions;
 use safetensors::tensor::{Dtype, Metadata, TensorInfo};

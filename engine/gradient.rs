@@ -1,8 +1,8 @@
 //! Gradients on their way out of candle: taken from its store, shown to whoever observes them, and handed on.
 
 use crate::layout::Layout;
-use crate::pass::lock;
 use crate::registry::GroupTensors;
+use crate::sync::lock;
 use crate::vacancy::{self, DeviceRun};
 use candle_core::Tensor;
 use candle_core::backprop::GradStore;

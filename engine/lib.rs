@@ -101,6 +101,7 @@ mod segment;
 pub mod shape;
 pub mod simulator;
 mod stores;
+mod sync;
 pub mod tensorboard;
 mod tiled_linear;
 pub mod tokenizer;

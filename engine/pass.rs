@@ -4,7 +4,7 @@
 use crate::arrangement::Call;
 use crate::baton::Baton;
 use crate::device::{ComputeDevice, Done};
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, internal};
 use crate::executor::{ComputeRequest, Executor, Grant};
 use crate::gradient::{GradientObserver, GradientSink, Observation, ResidentGradients};
 use crate::layout::Layout;
@@ -13,11 +13,12 @@ use crate::rehearsal::{Rehearsal, Trial};
 use crate::schedule::{Operation, Queue};
 use crate::segment::Output;
 use crate::simulator::Compute;
+use crate::sync::lock;
 use crate::vacancy::{self, DeviceRun, Leaves};
 use candle_core::{Tensor, TensorId};
 use std::any::TypeId;
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
 /// The kind of pass that is under way.
@@ -122,10 +123,6 @@ struct PassState {
     leaves: Leaves,
     /// Vacant tensors whose storage the output of a segment has, by the output's number.
     lenders: Mutex<HashMap<TensorId, Tensor>>,
-}
-
-pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Passes {
@@ -253,7 +250,7 @@ impl Granted {
 
     /// The grant, to take from and put back into.
     pub fn grant(&mut self) -> Result<&mut Grant> {
-        self.grant.as_mut().ok_or_else(|| crate::work::internal("a compute operation was finished twice"))
+        self.grant.as_mut().ok_or_else(|| internal("a compute operation was finished twice"))
     }
 
     /// Hands the memory back.
@@ -428,8 +425,7 @@ fn with_parameters<T>(
     granted: &mut Granted,
     run: impl FnOnce() -> candle_core::Result<T>,
 ) -> Result<T> {
-    let slot =
-        granted.grant()?.held.slot.take().ok_or_else(|| crate::work::internal("a grant without its slot"))?;
+    let slot = granted.grant()?.held.slot.take().ok_or_else(|| internal("a grant without its slot"))?;
     pass.tensors.fill(group, slot)?;
     let result = run();
     granted.grant()?.held.slot = Some(pass.tensors.take(group)?);

@@ -3,7 +3,7 @@
 
 use crate::arrangement::{Depths, DeviceKind};
 use crate::engine::{AdamW, DEFAULT_PIECE_BYTES, check_piece};
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, internal};
 use crate::pass::{KeptGraph, Observed};
 use crate::plan::{Bytes, Choices, Limits, Plan};
 use crate::schedule::Stream;
@@ -158,7 +158,7 @@ impl Question {
         let compute = self.shape.compute(self.batch, self.sequence, speeds);
         let plan = self.search(&compute, |search| search.best(&self.machine))?;
         let prediction = plan.prediction().cloned();
-        let prediction = prediction.ok_or_else(|| crate::work::internal("a plan without a prediction"))?;
+        let prediction = prediction.ok_or_else(|| internal("a plan without a prediction"))?;
         Ok(Answer {
             disk_bytes: self.disk_bytes(&plan),
             tokens_per_s: (self.tokens() * self.accumulate) as f64 / prediction.forecast.step_s,

@@ -9,6 +9,7 @@ use crate::device::ComputeDevice;
 use crate::error::{Error, Result};
 use crate::simulator::Machine;
 use crate::simulator::catalog::{BUS_SHARE, PCIE_4};
+use crate::sync::lock;
 use candle_core::DType;
 use disk::{Disk, Sweep};
 use ferrozero_kernels::Pool;
@@ -160,7 +161,7 @@ const ASSUMED_BUS: [f64; 2] = [BUS_SHARE * PCIE_4; 2];
 /// measured is assumed, and whatever is wrong with the folder is told when the run wants it.
 pub fn quick(look: QuickLook) -> Machine {
     let threads = look.threads.unwrap_or_else(processors);
-    let mut measured = crate::pass::lock(&MEASURED);
+    let mut measured = lock(&MEASURED);
     let measured = measured.get_or_insert_default();
     let elements = look.memory_bytes.map_or(u64::MAX, |bytes| bytes / QUICK_MEMORY_SHARE / 16);
     let effort = Effort { elements: QUICK.elements.min(elements as usize).max(1 << 16), ..QUICK };
@@ -198,7 +199,7 @@ pub fn quick(look: QuickLook) -> Machine {
 
 /// Forgets what a process has measured, so that the next run is planned with what is so now.
 pub fn forget() {
-    *crate::pass::lock(&MEASURED) = None;
+    *lock(&MEASURED) = None;
 }
 
 /// The folder, or the one that it will be made in.

@@ -3,12 +3,13 @@
 use crate::error::{Error, Result};
 use crate::layout::{Group, Layout, TableEntry};
 use crate::stores::RESIDENT;
+use crate::sync::lock;
 use crate::vacancy::{self, DeviceRun};
 use candle_core::{DType, Device, Shape, Tensor};
 use candle_nn::Init;
 use candle_nn::var_builder::SimpleBackend;
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 
 /// A parameter as the model asked for it.
 #[derive(Debug, Clone)]
@@ -50,8 +51,7 @@ pub struct Registry(Arc<Mutex<State>>);
 
 impl Registry {
     fn state(&self) -> MutexGuard<'_, State> {
-        // Nothing panics while it holds the lock; if it did, the list is still a list of whole parameters.
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.0)
     }
 
     /// Parameters for which `rule` holds, from now on, are not trained.

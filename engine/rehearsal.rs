@@ -5,13 +5,14 @@
 
 use crate::arrangement::Call;
 use crate::device::ComputeDevice;
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, internal};
 use crate::gradient::{GradientSink, ResidentGradients};
 use crate::layout::Layout;
-use crate::pass::{KeptGraph, Observed, lock};
+use crate::pass::{KeptGraph, Observed};
 use crate::registry::GroupTensors;
 use crate::segment::Output;
 use crate::simulator::{Compute, ComputeTime};
+use crate::sync::lock;
 use crate::vacancy::{self, DeviceRun};
 use candle_core::{DType, Shape, Tensor};
 use std::any::TypeId;
@@ -422,8 +423,7 @@ impl Trial {
         if self.known {
             let output =
                 lock(&self.rehearsal.findings).known.get(&self.kind).and_then(|known| known.output.clone());
-            let (shape, dtype) =
-                output.ok_or_else(|| crate::work::internal("a known segment without an output"))?;
+            let (shape, dtype) = output.ok_or_else(|| internal("a known segment without an output"))?;
             self.count(|known| known.forward.bytes);
             let device = self.rehearsal.device.device();
             return Ok(Output::of(DeviceRun::zeros(shape.elem_count(), dtype, device)?, shape));

@@ -7,7 +7,8 @@
 //! schedule says that the forward keeps its graph, the operation holds it until then, and nothing is computed again.
 
 use crate::error::{Error, Result};
-use crate::pass::{Backward, Gradients, Passes, lock};
+use crate::pass::{Backward, Gradients, Passes};
+use crate::sync::lock;
 use crate::vacancy::{self, DeviceRun};
 use candle_core::{
     CpuStorage, CudaStorage, CustomOp1, CustomOp2, CustomOp3, DType, Layout, Module, Shape, Tensor, bail,

@@ -6,17 +6,18 @@ use crate::abreast::abreast;
 use crate::baton::Baton;
 use crate::device::{BufferMemory, ComputeDevice, DeviceCounter};
 use crate::engine::Config;
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, internal};
 use crate::executor::{Executor, Memory};
 use crate::export::{Put, export_safetensors};
 use crate::gradient::{Gradient, GradientObserver, GradientSink};
 use crate::layout::Layout;
 use crate::loss_scale::LossScale;
-use crate::pass::{Mode, Passes, ScheduledPass, lock};
+use crate::pass::{Mode, Passes, ScheduledPass};
 use crate::plan::Plan;
 use crate::registry::{GroupTensors, Parameter};
 use crate::schedule::{Operation, Queue};
 use crate::stores::{Progress, Stores};
+use crate::sync::lock;
 use crate::trace::Trace;
 use crate::work::{Shared, StateCommit, StepContext};
 use candle_core::{DType, Tensor};
@@ -114,9 +115,7 @@ impl Trainer {
                 buffers.push(BufferMemory::Device(compute.f32_zeros(buffer.bytes / 4)?));
                 continue;
             }
-            let arena = by_tier
-                .get(&buffer.tier)
-                .ok_or_else(|| crate::work::internal("a buffer outside the arenas"))?;
+            let arena = by_tier.get(&buffer.tier).ok_or_else(|| internal("a buffer outside the arenas"))?;
             buffers.push(BufferMemory::Host(arena.lease(buffer.bytes)?));
         }
         for store in stores.state.iter().chain(&stores.scratch) {

@@ -2,7 +2,7 @@
 
 use crate::arrangement::Call;
 use crate::device::{BufferMemory, ComputeDevice, Done, Gradient};
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, internal};
 use crate::layout::{Layout, Run};
 use crate::part::{Cut, Part};
 use crate::registry::Parameter;
@@ -476,9 +476,4 @@ fn norm(held: &mut Held, context: &StepContext) -> Result<()> {
 
 fn first_buffer(held: &mut Held) -> Result<&mut Lease> {
     held.buffers.first_mut().ok_or_else(|| internal("operation without its buffer"))?.host_mut()
-}
-
-/// A state that no user can cause: reported as an error all the same, so that the last commit stays reachable.
-pub fn internal(what: &str) -> Error {
-    Error::Unsupported(format!("internal error: {what}; please report it"))
 }

@@ -1,12 +1,11 @@
 //! The CUDA device's side: its kernels, its streams, and what is copied between a lease and its storage.
 
 use super::{CudaFault, DeviceCounts, Moved, kernel};
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, internal};
 use crate::layout::Run;
-use crate::pass::lock;
 use crate::schedule::Queue;
+use crate::sync::lock;
 use crate::vacancy::DeviceRun;
-use crate::work::internal;
 use candle_core::cuda_backend::CudaStorageSlice;
 use candle_core::cuda_backend::cudarc::driver::{CudaSlice, CudaView};
 use candle_core::{CudaDevice, DType, Storage, Tensor};

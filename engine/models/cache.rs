@@ -1,6 +1,6 @@
 //! Keys and values of the tokens that a model has seen, so that the next token costs one token's work.
 
-use crate::pass::lock;
+use crate::sync::lock;
 use candle_core::{Result, Tensor};
 use ferrozero_kernels::ops;
 use std::sync::{Arc, Mutex};

@@ -3,9 +3,8 @@
 use super::linear::Adapting;
 use super::pretrained::Pretrained;
 use crate::Trainer;
-use crate::error::Result;
+use crate::error::{Result, internal};
 use crate::export::{Put, export_safetensors};
-use crate::work::internal;
 use std::path::Path;
 
 impl Pretrained {

@@ -2,9 +2,8 @@
 
 use super::optimizer::{adamw_step, pool};
 use crate::arrangement::STAGGER_BYTES;
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, internal};
 use crate::trace::covered_s;
-use crate::work::internal;
 use ferrozero_kernels::Pool;
 use ferrozero_kernels::adamw::{AdamWState, adamw};
 use ferrozero_offload::io::{Completion, Verb};

@@ -2,12 +2,11 @@
 
 use super::super::CommandResult;
 use crate::Trainer;
-use crate::error::Error;
+use crate::error::{Error, internal};
 use crate::export::export_safetensors;
 use crate::models::linear::Adapting;
 use crate::models::pretrained::Pretrained;
 use crate::tokenizer::Tokenizer;
-use crate::work::internal;
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use std::path::Path;
