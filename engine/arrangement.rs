@@ -2,7 +2,7 @@
 //! schedule may use. Nothing else is allocated while steps run, so the bytes of an arrangement are the bytes of a run.
 
 use crate::layout::{Group, Layout};
-use crate::schedule::{Buffer, GroupIndex, Slot, Stream};
+use crate::schedule::{Buffer, Call, GroupIndex, Slot, Stream};
 use candle_core::DType;
 use ferrozero_offload::Tier;
 use serde::{Deserialize, Serialize};
@@ -46,18 +46,6 @@ impl GroupPlacement {
             Stream::Gradient => self.gradient = tier,
         }
     }
-}
-
-/// One run of a segment within a step, as the rehearsal saw it.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Call {
-    /// The group of the segment.
-    pub group: GroupIndex,
-    /// Size of the first input, which is the boundary activation, in elements of f32: half as many as it has where it
-    /// is of a type of two bytes.
-    pub boundary_elements: usize,
-    /// Whether the boundary can leave the device: plain storage that only this call reads.
-    pub boundary_moves: bool,
 }
 
 /// What the device that computes is like.

@@ -1,9 +1,9 @@
 //! The one builder of schedules. A new policy is a change here: the executor only runs what it is given.
 
-use crate::arrangement::{Arrangement, Call};
+use crate::arrangement::Arrangement;
 use crate::layout::Layout;
 use crate::schedule::{
-    Buffer, Extent, GradientSet, GroupIndex, MasterPlace, Operation, Passage, Slot, Stream,
+    Buffer, Call, Extent, GradientSet, GroupIndex, MasterPlace, Operation, Passage, Slot, Stream,
 };
 use ferrozero_offload::Tier;
 use std::ops::Range;

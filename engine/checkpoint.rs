@@ -2,13 +2,11 @@
 
 use crate::arrangement::GroupPlacement;
 use crate::error::{Error, Result};
-use crate::export::{Put, export_safetensors};
-use crate::layout::{Group, Layout};
+use crate::export::export_safetensors;
+use crate::layout::{Group, Layout, Put, RESIDENT};
 use crate::schedule::Stream;
 use crate::stores::{self, ParameterRow, Progress};
-use ferrozero_offload::{
-    Arena, Budget, Completion, ExtentId, Lease, Store, StoreOptions, Ticket, Tier, padded_bytes,
-};
+use ferrozero_offload::{Arena, Budget, Completion, Lease, Store, StoreOptions, Ticket, Tier, padded_bytes};
 use serde::Serialize;
 use std::collections::VecDeque;
 use std::path::{Path, PathBuf};
@@ -121,7 +119,7 @@ impl Checkpoint {
                 if elements == 0 {
                     continue;
                 }
-                let extent = stores::extent_name(group, stream);
+                let extent = stream.extent_name(group);
                 self.read(&extent, 0..self.layout.piece_count(elements), |piece, _, result| {
                     on_read(4 * self.layout.piece_range(elements, piece).len() as u64);
                     if let Err(error) = result {
@@ -185,7 +183,7 @@ impl Checkpoint {
     fn show(&self, name: &str, put: &mut Put) -> Result<()> {
         for (group, entry) in self.layout.find(name)? {
             let of_group = &self.layout.groups[group];
-            let extent = stores::extent_name(of_group, Stream::Master);
+            let extent = Stream::Master.extent_name(of_group);
             self.read(&extent, self.layout.pieces_of(group, entry), |piece, lease, result| {
                 result?;
                 let range = self.layout.piece_range(of_group.elements, piece);
@@ -227,7 +225,7 @@ impl Checkpoint {
 }
 
 /// The groups of a commit.
-fn layout_of(rows: &[ParameterRow], piece_elements: usize) -> Layout {
+pub fn layout_of(rows: &[ParameterRow], piece_elements: usize) -> Layout {
     let mut members: Vec<(String, Vec<_>)> = vec![];
     for (index, row) in rows.iter().enumerate() {
         let member = (index, row.name.clone(), row.shape.clone(), row.trainable, false);
@@ -237,59 +235,8 @@ fn layout_of(rows: &[ParameterRow], piece_elements: usize) -> Layout {
         }
     }
     let groups = members.into_iter().map(|(name, members)| {
-        let resident = name == stores::RESIDENT;
+        let resident = name == RESIDENT;
         Group::new(name, resident, members)
     });
     Layout { groups: groups.collect(), piece_elements }
-}
-
-/// Makes checkpoints of files in another format.
-pub(crate) struct Making {
-    layout: Layout,
-    rows: Vec<ParameterRow>,
-    store: Store,
-}
-
-impl Making {
-    /// Reserves the space of a checkpoint with these parameters.
-    pub(crate) fn start(directory: &Path, rows: Vec<ParameterRow>, options: StoreOptions) -> Result<Self> {
-        let layout = layout_of(&rows, options.piece_bytes / 4);
-        let store = stores::create_state(directory, &stores::state_extents(&layout), options)?;
-        Ok(Self { layout, rows, store })
-    }
-
-    /// Writes all states, with master parameters as `fill` gives them, by name and from an element on, and moments of zero, and
-    /// commits. In memory is a piece at a time.
-    pub(crate) fn finish(self, fill: impl Fn(&str, usize, &mut [f32]) -> Result<()>) -> Result<()> {
-        let bytes = padded_bytes(self.store.piece_bytes());
-        let budget = Budget::new(Tier::Host, bytes as u64);
-        let arena = Arena::new(&budget, bytes)?;
-        let mut lease = arena.lease(bytes)?;
-        for (index, group) in self.layout.groups.iter().enumerate() {
-            for stream in Stream::STATE {
-                let elements = stream.elements(&self.layout, index);
-                let Some(extent) = self.store.extent(&stores::extent_name(group, stream)) else { continue };
-                for piece in 0..self.layout.piece_count(elements) {
-                    lease.as_f32_mut().fill(0.0);
-                    let runs = group.runs(self.layout.piece_range(elements, piece));
-                    for run in runs.filter(|_| stream == Stream::Master) {
-                        let out = &mut lease.as_f32_mut()[run.piece_start..run.piece_start + run.elements];
-                        fill(&group.table[run.entry].name, run.entry_start, out)?;
-                    }
-                    lease = self.write(extent, piece, lease)?;
-                }
-            }
-        }
-        let progress = Progress { step: 0, parameters: self.rows, homes: vec![], loss_scale: None };
-        self.store.commit(serde_json::json!({ "engine": progress, "user": null }))?;
-        Ok(())
-    }
-
-    fn write(&self, extent: ExtentId, piece: usize, lease: Lease) -> Result<Lease> {
-        let (ticket, on_done) = Ticket::new();
-        self.store.write(extent, piece, lease, on_done);
-        let Completion { lease, result } = ticket.wait();
-        result?;
-        Ok(lease)
-    }
 }

@@ -1,6 +1,7 @@
 //! Text for training: where it comes from, how it becomes tokens, and which tokens a step sees. Neither text nor tokens are ever
 //! in memory as a whole: text goes by documents, and tokens lie in a file.
 
+use crate::data_error::DataError;
 use crate::tokenizer::Tokenizer;
 use candle_core::{Device, Tensor};
 use ferrozero_kernels::philox::Stream;
@@ -23,75 +24,6 @@ const VALIDATION_SHARE: usize = 50;
 /// The data is cut into this many parts, or fewer if it is short, and the end of each is kept for validation: what is validated
 /// is then of all kinds that there are.
 const PARTS: usize = 64;
-
-/// What is wrong with the data.
-#[derive(Debug, thiserror::Error)]
-pub enum DataError {
-    /// A file or folder that cannot be read.
-    #[error("data {path}: {source}")]
-    Unreadable {
-        /// The file or folder.
-        path: PathBuf,
-        /// What the system said.
-        source: std::io::Error,
-    },
-    /// Nothing to train on.
-    #[error("no text in {place}: give a text file, or a folder with text files, with --data PATH")]
-    Empty {
-        /// Where text was looked for.
-        place: String,
-    },
-    /// Less than training and validation need.
-    #[error(
-        "the data has {tokens} tokens and at least {needed} are needed: give more text, or a shorter --seq"
-    )]
-    TooSmall {
-        /// Tokens of the data.
-        tokens: usize,
-        /// Tokens that one sequence for training and one for validation need.
-        needed: usize,
-    },
-    /// The file of tokens that cannot be made, read or written.
-    #[error(
-        "{path}: the file of the data's tokens beside it, {bytes} bytes, could not be {operation}: {source}"
-    )]
-    Tokens {
-        /// Folder of the run.
-        path: PathBuf,
-        /// What was tried.
-        operation: &'static str,
-        /// Bytes that it has so far.
-        bytes: u64,
-        /// What the system said.
-        source: std::io::Error,
-    },
-    /// A line that is no example.
-    #[error("{path}, line {line}: {reason}")]
-    Example {
-        /// The file.
-        path: PathBuf,
-        /// Number of the line, from 1.
-        line: usize,
-        /// What is wrong.
-        reason: String,
-    },
-    /// A chat template that cannot be used.
-    #[error("chat template of {path}: {reason}")]
-    ChatTemplate {
-        /// The model.
-        path: PathBuf,
-        /// What is wrong.
-        reason: String,
-    },
-    /// A tokenizer that cannot be used.
-    #[error("tokenizer {path}: {reason}")]
-    Tokenizer {
-        /// Its file.
-        path: PathBuf,
-        /// What is wrong.
-        reason: String,
-    },
-}
 
 /// Text, document by document.
 pub struct Corpus {

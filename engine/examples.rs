@@ -2,7 +2,8 @@
 //! as prompts, is seen and not counted.
 
 use crate::chat::{ChatTemplate, Part};
-use crate::data::{DataError, TokenFile, TokenWriter};
+use crate::data::{TokenFile, TokenWriter};
+use crate::data_error::DataError;
 use crate::tokenizer::Tokenizer;
 use candle_core::{Device, Tensor};
 use ferrozero_kernels::philox::Stream;

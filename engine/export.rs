@@ -1,11 +1,9 @@
 //! Parameters to and from safetensors files, a part at a time.
 
-use crate::checkpoint::Making;
 use crate::error::{Error, Result, internal};
-use crate::stores::{ParameterRow, RESIDENT};
-use crate::weights::decode;
+use crate::layout::Put;
 use candle_core::DType;
-use ferrozero_offload::StoreOptions;
+use half::{bf16, f16};
 use safetensors::tensor::{Dtype, Metadata, TensorInfo};
 use std::collections::HashMap;
 use std::fs::File;
@@ -13,8 +11,6 @@ use std::io::{self, Read};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
-/// Puts some values of a parameter from the element of a number on.
-pub(crate) type Put<'a> = dyn FnMut(usize, &[f32]) -> Result<()> + 'a;
 /// Puts every value of the parameter of a name once, some at a time, in any order.
 pub(crate) type PutAll<'a> = dyn Fn(&str, &mut Put) -> Result<()> + 'a;
 
@@ -148,7 +144,7 @@ impl SafetensorsFile {
     }
 
     /// Fills `out` with the elements of a tensor from `first` on.
-    fn fill(&self, name: &str, first: usize, out: &mut [f32]) -> Result<()> {
+    pub(crate) fn fill(&self, name: &str, first: usize, out: &mut [f32]) -> Result<()> {
         let damaged = |reason: String| Error::Safetensors { path: self.path.clone(), reason };
         let info = self.tensors.get(name).ok_or_else(|| damaged(format!("it has no {name}")))?;
         let dtype = number_type(info.dtype).ok_or_else(|| {
@@ -178,6 +174,19 @@ pub(crate) fn number_type(dtype: Dtype) -> Option<DType> {
     }
 }
 
+/// Turns numbers of a type as they lie in a file into f32.
+pub(crate) fn decode(dtype: DType, bytes: &[u8], out: &mut [f32]) {
+    let words = bytes.chunks_exact(dtype.size_in_bytes());
+    for (target, word) in out.iter_mut().zip(words) {
+        *target = match *word {
+            [a, b, c, d] => f32::from_le_bytes([a, b, c, d]),
+            [a, b] if dtype == DType::BF16 => bf16::from_le_bytes([a, b]).to_f32(),
+            [a, b] => f16::from_le_bytes([a, b]).to_f32(),
+            _ => f32::NAN,
+        };
+    }
+}
+
 /// Whether a tensor's bytes are as many as its shape says, and within the `data_bytes` of its file.
 fn is_in_place(info: &TensorInfo, data_bytes: u64) -> bool {
     let (start, end) = info.data_offsets;
@@ -186,47 +195,6 @@ fn is_in_place(info: &TensorInfo, data_bytes: u64) -> bool {
     let bytes = end.checked_sub(start);
     end as u64 <= data_bytes
         && bits.is_some_and(|bits| bytes.and_then(|bytes| bytes.checked_mul(8)) == Some(bits))
-}
-
-/// Makes a checkpoint of a safetensors file: its tensors are the parameters, the moments are zero, and no step is made. Parameters under a
-/// name with a number, as `h.3.` or `model.layers.3.`, are the group of that prefix, all others are resident.
-///
-/// # Errors
-/// [`Error::File`], [`Error::Safetensors`], [`Error::CheckpointExists`] and errors of the disk tier.
-pub fn import_safetensors(path: &Path, directory: &Path) -> Result<()> {
-    let source = SafetensorsFile::open(path)?;
-    let mut rows: Vec<ParameterRow> = source
-        .tensors
-        .iter()
-        .map(|(name, info)| ParameterRow {
-            group: group_of(name),
-            name: name.clone(),
-            shape: info.shape.clone(),
-            trainable: true,
-        })
-        .collect();
-    if rows.is_empty() {
-        return Err(Error::Safetensors { path: path.to_owned(), reason: "it has no tensors".into() });
-    }
-    rows.sort_by_key(|row| (row.group == RESIDENT, number_in(&row.group), row.name.clone()));
-    Making::start(directory, rows, StoreOptions::default())?
-        .finish(|name, first, out| source.fill(name, first, out))
-}
-
-/// The prefix of a name up to its first part that is a number.
-fn group_of(name: &str) -> String {
-    let is_number = |part: &&str| !part.is_empty() && part.bytes().all(|byte| byte.is_ascii_digit());
-    let parts: Vec<&str> = name.split('.').collect();
-    match parts.iter().position(is_number) {
-        Some(number) if number + 1 < parts.len() => parts[..=number].join("."),
-        _ => RESIDENT.to_owned(),
-    }
-}
-
-/// The number at the end of a group's name, and what is before it, so that h.2 comes before h.10.
-fn number_in(group: &str) -> (String, u64) {
-    let (prefix, number) = group.rsplit_once('.').unwrap_or((group, ""));
-    (prefix.to_owned(), number.parse().unwrap_or(0))
 }
 
 #[cfg(test)]
@@ -260,14 +228,5 @@ mod tests {
             let error = open(entry).unwrap_err().to_string();
             assert!(error.contains("model.safetensors"), "{entry}: {error}");
         }
-    }
-
-    #[test]
-    fn groups_are_named_after_the_first_number() {
-        assert_eq!(group_of("h.3.attn.c_attn.weight"), "h.3");
-        assert_eq!(group_of("model.layers.11.mlp.2.weight"), "model.layers.11");
-        assert_eq!(group_of("wte.weight"), RESIDENT);
-        assert_eq!(group_of("bias.0"), RESIDENT);
-        assert!(number_in("h.2") < number_in("h.10"));
     }
 }

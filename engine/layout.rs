@@ -7,14 +7,37 @@
 //! straddle two tensors or two pieces, so a norm has the same bits whatever the piece size.
 
 use crate::error::{Error, Result};
-use crate::export::Put;
 use crate::part::{Cut, Part};
 use ferrozero_kernels::gradient::BLOCK_ELEMENTS;
 use std::collections::BTreeMap;
 use std::ops::Range;
+use std::sync::Arc;
 
 /// Tensors start at multiples of this many elements within the run of their group.
 pub const ALIGNMENT_ELEMENTS: usize = BLOCK_ELEMENTS;
+
+/// Bytes of a piece where nobody says otherwise.
+pub const DEFAULT_PIECE_BYTES: usize = 4 << 20;
+/// Name of the group of all parameters outside segments.
+pub const RESIDENT: &str = "resident";
+
+/// Says whether something holds for the parameter of a name and shape.
+pub type ParameterRule = Arc<dyn Fn(&str, &[usize]) -> bool + Send + Sync>;
+/// Puts some values of a parameter from the element of a number on.
+pub type Put<'a> = dyn FnMut(usize, &[f32]) -> Result<()> + 'a;
+
+/// Whether pieces can be of this size.
+///
+/// # Errors
+/// [`Error::Configuration`] if not.
+pub fn check_piece(bytes: Option<usize>) -> Result<()> {
+    match bytes {
+        Some(bytes) if bytes == 0 || bytes % (4 * ALIGNMENT_ELEMENTS) != 0 => Err(Error::Configuration(
+            format!("pieces of {bytes} bytes cannot be: use a multiple of 4096 bytes, as 4MiB"),
+        )),
+        _ => Ok(()),
+    }
+}
 
 /// One parameter in the table of its group.
 #[derive(Debug, Clone)]

@@ -1,18 +1,16 @@
 //! What a segment does at the moment it is called: nothing outside of a step, a measured trial in the rehearsal, and
 //! what the schedule says in a training step or an evaluation.
 
-use crate::arrangement::Call;
 use crate::baton::Baton;
 use crate::device::{ComputeDevice, Done};
 use crate::error::{Error, Result, internal};
 use crate::executor::{ComputeRequest, Executor, Grant};
 use crate::gradient::{GradientObserver, GradientSink, Observation, ResidentGradients};
 use crate::layout::Layout;
+use crate::output::Output;
 use crate::registry::GroupTensors;
 use crate::rehearsal::{Rehearsal, Trial};
 use crate::schedule::{Operation, Queue};
-use crate::segment::Output;
-use crate::simulator::Compute;
 use crate::sync::lock;
 use crate::vacancy::{self, DeviceRun, Leaves};
 use candle_core::{Tensor, TensorId};
@@ -430,29 +428,4 @@ fn with_parameters<T>(
     let result = run();
     granted.grant()?.held.slot = Some(pass.tensors.take(group)?);
     Ok(result?)
-}
-
-/// Memory of a call whose graph is kept from its forward to its backward.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct KeptGraph {
-    /// Bytes from the one to the other.
-    pub bytes: u64,
-    /// Bytes while one of the two runs, beyond those of a backward that computes again.
-    pub beyond_bytes: u64,
-}
-
-/// What the rehearsal found out.
-#[derive(Debug, Clone)]
-pub struct Observed {
-    /// Segments in the order in which they ran.
-    pub calls: Vec<Call>,
-    /// Peak of what the model's own tensors take, in bytes; none where memory is not counted.
-    pub working_bytes: Option<u64>,
-    /// The most of them, in bytes, that a micro-batch holds between two segments: what each one more takes that runs
-    /// vertically.
-    pub parked_bytes: u64,
-    /// What each call takes where its graph is kept, where memory is counted.
-    pub kept: Vec<KeptGraph>,
-    /// How long computing takes.
-    pub compute: Compute,
 }

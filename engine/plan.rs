@@ -1,13 +1,13 @@
 //! The plan: placements, slots, buffers, schedule and predicted bytes, made and printed before anything large is
 //! allocated. What cannot fit is refused here, with the culprit and the least budget that works.
 
-use crate::arrangement::{Arrangement, BufferUse, Call, Depths, DeviceKind, GroupPlacement, Needs};
+use crate::arrangement::{Arrangement, BufferUse, Depths, DeviceKind, GroupPlacement, Needs};
 use crate::builder::{Builder, gradient_passes_through};
-use crate::engine::AdamW;
 use crate::error::Error;
 use crate::layout::Layout;
-use crate::pass::{KeptGraph, Observed};
-use crate::schedule::{Operation, Stream};
+use crate::observed::{KeptGraph, Observed};
+use crate::optimizer::AdamW;
+use crate::schedule::{Call, Operation, Stream};
 use crate::simulator::{Compute, Forecast, Machine, Simulator};
 use ferrozero_offload::Tier;
 use serde::{Deserialize, Serialize};

@@ -2,9 +2,10 @@
 //! estimated where a run measures them: the model's own tensors and its computing time, see [`ModelShape`].
 
 use crate::arrangement::{Depths, DeviceKind};
-use crate::engine::{AdamW, DEFAULT_PIECE_BYTES, check_piece};
 use crate::error::{Error, Result, internal};
-use crate::pass::{KeptGraph, Observed};
+use crate::layout::{DEFAULT_PIECE_BYTES, check_piece};
+use crate::observed::{KeptGraph, Observed};
+use crate::optimizer::AdamW;
 use crate::plan::{Bytes, Choices, Limits, Plan};
 use crate::schedule::Stream;
 use crate::search::Search;

@@ -1,8 +1,7 @@
 //! What the model asks its `VarBuilder` for, and the vacant tensors that it gets.
 
 use crate::error::{Error, Result};
-use crate::layout::{Group, Layout, TableEntry};
-use crate::stores::RESIDENT;
+use crate::layout::{Group, Layout, ParameterRule, RESIDENT, TableEntry};
 use crate::sync::lock;
 use crate::vacancy::{self, DeviceRun};
 use candle_core::{DType, Device, Shape, Tensor};
@@ -29,9 +28,6 @@ pub struct Parameter {
     /// The tensor in the user's model.
     pub tensor: Tensor,
 }
-
-/// Says whether something holds for the parameter of a name and shape.
-pub type ParameterRule = Arc<dyn Fn(&str, &[usize]) -> bool + Send + Sync>;
 
 #[derive(Default)]
 struct State {

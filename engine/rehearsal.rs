@@ -3,14 +3,14 @@
 //! segments, the shapes of boundaries, the parameters that no gradient reaches, the working memory of the model's own tensors, and
 //! the time of computing.
 
-use crate::arrangement::Call;
 use crate::device::ComputeDevice;
 use crate::error::{Error, Result, internal};
 use crate::gradient::{GradientSink, ResidentGradients};
 use crate::layout::Layout;
-use crate::pass::{KeptGraph, Observed};
+use crate::observed::{KeptGraph, Observed};
+use crate::output::Output;
 use crate::registry::GroupTensors;
-use crate::segment::Output;
+use crate::schedule::Call;
 use crate::simulator::{Compute, ComputeTime};
 use crate::sync::lock;
 use crate::vacancy::{self, DeviceRun};

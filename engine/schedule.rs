@@ -8,8 +8,7 @@
 //! [`Builder`](crate::builder::Builder) makes schedules; the planner counts their bytes, the executor runs them, the
 //! [`simulator`](crate::simulator) costs them and the trace is recorded against them.
 
-use crate::arrangement::Call;
-use crate::layout::Layout;
+use crate::layout::{Group, Layout};
 use serde::{Deserialize, Serialize};
 
 /// Index of a group in the [`Layout`].
@@ -45,6 +44,11 @@ impl Stream {
         }
     }
 
+    /// Name of the extent of this stream of a group.
+    pub fn extent_name(self, group: &Group) -> String {
+        format!("{}/{}", group.name, self.name())
+    }
+
     /// Elements that group `group` has of this stream, alignment included.
     pub fn elements(self, layout: &Layout, group: GroupIndex) -> usize {
         match self {
@@ -69,6 +73,18 @@ pub struct GradientSet(pub usize);
 /// Room for one boundary activation on its way between device and home.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Passage(pub usize);
+
+/// One run of a segment within a step, as the rehearsal saw it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Call {
+    /// The group of the segment.
+    pub group: GroupIndex,
+    /// Size of the first input, which is the boundary activation, in elements of f32: half as many as it has where it
+    /// is of a type of two bytes.
+    pub boundary_elements: usize,
+    /// Whether the boundary can leave the device: plain storage that only this call reads.
+    pub boundary_moves: bool,
+}
 
 /// A run of bytes on disk that pieces are cut from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]

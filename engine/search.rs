@@ -8,10 +8,10 @@ mod homes;
 
 use crate::arrangement::{Depths, GroupPlacement};
 use crate::builder::runs_each_once;
-use crate::engine::AdamW;
 use crate::error::{Error, Result};
 use crate::layout::{ALIGNMENT_ELEMENTS, Layout};
-use crate::pass::Observed;
+use crate::observed::Observed;
+use crate::optimizer::AdamW;
 use crate::plan::{Choices, Limits, Placement, Plan, Prediction, Updates};
 use crate::schedule::Stream;
 use crate::simulator::{Forecast, Machine};
@@ -375,9 +375,10 @@ fn least(one: Option<Error>, other: Error) -> Error {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::arrangement::{Call, DeviceKind};
+    use crate::arrangement::DeviceKind;
     use crate::layout::Group;
-    use crate::pass::KeptGraph;
+    use crate::observed::KeptGraph;
+    use crate::schedule::Call;
     use crate::simulator::{Compute, ComputeTime};
     use candle_core::DType;
 

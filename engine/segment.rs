@@ -7,6 +7,7 @@
 //! schedule says that the forward keeps its graph, the operation holds it until then, and nothing is computed again.
 
 use crate::error::{Error, Result};
+use crate::output::{Graph, Output, Run, leaf_of};
 use crate::pass::{Backward, Gradients, Passes};
 use crate::sync::lock;
 use crate::vacancy::{self, DeviceRun};
@@ -41,9 +42,6 @@ impl<M: Module + Send + Sync + 'static> Module for Segment<M> {
         self.call(&[xs], |module, inputs| module.forward(&inputs[0]))
     }
 }
-
-/// Runs the user's part on given inputs.
-type Run = dyn Fn(&[Tensor]) -> candle_core::Result<Tensor> + Send + Sync;
 
 impl<M: Send + Sync + 'static> Segment<M> {
     pub(crate) fn new(module: M, group: usize, passes: Passes) -> Self {
@@ -126,54 +124,6 @@ fn call(passes: &Passes, group: usize, kind: TypeId, run: Arc<Run>, inputs: &[&T
         passes.note_output(&node, lender);
     }
     Ok(node)
-}
-
-/// What a segment's module computed.
-pub(crate) struct Output {
-    pub values: DeviceRun,
-    pub shape: Shape,
-    /// How, if that is kept.
-    graph: Option<Graph>,
-}
-
-/// How a segment's module came to its output, until its backward.
-struct Graph {
-    leaves: Vec<Tensor>,
-    end: Tensor,
-}
-
-impl Output {
-    /// Without a graph.
-    fn alone(run: &Run, inputs: &[&Tensor]) -> candle_core::Result<Self> {
-        let inputs: Vec<Tensor> = inputs.iter().map(|input| input.detach()).collect();
-        let value = ops::without_graph(|| run(&inputs))?;
-        // An output that is a view of an input must not take the input's storage with it.
-        let shared = inputs.iter().any(|input| vacancy::share_storage(input, &value));
-        Self::new(value, shared, None)
-    }
-
-    /// With its graph. The inputs are copied, because candle's graph must not go on beyond them and their storage is others'.
-    fn with_graph(run: &Run, inputs: &[&Tensor]) -> candle_core::Result<Self> {
-        let leaves = inputs.iter().map(|input| leaf_of(input)).collect::<candle_core::Result<Vec<_>>>()?;
-        let (end, value) = ops::keep(|| run(&leaves))?;
-        // A value that is in the graph too may be what its operation needs in the backward.
-        let shared = value.id() == end.id();
-        Self::new(value, shared, Some(Graph { leaves, end }))
-    }
-
-    /// Values alone.
-    pub fn of(values: DeviceRun, shape: Shape) -> Self {
-        Self { values, shape, graph: None }
-    }
-
-    fn new(value: Tensor, shared: bool, graph: Option<Graph>) -> candle_core::Result<Self> {
-        if !matches!(value.dtype(), DType::F32 | DType::BF16 | DType::F16) {
-            bail!("a segment's output must be F32, BF16 or F16, not {:?}", value.dtype())
-        }
-        let shape = value.shape().clone();
-        let values = if shared { vacancy::copy(&value)? } else { vacancy::into_run(value)? };
-        Ok(Self { values, shape, graph })
-    }
 }
 
 /// The segment as candle's graph knows it.
@@ -285,15 +235,6 @@ impl SegmentOperation {
         let complete =
             |(input, gradient): (&Tensor, Option<Tensor>)| gradient.map_or_else(|| input.zeros_like(), Ok);
         Ok(of_tracked.map(complete).collect::<candle_core::Result<_>>()?)
-    }
-}
-
-/// An input as a leaf of the segment's own graph: a copy that gets a gradient, if candle tracks it outside.
-fn leaf_of(input: &Tensor) -> candle_core::Result<Tensor> {
-    if input.track_op() && input.dtype().is_float() {
-        Ok(vacancy::copy(input)?.into_tensor(input.shape(), true))
-    } else {
-        Ok(input.detach())
     }
 }
 

@@ -1,12 +1,12 @@
 //! The shape of a model that need not exist: its groups, its activations and its arithmetic, for plans made before
 //! anything is built. B: batch, T: tokens of a sequence, C: hidden width, V: vocabulary.
 
-use crate::arrangement::Call;
 use crate::error::{Error, Result};
 use crate::layout::{Group, Layout};
 use crate::models::block::Units;
 use crate::models::gpt::tiles_of_width;
 use crate::models::llama_config::LlamaConfig;
+use crate::schedule::Call;
 use crate::simulator::{Compute, ComputeTime};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;

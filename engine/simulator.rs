@@ -8,9 +8,9 @@ pub mod catalog;
 mod clockwork;
 mod machine;
 
-use crate::arrangement::{Arrangement, Call};
+use crate::arrangement::Arrangement;
 use crate::layout::Layout;
-use crate::schedule::{Operation, Queue};
+use crate::schedule::{Call, Operation, Queue};
 use crate::trace::{Trace, TraceEvent};
 use clockwork::Clockwork;
 use serde::{Deserialize, Serialize};

@@ -1,12 +1,12 @@
 //! What of a run lies on disk: the stores, what a commit says about the model, and how a commit is matched to it.
 
-use crate::arrangement::{Call, GroupPlacement};
-use crate::engine::Config;
+use crate::arrangement::GroupPlacement;
+use crate::config::Config;
 use crate::error::{Error, Result};
-use crate::layout::{Group, Layout};
+use crate::layout::Layout;
 use crate::loss_scale::LossScale;
 use crate::plan::Plan;
-use crate::schedule::{Extent, Stream};
+use crate::schedule::{Call, Extent, Stream};
 use ferrozero_offload::{BackendChoice, ExtentId, ExtentKind, ExtentSpec, Store, StoreOptions, Tier};
 use serde::{Deserialize, Serialize};
 use std::collections::{HashMap, HashSet};
@@ -15,8 +15,6 @@ use std::sync::Arc;
 
 /// Folder of what no commit keeps, within the folder of the state.
 const SCRATCH: &str = "scratch";
-/// Name of the group of all parameters outside segments.
-pub const RESIDENT: &str = "resident";
 
 /// What the engine writes into a commit.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -138,7 +136,7 @@ impl Stores {
         for (group, placement) in plan.placements().iter().enumerate() {
             let bytes = 4 * layout.groups[group].trainable_elements as u64;
             if placement.gradient == Tier::Disk && bytes > 0 {
-                let name = extent_name(&layout.groups[group], Stream::Gradient);
+                let name = Stream::Gradient.extent_name(&layout.groups[group]);
                 scratches.push((Extent::State(group, Stream::Gradient), name, bytes));
             }
         }
@@ -204,17 +202,12 @@ fn specs(extents: &[(Extent, String, u64)], kind: ExtentKind) -> Vec<ExtentSpec>
     extents.iter().map(|(_, name, bytes)| ExtentSpec { name: name.clone(), bytes: *bytes, kind }).collect()
 }
 
-/// Name of the extent of a state stream.
-pub fn extent_name(group: &Group, stream: Stream) -> String {
-    format!("{}/{}", group.name, stream.name())
-}
-
 /// The extents that commits keep, with names and bytes.
 pub fn state_extents(layout: &Layout) -> Vec<(Extent, String, u64)> {
     let streams = (0..layout.groups.len()).flat_map(|group| Stream::STATE.map(|stream| (group, stream)));
     let extents = streams.map(|(group, stream)| {
         let bytes = 4 * stream.elements(layout, group) as u64;
-        (Extent::State(group, stream), extent_name(&layout.groups[group], stream), bytes)
+        (Extent::State(group, stream), stream.extent_name(&layout.groups[group]), bytes)
     });
     extents.filter(|(_, _, bytes)| *bytes > 0).collect()
 }

@@ -1,6 +1,6 @@
 //! How text becomes tokens, and tokens text.
 
-use crate::data::DataError;
+use crate::data_error::DataError;
 use std::ops::Range;
 use std::path::Path;
 use tokenizers::Tokenizer as HuggingFaceTokenizer;

@@ -4,13 +4,13 @@ mod report;
 
 use crate::abreast::abreast;
 use crate::baton::Baton;
+use crate::config::Config;
 use crate::device::{BufferMemory, ComputeDevice, DeviceCounter};
-use crate::engine::Config;
 use crate::error::{Error, Result, internal};
 use crate::executor::{Executor, Memory};
-use crate::export::{Put, export_safetensors};
+use crate::export::export_safetensors;
 use crate::gradient::{Gradient, GradientObserver, GradientSink};
-use crate::layout::Layout;
+use crate::layout::{Layout, Put};
 use crate::loss_scale::LossScale;
 use crate::pass::{Mode, Passes, ScheduledPass};
 use crate::plan::Plan;
@@ -127,7 +127,7 @@ impl Trainer {
         let shared = Shared {
             layout: (*plan.layout).clone(),
             calls: plan.calls.clone(),
-            parameters,
+            inits: parameters.into_iter().map(|parameter| parameter.init).collect(),
             initial_values: config.initial_values.clone(),
             seed: config.seed,
             pool,

@@ -2,62 +2,19 @@
 //! files, or a GGUF file, whose blocks are turned into numbers as they are read.
 
 use crate::error::{Error, Result};
+use crate::export::decode;
 use crate::export::{SafetensorsFile, number_type};
+use crate::initial_values::InitialValues;
 use candle_core::quantized::{GgmlDType, QStorage, QTensor, gguf_file};
 use candle_core::{DType, Device};
-use half::{bf16, f16};
 use serde_json::Value;
 use std::borrow::Cow;
 use std::collections::{HashMap, HashSet};
-use std::fmt;
 use std::fs::File;
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-
-/// Where initial values of parameters come from, instead of random numbers.
-pub trait InitialValues: fmt::Debug + Send + Sync {
-    /// Compares the model's parameters, names and shapes, with what is there, before anything is read.
-    ///
-    /// # Errors
-    /// [`Error::Weights`] naming the first tensor that is missing, of another shape, or left over.
-    fn check(&self, parameters: &[(String, Vec<usize>)]) -> Result<()>;
-
-    /// Fills `out` with the elements from `first_element` of the parameter `name`, or answers false if the parameter is one
-    /// that starts with random numbers.
-    ///
-    /// # Errors
-    /// [`Error::Weights`] and [`Error::File`].
-    fn fill(&self, name: &str, first_element: usize, out: &mut [f32]) -> Result<bool>;
-
-    /// As [`Self::fill`], for a matrix of which the model has the columns `columns` of `all` as a parameter of their own: `out` are their
-    /// elements from `first_element` on, row by row.
-    ///
-    /// # Errors
-    /// As [`Self::fill`].
-    fn fill_columns(
-        &self,
-        name: &str,
-        columns: Range<usize>,
-        all: usize,
-        first_element: usize,
-        out: &mut [f32],
-    ) -> Result<bool> {
-        let count = columns.len();
-        let mut done = 0;
-        while done < out.len() {
-            let (row, column) = ((first_element + done) / count, (first_element + done) % count);
-            let part = (count - column).min(out.len() - done);
-            let first = row * all + columns.start + column;
-            if !self.fill(name, first, &mut out[done..done + part])? {
-                return Ok(false);
-            }
-            done += part;
-        }
-        Ok(true)
-    }
-}
 
 /// How elements lie in a file.
 #[derive(Debug, Clone, Copy)]
@@ -203,19 +160,6 @@ impl StoredTensor {
     }
 }
 
-/// Turns numbers of a type as they lie in a file into f32.
-pub(crate) fn decode(dtype: DType, bytes: &[u8], out: &mut [f32]) {
-    let words = bytes.chunks_exact(dtype.size_in_bytes());
-    for (target, word) in out.iter_mut().zip(words) {
-        *target = match *word {
-            [a, b, c, d] => f32::from_le_bytes([a, b, c, d]),
-            [a, b] if dtype == DType::BF16 => bf16::from_le_bytes([a, b]).to_f32(),
-            [a, b] => f16::from_le_bytes([a, b]).to_f32(),
-            _ => f32::NAN,
-        };
-    }
-}
-
 /// What a model's parameters are called in a file, and how they lie there; none: the tensor is no parameter.
 pub type Naming<'a> = dyn Fn(&str) -> Option<(String, Arrangement)> + 'a;
 
@@ -229,6 +173,8 @@ pub struct Weights {
     source: PathBuf,
     /// Where names in the file are others, for messages.
     stored_name: Option<StoredName>,
+    /// Which parameters the model has beside those of the file, if any.
+    own: Option<fn(&str) -> bool>,
     tensors: HashMap<String, StoredTensor>,
 }
 
@@ -261,7 +207,7 @@ impl Weights {
                 tensors.insert(name, tensor);
             }
         }
-        Ok(Self { source: folder.to_owned(), stored_name: None, tensors })
+        Ok(Self { source: folder.to_owned(), stored_name: None, own: None, tensors })
     }
 
     /// Opens a GGUF file, of which `content` is the table of contents, and `stored_name` says for messages what `naming` says the
@@ -323,7 +269,13 @@ impl Weights {
                 return Err(damaged(format!("{stored} is {name}, which it has already by another name")));
             }
         }
-        Ok(Self { source: path.to_owned(), stored_name: Some(stored_name), tensors })
+        Ok(Self { source: path.to_owned(), stored_name: Some(stored_name), own: None, tensors })
+    }
+
+    /// The same weights for a model that has parameters of its own beside them, those of whose names `own` holds: they start with random
+    /// numbers.
+    pub fn with_own_parameters(self, own: fn(&str) -> bool) -> Self {
+        Self { own: Some(own), ..self }
     }
 
     /// A parameter's name, with the one in the file where it is another.
@@ -377,7 +329,7 @@ impl InitialValues for Weights {
                         format!("{name} has the shape {found:?}, and the configuration says {shape:?}");
                     return Err(tensor.damaged(reason));
                 }
-                None if crate::models::linear::Adapting::is_adapter(name) => {}
+                None if self.own.is_some_and(|own| own(name)) => {}
                 None => {
                     let name = self.called(name);
                     return wrong(format!("it has no {name}, which the model of its configuration has"));

@@ -1,15 +1,13 @@
 //! What each operation does to the memory that it holds. One function, run on the thread of the operation's queue.
 
-use crate::arrangement::Call;
 use crate::device::{BufferMemory, ComputeDevice, Done, Gradient};
 use crate::error::{Error, Result, internal};
+use crate::initial_values::InitialValues;
 use crate::layout::{Layout, Run};
 use crate::part::{Cut, Part};
-use crate::registry::Parameter;
-use crate::schedule::{GroupIndex, MasterPlace, Operation, Queue, Stream};
-use crate::stores::extent_name;
+use crate::schedule::{Call, GroupIndex, MasterPlace, Operation, Queue, Stream};
 use crate::vacancy::DeviceRun;
-use crate::weights::InitialValues;
+use candle_nn::Init;
 use crossbeam::channel::Sender;
 use ferrozero_kernels::Pool;
 use ferrozero_kernels::adamw::{AdamWState, AdamWStep, adamw};
@@ -115,8 +113,8 @@ pub struct Shared {
     pub layout: Layout,
     /// Segments in the order in which they run.
     pub calls: Vec<Call>,
-    /// Initial value of each parameter, by registry index.
-    pub parameters: Vec<Parameter>,
+    /// How the random initial values of each parameter are made, by registry index.
+    pub inits: Vec<Init>,
     /// Where initial values come from; none: random numbers.
     pub initial_values: Option<Arc<dyn InitialValues>>,
     /// Seed of initial values.
@@ -138,7 +136,7 @@ impl Shared {
         {
             let streams = (0..self.layout.groups.len())
                 .flat_map(|group| Stream::ALL.map(|stream| (group, stream)))
-                .filter(|&(group, stream)| extent_name(&self.layout.groups[group], stream) == *extent);
+                .filter(|&(group, stream)| stream.extent_name(&self.layout.groups[group]) == *extent);
             for (group, stream) in streams {
                 let elements = stream.elements(&self.layout, group);
                 parameters.extend(self.layout.parameters_in(group, elements, *piece));
@@ -215,7 +213,7 @@ impl Shared {
         }
         for run in self.runs(group, stream, piece) {
             let entry = &self.layout.groups[group].table[run.entry];
-            let init = &self.parameters[entry.parameter].init;
+            let init = &self.inits[entry.parameter];
             let target = &mut values[run.piece_start..run.piece_start + run.elements];
             // A part has the values that the whole has there.
             let part = Part::of(&entry.name);

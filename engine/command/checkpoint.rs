@@ -3,7 +3,7 @@
 use super::{CommandResult, configuration};
 use crate::arrangement::GroupPlacement;
 use crate::checkpoint::{Checkpoint, GroupSummary, Summary};
-use crate::export::import_safetensors;
+use crate::import::import_safetensors;
 use crate::plan::Bytes;
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::json;

@@ -4,7 +4,7 @@ use super::settings::{ComputeType, ProductType};
 use super::{CommandResult, configuration};
 use crate::byte_size::ByteSize;
 use crate::chat::ChatTemplate;
-use crate::data::DataError;
+use crate::data_error::DataError;
 use crate::generate::choose;
 use crate::models::linear::Adapting;
 use crate::models::pretrained::{Cache, Continued, Pretrained};

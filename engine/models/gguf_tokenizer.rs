@@ -2,7 +2,7 @@
 //! bytes with the name of a way of cutting text into words (`gpt2`), and SentencePiece's pieces with scores (`llama`).
 
 use super::gguf;
-use crate::data::DataError;
+use crate::data_error::DataError;
 use crate::tokenizer::Tokenizer;
 use candle_core::quantized::gguf_file::{Content, Value as Metadata};
 use serde_json::{Value, json};

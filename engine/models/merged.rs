@@ -4,7 +4,8 @@ use super::linear::Adapting;
 use super::pretrained::Pretrained;
 use crate::Trainer;
 use crate::error::{Result, internal};
-use crate::export::{Put, export_safetensors};
+use crate::export::export_safetensors;
+use crate::layout::Put;
 use std::path::Path;
 
 impl Pretrained {

@@ -10,4 +10,5 @@ pub mod llama;
 pub mod llama_config;
 mod merged;
 pub mod pretrained;
+mod reader;
 pub mod rope;

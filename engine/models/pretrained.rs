@@ -9,7 +9,7 @@ use super::gpt::{self, Gpt, GptConfig};
 use super::linear::Adapting;
 use super::llama::{self, Llama};
 use super::llama_config::LlamaConfig;
-use crate::data::DataError;
+use crate::data_error::DataError;
 use crate::error::{Error, Result};
 use crate::tiled_linear::linear_by_rows;
 use crate::tokenizer::Tokenizer;
@@ -122,7 +122,7 @@ impl Pretrained {
 
     fn of(path: &Path, configuration: Value, weights: Weights, family: Family) -> Self {
         let (head_tiles, perceptron_tiles) = (family.head_tiles(), family.perceptron_tiles());
-        let weights = Arc::new(weights);
+        let weights = Arc::new(weights.with_own_parameters(Adapting::is_adapter));
         Self { path: path.to_owned(), configuration, weights, head_tiles, perceptron_tiles, family }
     }
 

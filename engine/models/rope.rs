@@ -1,7 +1,7 @@
 //! The angles by which queries and keys are turned at each position (Su et al., arXiv 2104.09864), and how they are stretched for
 //! longer sequences than a model was first trained on.
 
-use super::llama_config::Reader;
+use super::reader::Reader;
 use crate::error::{Error, Result};
 use serde_json::Value;
 use std::f64::consts::TAU;

@@ -5,7 +5,7 @@ use crate::arrangement::{Depths, GroupPlacement, STAGGER_BYTES};
 use crate::builder::gradient_passes_through;
 use crate::error::Result;
 use crate::layout::Layout;
-use crate::pass::Observed;
+use crate::observed::Observed;
 use crate::plan::{Limits, Placement, Plan};
 use crate::schedule::Stream;
 use ferrozero_offload::Tier;

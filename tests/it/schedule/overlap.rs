@@ -5,10 +5,10 @@
 use super::layout;
 use candle_core::DType;
 use ferrozero::Tier;
-use ferrozero::arrangement::{Arrangement, Call, Depths, DeviceKind, GroupPlacement, Needs};
+use ferrozero::arrangement::{Arrangement, Depths, DeviceKind, GroupPlacement, Needs};
 use ferrozero::builder::{Builder, gradient_passes_through};
 use ferrozero::layout::{ALIGNMENT_ELEMENTS, Layout};
-use ferrozero::schedule::{Operation, Queue};
+use ferrozero::schedule::{Call, Operation, Queue};
 use ferrozero::simulator::{Compute, ComputeTime, Forecast, Machine, Simulator};
 use ferrozero::trace::{Trace, TraceEvent};
 
