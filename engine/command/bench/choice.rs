@@ -2,8 +2,8 @@
 //! each really run, in turns, on a slow disk. Plans with the same schedule are one plan, and the chosen one is no other.
 
 use super::super::CommandResult;
-use super::predict::{measure, median, slow_disk, verdict};
-use super::workload::Sizes;
+use super::workload::{Sizes, measure, slow_disk};
+use super::{median, verdict};
 use crate::arrangement::GroupPlacement;
 use crate::error::Error;
 use crate::plan::Plan;

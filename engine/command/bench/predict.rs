@@ -6,16 +6,14 @@
 
 use super::super::{CommandResult, configuration};
 use super::choice;
-use super::workload::Sizes;
-use crate::plan::Plan;
+use super::workload::{Sizes, measure, slow_disk};
+use super::{median, verdict};
 use crate::probe;
 use crate::simulator::Machine;
-use crate::{Config, Engine, Placement, Throttle, Tier};
+use crate::{Config, Placement, Tier};
 use serde::Serialize;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
-/// Steps that are made before steps are measured: the first ones make what later ones reuse.
-const WARM_UP_STEPS: usize = 2;
 const MIB: u64 = 1 << 20;
 /// By how much predictions may be off in the median and at worst, as shares of what was measured.
 const MEDIAN_LIMIT: f64 = 0.10;
@@ -63,11 +61,6 @@ struct Row {
 
 fn gpt(layers: usize, hidden: usize, batch: usize) -> Sizes {
     Sizes { layers, hidden, heads: hidden / 64, vocabulary: 1024, sequence: 128, batch }
-}
-
-/// A disk that reads and writes so many bytes a second.
-pub fn slow_disk(bytes_per_s: f64) -> CommandResult<Option<Throttle>> {
-    Ok(Some(Throttle::new(bytes_per_s, bytes_per_s)?))
 }
 
 fn cases() -> CommandResult<Vec<Case>> {
@@ -147,52 +140,6 @@ fn compare(arguments: &PredictArguments) -> CommandResult {
     report(&rows, arguments.json)
 }
 
-/// Plans a configuration, and runs it if the plan is wanted; answers the seconds of a step that the plan predicts, and the
-/// median of those measured.
-pub fn measure(
-    sizes: Sizes,
-    config: Config,
-    directory: &Path,
-    steps: usize,
-    wanted: &mut dyn FnMut(&Plan) -> bool,
-) -> CommandResult<Option<(f64, f64)>> {
-    let folder = directory.join("predict");
-    let _ = std::fs::remove_dir_all(&folder);
-    let result = measure_in(sizes, Config { directory: Some(folder.clone()), ..config }, steps, wanted);
-    let _ = std::fs::remove_dir_all(&folder);
-    result
-}
-
-fn measure_in(
-    sizes: Sizes,
-    config: Config,
-    steps: usize,
-    wanted: &mut dyn FnMut(&Plan) -> bool,
-) -> CommandResult<Option<(f64, f64)>> {
-    let engine = Engine::new(config)?;
-    let (plan, workload) = sizes.plan(&engine)?;
-    if !wanted(&plan) {
-        return Ok(None);
-    }
-    let predicted_s = plan.prediction().map_or(f64::NAN, |prediction| prediction.forecast.step_s);
-    let mut trainer = engine.trainer(plan)?;
-    let mut measured = vec![];
-    for number in 0..WARM_UP_STEPS + steps {
-        let step = trainer.steps();
-        let report = trainer.step(|micro_batch| workload.loss(step, micro_batch))?;
-        if number >= WARM_UP_STEPS {
-            measured.push(report.step_s);
-        }
-    }
-    Ok(Some((predicted_s, median(measured))))
-}
-
-/// The middle of several numbers.
-pub fn median(mut values: Vec<f64>) -> f64 {
-    values.sort_by(f64::total_cmp);
-    values.get(values.len() / 2).copied().unwrap_or(f64::NAN)
-}
-
 fn row(name: &'static str, found: &[(f64, f64)]) -> Row {
     Row {
         name,
@@ -225,11 +172,6 @@ fn report(rows: &[Row], json: bool) -> CommandResult {
 
 /// What is asked of predictions.
 const PREDICTIONS: &str = "predictions are to be off by 10 % at most in the median and by 20 % at worst";
-
-/// An error where what is asked for was not reached, so that the exit code says so.
-pub fn verdict(passes: bool, asked: &str) -> CommandResult {
-    if passes { Ok(()) } else { Err(format!("it was not reached that {asked}").into()) }
-}
 
 #[cfg(test)]
 mod tests {
