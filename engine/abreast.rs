@@ -1,8 +1,8 @@
 //! Micro-batches in threads that take turns.
 
-use crate::baton::Baton;
 use crate::error::{Error, Result};
 use crate::sync::lock;
+use ferrozero_offload::Baton;
 use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::{Mutex, PoisonError};
@@ -24,7 +24,9 @@ pub fn abreast<T: Send>(
         baton.stop();
     };
     let through = |micro_batch: usize| {
-        let end = catch_unwind(AssertUnwindSafe(|| baton.take(micro_batch).and_then(|()| run(micro_batch))));
+        let end = catch_unwind(AssertUnwindSafe(|| {
+            baton.take(micro_batch).map_err(Error::from).and_then(|()| run(micro_batch))
+        }));
         match end {
             Ok(Ok(value)) => {
                 baton.leave();

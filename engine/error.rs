@@ -1,5 +1,6 @@
 //! The one error type of the engine: what happened, where, and what to do about it.
 
+use ferrozero_offload::Stopped;
 use std::any::Any;
 use std::path::PathBuf;
 
@@ -193,6 +194,12 @@ impl From<Error> for candle_core::Error {
             Error::Candle(error) => error,
             other => candle_core::Error::wrap(other),
         }
+    }
+}
+
+impl From<Stopped> for Error {
+    fn from(Stopped: Stopped) -> Self {
+        Self::Stopped("another micro-batch of the step failed".into())
     }
 }
 

@@ -67,7 +67,6 @@
 
 mod abreast;
 pub mod arrangement;
-mod baton;
 pub mod builder;
 pub mod byte_size;
 pub mod chat;

@@ -1,7 +1,6 @@
 //! What a segment does at the moment it is called: nothing outside of a step, a measured trial in the rehearsal, and
 //! what the schedule says in a training step or an evaluation.
 
-use crate::baton::Baton;
 use crate::device::{ComputeDevice, Done};
 use crate::error::{Error, Result, internal};
 use crate::executor::{ComputeRequest, Executor, Grant};
@@ -14,6 +13,7 @@ use crate::schedule::{Operation, Queue};
 use crate::sync::lock;
 use crate::vacancy::{self, DeviceRun, Leaves};
 use candle_core::{Tensor, TensorId};
+use ferrozero_offload::Baton;
 use std::any::TypeId;
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex};

@@ -3,7 +3,6 @@
 mod report;
 
 use crate::abreast::abreast;
-use crate::baton::Baton;
 use crate::config::Config;
 use crate::device::{BufferMemory, ComputeDevice, DeviceCounter};
 use crate::error::{Error, Result, internal};
@@ -25,7 +24,7 @@ use crossbeam::channel::unbounded;
 use ferrozero_kernels::Pool;
 use ferrozero_kernels::adamw::AdamWStep;
 use ferrozero_kernels::ops;
-use ferrozero_offload::{Budget, Notice, Reservation, Store, Tier};
+use ferrozero_offload::{Baton, Budget, Notice, Reservation, Store, Tier};
 use sha2::{Digest, Sha256};
 use std::collections::{HashMap, HashSet};
 use std::ops::Range;

@@ -39,13 +39,14 @@
 //!
 //! Modules, from the bottom: `budget` and `arena` are memory, and with the feature `cuda` the module of that name copies between it and a device; [`io`] is the trait of disk
 //! backends with its backends and wrappers; `store` gives pieces, checksums and commits; [`memory`] counts what
-//! the rest of a process allocates.
+//! the rest of a process allocates. [`Baton`] lets threads run one at a time, in an order that is known.
 
 // `unsafe` is for memory that is mapped by hand and for system calls that std does not have, and nowhere else.
 #![deny(unsafe_code)]
 
 #[allow(unsafe_code)]
 mod arena;
+mod baton;
 mod budget;
 mod clock;
 #[cfg(feature = "cuda")]
@@ -62,6 +63,7 @@ mod notice;
 mod store;
 
 pub use arena::{Arena, Lease, PAGE_BYTES, padded_bytes};
+pub use baton::{Baton, Stopped};
 pub use budget::{Budget, Reservation, Tier};
 pub use error::{Error, Whereabouts};
 pub use folder::{Access, Folder};

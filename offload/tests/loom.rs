@@ -1,4 +1,4 @@
-//! Tickets, leases, budgets and the baton of micro-batches under every order of their threads, as far as a bounded number of
+//! Tickets, leases, budgets and the baton under every order of their threads, as far as a bounded number of
 //! preemptions makes them. Slots and buffers of a run are not among these: they belong to the engine's dispatcher, one thread,
 //! and are passed on by value (`tests/schedule`).
 //!
@@ -12,22 +12,6 @@
 use ferrozero_offload::*;
 use loom::sync::Arc;
 use loom::thread;
-
-/// The engine's own source, which needs nothing but locks: the engine itself is not built for this.
-#[path = "../../engine/baton.rs"]
-mod baton;
-
-/// What it says when a micro-batch has failed.
-mod error {
-    pub type Result<T> = std::result::Result<T, Error>;
-
-    #[derive(Debug, PartialEq)]
-    pub enum Error {
-        Stopped(String),
-    }
-}
-
-use baton::Baton;
 
 /// Preemptions of threads that are tried in one run of two threads; published bugs need two.
 const PREEMPTIONS: usize = 3;
@@ -157,24 +141,24 @@ fn threads_that_draw_from_a_budget_never_pass_its_limit() {
     });
 }
 
-/// Turns of micro-batches as schedules have them: one after another, and twice the same. Three, since of two there is only
+/// Turns of runners as the engine's micro-batches have them: one after another, and twice the same. Three, since of two there is only
 /// one that can wait.
 const TURNS: [usize; 6] = [0, 1, 2, 0, 0, 2];
 
-/// Runs a micro-batch through its turns as the engine does. `fails` is the number of the turn that fails, from 1.
+/// Runs through the turns of a runner as the engine does. `fails` is the number of the turn that fails, from 1.
 fn run(
     baton: &Baton,
-    micro_batch: usize,
+    runner: usize,
     order: &std::sync::Mutex<Vec<usize>>,
     fails: usize,
-) -> error::Result<()> {
-    baton.take(micro_batch)?;
-    for _ in TURNS.iter().filter(|&&turn| turn == micro_batch) {
+) -> Result<(), Stopped> {
+    baton.take(runner)?;
+    for _ in TURNS.iter().filter(|&&turn| turn == runner) {
         baton.await_turn()?;
-        assert_eq!(baton.holder(), micro_batch);
+        assert_eq!(baton.holder(), runner);
         let turn = {
             let mut order = order.lock().unwrap();
-            order.push(micro_batch);
+            order.push(runner);
             order.len()
         };
         if turn == fails {
@@ -195,19 +179,19 @@ fn the_baton_makes_one_order_of_threads_and_none_waits_for_ever() {
         explore_with(2, move || {
             let baton = Arc::new(Baton::new(TURNS.to_vec()));
             let order = std::sync::Arc::new(std::sync::Mutex::new(vec![]));
-            let others = [1, 2].map(|micro_batch| {
+            let others = [1, 2].map(|runner| {
                 let (baton, order) = (baton.clone(), order.clone());
-                thread::spawn(move || run(&baton, micro_batch, &order, fails))
+                thread::spawn(move || run(&baton, runner, &order, fails))
             });
             let mut ends = vec![run(&baton, 0, &order, fails)];
             ends.extend(others.map(|other| other.join().unwrap()));
             let taken = if fails == 0 { TURNS.len() } else { fails };
             assert_eq!(order.lock().unwrap()[..], TURNS[..taken]);
-            for (micro_batch, end) in ends.into_iter().enumerate() {
+            for (runner, end) in ends.into_iter().enumerate() {
                 // All that had more to do than the one that failed are told.
-                let has_failed = fails > 0 && TURNS[fails - 1] == micro_batch;
-                let has_more = TURNS[taken..].contains(&micro_batch) && !has_failed;
-                assert_eq!(end.is_err(), has_more, "{fails}, {micro_batch}: {end:?}");
+                let has_failed = fails > 0 && TURNS[fails - 1] == runner;
+                let has_more = TURNS[taken..].contains(&runner) && !has_failed;
+                assert_eq!(end.is_err(), has_more, "{fails}, {runner}: {end:?}");
             }
         });
     }
