@@ -363,7 +363,7 @@ impl RunSettings {
     pub(super) fn rate(&self, warmup: u64, steps: u64) -> Result<LearningRate> {
         check_warmup(warmup, steps)?;
         let floor = self.lr_floor * self.lr;
-        Ok(LearningRate::WarmupCosine { peak: self.lr, warmup, steps, floor })
+        Ok(LearningRate { peak: self.lr, warmup, steps, floor })
     }
 
     /// Tokens of a step.
