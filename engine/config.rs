@@ -1,9 +1,9 @@
 //! Settings of a run, as a user's code gives them.
 
-use crate::device::CudaFault;
-use crate::initial_values::InitialValues;
-use crate::plan::{Placement, Updates};
-use crate::simulator::Machine;
+use crate::device::compute::CudaFault;
+use crate::execution::initial_values::InitialValues;
+use crate::planner::machine::Machine;
+use crate::planner::plan::{Placement, Updates};
 use candle_core::{DType, Device};
 use ferrozero_kernels::ops::Products;
 use ferrozero_offload::io::FaultPlan;

@@ -1,23 +1,23 @@
 //! The engine as a user meets it: configuration, the `VarBuilder`, segments, the plan.
 
-use crate::arrangement::DeviceKind;
+use crate::autograd::registry::{GroupTensors, Registry};
+use crate::autograd::rehearsal::Rehearsal;
+use crate::autograd::segment::Segment;
+use crate::autograd::segment_call::{Mode, Passes};
 use crate::config::Config;
-use crate::device::ComputeDevice;
+use crate::device::compute::ComputeDevice;
+use crate::disk::stores::{self, Progress, Stores};
 use crate::error::{Error, Result};
-use crate::layout::{DEFAULT_PIECE_BYTES, Layout, check_piece};
-use crate::observed::Observed;
-use crate::optimizer::AdamW;
-use crate::pass::{Mode, Passes};
-use crate::plan::{Choices, Limits, Plan};
+use crate::planner::machine::Machine;
+use crate::planner::observed::Observed;
+use crate::planner::optimizer::AdamW;
+use crate::planner::plan::{Choices, Limits, Plan};
+use crate::planner::search::Search;
 use crate::probe;
-use crate::registry::{GroupTensors, Registry};
-use crate::rehearsal::Rehearsal;
-use crate::search::Search;
-use crate::segment::Segment;
-use crate::simulator::Machine;
-use crate::stores::{self, Progress, Stores};
+use crate::schedule::buffer_plan::DeviceKind;
+use crate::schedule::layout::{DEFAULT_PIECE_BYTES, Layout, check_piece};
 use crate::sync::lock;
-use crate::trainer::Trainer;
+use crate::train::trainer::Trainer;
 use candle_core::{DType, Tensor};
 use candle_nn::VarBuilder;
 use ferrozero_kernels::ops;

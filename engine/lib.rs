@@ -61,79 +61,47 @@
 //!
 //! # Modules
 //!
-//! A step is data: [`schedule`] says what operations are, [`builder`] makes lists of them, [`plan`] counts them
-//! before anything is allocated, the executor runs them, and [`trace`] records what happened. [`Segment`] is where
+//! A step is data: [`schedule`] says what operations are and makes lists of them, [`planner`] counts and costs them
+//! before anything is allocated, the executor runs them, and a [trace](schedule::trace) records what happened. [`Segment`] is where
 //! candle's autograd and the schedule meet.
 
-mod abreast;
-pub mod arrangement;
-pub mod builder;
+mod autograd;
 pub mod byte_size;
-pub mod chat;
-mod checkpoint;
 pub mod command;
 mod config;
 pub mod data;
-pub mod data_error;
 mod device;
+mod disk;
 mod engine;
 mod error;
-pub mod examples;
-mod executor;
-mod export;
-pub mod generate;
-mod gradient;
-mod import;
-mod initial_values;
-pub mod layout;
-pub mod learning_rate;
-mod loss_scale;
+pub mod estimate;
+mod execution;
 pub mod models;
-pub mod observed;
-pub mod optimizer;
-mod order;
-mod output;
-mod part;
-mod pass;
-pub mod plan;
+pub mod observe;
 pub mod planner;
 mod probe;
-mod registry;
-mod rehearsal;
-pub mod run_log;
 pub mod schedule;
-mod search;
-mod segment;
-pub mod shape;
-pub mod simulator;
-mod stores;
 mod sync;
-pub mod tensorboard;
-mod tiled_linear;
-pub mod tokenizer;
-pub mod trace;
-mod trainer;
-mod vacancy;
-pub mod weights;
-mod work;
+mod train;
 
-pub use checkpoint::{Checkpoint, Damage, GroupSummary, Summary};
+pub use autograd::gradient::{Gradient, GradientObserver};
+pub use autograd::segment::Segment;
 pub use config::Config;
 #[cfg(feature = "cuda")]
-pub use device::{CudaCall, CudaFailure, CudaLane};
-pub use device::{CudaFault, DeviceCounter, DeviceCounts, Moved, open as open_device};
+pub use device::compute::{CudaCall, CudaFailure, CudaLane};
+pub use device::compute::{CudaFault, DeviceCounter, DeviceCounts, Moved, open as open_device};
+pub use disk::checkpoint::{Checkpoint, Damage, GroupSummary, Summary};
+pub use disk::import::import_safetensors;
 pub use engine::Engine;
 pub use error::{Error, Result};
+pub use execution::initial_values::InitialValues;
 pub use ferrozero_kernels::ops::Products;
 pub use ferrozero_offload::io::{Fault, FaultKind, FaultPlan, FaultPoint};
 pub use ferrozero_offload::memory::CountingAllocator;
 pub use ferrozero_offload::{BackendChoice, Notice, Throttle, Tier};
-pub use gradient::{Gradient, GradientObserver};
-pub use import::import_safetensors;
-pub use initial_values::InitialValues;
-pub use layout::ParameterRule;
-pub use optimizer::AdamW;
-pub use plan::{Choices, Placement, Plan, Updates};
-pub use segment::Segment;
-pub use tiled_linear::TiledLinear;
-pub use trainer::{StepReport, Trainer, Usage};
+pub use models::tiled_linear::TiledLinear;
+pub use planner::optimizer::AdamW;
+pub use planner::plan::{Choices, Placement, Plan, Updates};
+pub use schedule::layout::ParameterRule;
+pub use train::report::{StepReport, Usage};
+pub use train::trainer::Trainer;

@@ -1,11 +1,11 @@
 //! What the planner estimates of a model, against the model. One test, because the allocator counts the whole process.
 
 use candle_core::{DType, Device, Tensor};
+use ferrozero::estimate::model_shape::ModelShape;
+use ferrozero::estimate::question::Question;
 use ferrozero::models::gpt::{Gpt, GptConfig, StreamedBlock};
 use ferrozero::models::linear::Adapting;
-use ferrozero::planner::Question;
-use ferrozero::shape::ModelShape;
-use ferrozero::simulator::Machine;
+use ferrozero::planner::machine::Machine;
 use ferrozero::{AdamW, Choices, Config, CountingAllocator, Engine, Placement, Products, Tier};
 
 // What a rehearsal measures is what this allocator counts.

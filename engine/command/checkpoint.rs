@@ -1,10 +1,10 @@
 //! `ferrozero inspect`, `verify`, `copy`, `export` and `import`: what can be done with a run's folder without its model.
 
 use super::{CommandResult, configuration};
-use crate::arrangement::GroupPlacement;
-use crate::checkpoint::{Checkpoint, GroupSummary, Summary};
-use crate::import::import_safetensors;
-use crate::plan::Bytes;
+use crate::disk::checkpoint::{Checkpoint, GroupSummary, Summary};
+use crate::disk::import::import_safetensors;
+use crate::planner::plan::Bytes;
+use crate::schedule::buffer_plan::GroupPlacement;
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::json;
 use std::path::PathBuf;

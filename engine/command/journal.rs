@@ -4,10 +4,10 @@
 use super::CommandResult;
 use super::output::Output;
 use super::settings::Reporting;
-use crate::run_log::{Record, RunLog, Start, Step, StepTimeline, Summary, VERSION};
-use crate::tensorboard::EventFile;
-use crate::trace::ChromeTrace;
-use crate::trainer::Usage;
+use crate::observe::chrome::ChromeTrace;
+use crate::observe::run_log::{Record, RunLog, Start, Step, StepTimeline, Summary, VERSION};
+use crate::observe::tensorboard::EventFile;
+use crate::train::report::Usage;
 use crate::{StepReport, Trainer};
 use serde_json::Value;
 use std::time::{Instant, SystemTime, UNIX_EPOCH};

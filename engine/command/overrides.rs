@@ -1,9 +1,9 @@
 //! What the planner otherwise chooses: options of `train` and `plan`, and the group `overrides` in a file of settings.
 
 use super::CommandResult;
-use crate::arrangement::GroupPlacement;
 use crate::byte_size::ByteSize;
-use crate::plan::{Choices, Placement, Updates};
+use crate::planner::plan::{Choices, Placement, Updates};
+use crate::schedule::buffer_plan::GroupPlacement;
 use clap::ValueEnum;
 use ferrozero_offload::Tier;
 use serde::{Deserialize, Serialize};

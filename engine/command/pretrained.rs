@@ -3,12 +3,12 @@
 use super::settings::{ComputeType, ProductType};
 use super::{CommandResult, configuration};
 use crate::byte_size::ByteSize;
-use crate::chat::ChatTemplate;
-use crate::data_error::DataError;
-use crate::generate::choose;
+use crate::data::chat::ChatTemplate;
+use crate::data::error::DataError;
+use crate::data::sampling::choose;
+use crate::data::tokenizer::Tokenizer;
 use crate::models::linear::Adapting;
 use crate::models::pretrained::{Cache, Continued, Pretrained};
-use crate::tokenizer::Tokenizer;
 use crate::{AdamW, Config, Engine};
 use candle_core::{DType, Device, Tensor};
 use ferrozero_kernels::philox::Stream;

@@ -2,10 +2,10 @@
 
 use super::output::{quoted, say_next};
 use super::{CommandResult, configuration};
-use crate::device::ComputeDevice;
-use crate::plan::Bytes;
+use crate::device::compute::ComputeDevice;
+use crate::planner::machine::Machine;
+use crate::planner::plan::Bytes;
 use crate::probe;
-use crate::simulator::Machine;
 use candle_core::{DType, Device};
 use ferrozero_kernels::ops::Products;
 use indicatif::{ProgressBar, ProgressStyle};

@@ -7,7 +7,7 @@ mod timeline;
 use super::output::{quoted, say_next};
 use super::{CommandResult, configuration};
 use crate::error::Error;
-use crate::run_log::History;
+use crate::observe::run_log::History;
 use std::fmt::Display;
 use std::path::PathBuf;
 
@@ -103,11 +103,12 @@ fn median(mut values: Vec<f64>) -> Option<f64> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::plan::PlanRow;
-    use crate::run_log::{Start, Step, StepTimeline};
-    use crate::schedule::Queue;
-    use crate::simulator::Forecast;
-    use crate::trace::{Occupancy, Span};
+    use crate::observe::occupancy::Occupancy;
+    use crate::observe::run_log::{Start, Step, StepTimeline};
+    use crate::observe::timeline::Span;
+    use crate::planner::plan::PlanRow;
+    use crate::planner::simulator::Forecast;
+    use crate::schedule::operation::Queue;
 
     fn history(steps: u64) -> History {
         let row = PlanRow { name: "slots (2)".into(), device_bytes: None, host_bytes: 4096, disk_bytes: 0 };

@@ -6,8 +6,9 @@
 //! sum so far: [2, B, T, C]. B: batch, T: tokens of a sequence, C: hidden width.
 
 use super::cache::{Cache, LayerCache};
+use crate::autograd::segment::Segment;
+use crate::engine::Engine;
 use crate::error::Result;
-use crate::{Engine, Segment};
 use candle_core::{Module, Tensor};
 use candle_nn::VarBuilder;
 use std::ops::Range;

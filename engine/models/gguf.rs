@@ -1,7 +1,7 @@
 //! GGUF files: their table of contents, and their metadata as Hugging Face's configuration says the same.
 
 use crate::error::{Error, Result};
-use crate::weights::Arrangement;
+use crate::models::weights::Arrangement;
 use candle_core::Device;
 use candle_core::quantized::gguf_file::{self, Content};
 use serde_json::{Value, json};

@@ -2,8 +2,8 @@
 //! bytes with the name of a way of cutting text into words (`gpt2`), and SentencePiece's pieces with scores (`llama`).
 
 use super::gguf;
-use crate::data_error::DataError;
-use crate::tokenizer::Tokenizer;
+use crate::data::error::DataError;
+use crate::data::tokenizer::Tokenizer;
 use candle_core::quantized::gguf_file::{Content, Value as Metadata};
 use serde_json::{Value, json};
 use std::collections::HashMap;

@@ -4,7 +4,7 @@
 use super::block::{self, Attend, Perceive, Units, perceptron_tiles};
 use super::cache::LayerCache;
 use super::linear::{Adapting, Linear};
-use crate::Engine;
+use crate::engine::Engine;
 use crate::error::Result as EngineResult;
 use candle_core::{Module, Result, Tensor};
 use candle_nn::{Init, VarBuilder};

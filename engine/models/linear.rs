@@ -2,7 +2,7 @@
 
 use super::block::Units;
 use crate::error::Error;
-use crate::part::Cut;
+use crate::schedule::tile::Cut;
 use candle_core::Tensor;
 use candle_nn::{Init, VarBuilder};
 use ferrozero_kernels::ops;

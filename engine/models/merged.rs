@@ -2,10 +2,10 @@
 
 use super::linear::Adapting;
 use super::pretrained::Pretrained;
-use crate::Trainer;
+use crate::disk::safetensors::export_safetensors;
 use crate::error::{Result, internal};
-use crate::export::export_safetensors;
-use crate::layout::Put;
+use crate::schedule::layout::Put;
+use crate::train::trainer::Trainer;
 use std::path::Path;
 
 impl Pretrained {

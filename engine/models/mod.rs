@@ -12,3 +12,5 @@ mod merged;
 pub mod pretrained;
 mod reader;
 pub mod rope;
+pub mod tiled_linear;
+pub mod weights;

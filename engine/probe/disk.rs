@@ -1,9 +1,9 @@
 //! Three streams of state in a store, swept as the optimizer does it.
 
 use super::optimizer::{adamw_step, pool};
-use crate::arrangement::STAGGER_BYTES;
 use crate::error::{Error, Result, internal};
-use crate::trace::covered_s;
+use crate::schedule::buffer_plan::STAGGER_BYTES;
+use crate::schedule::trace::covered_s;
 use ferrozero_kernels::Pool;
 use ferrozero_kernels::adamw::{AdamWState, adamw};
 use ferrozero_offload::io::{Completion, Verb};

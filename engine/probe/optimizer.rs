@@ -1,7 +1,7 @@
 //! The optimizer's loop over memory of its own.
 
-use crate::arrangement::STAGGER_BYTES;
 use crate::error::{Error, Result};
+use crate::schedule::buffer_plan::STAGGER_BYTES;
 use ferrozero_kernels::Pool;
 use ferrozero_kernels::adamw::{AdamWState, AdamWStep, adamw};
 use ferrozero_offload::{Arena, Budget, Lease, Tier};

@@ -3,7 +3,7 @@
 //! micro-batches that run vertically, and number of segments that are not computed again.
 
 use crate::support::{tokens, train, trainer};
-use ferrozero::arrangement::GroupPlacement;
+use ferrozero::schedule::buffer_plan::GroupPlacement;
 use ferrozero::{BackendChoice, Config, Placement, Tier, Updates};
 
 const BLOCKS: usize = 4;

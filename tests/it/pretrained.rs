@@ -5,7 +5,7 @@ use candle_core::quantized::gguf_file::{self, Value as Metadata};
 use candle_core::quantized::{GgmlDType, QTensor};
 use candle_core::{DType, Device, Tensor, Var};
 use candle_nn::{Init, VarBuilder, var_builder::SimpleBackend};
-use ferrozero::generate::choose;
+use ferrozero::data::sampling::choose;
 use ferrozero::models::linear::Adapting;
 use ferrozero::models::pretrained::{Cache, Continued, Pretrained};
 use ferrozero::{AdamW, Config, Engine, Error, InitialValues, Placement, Tier};

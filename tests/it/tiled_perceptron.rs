@@ -1,11 +1,11 @@
 //! Blocks whose perceptron runs in tiles: the numbers of the whole block, one tensor in every file, and less memory.
 
 use candle_core::{Device, Tensor};
-use ferrozero::layout::Layout;
+use ferrozero::estimate::model_shape::ModelShape;
 use ferrozero::models::gpt::{Gpt, GptConfig, StreamedBlock};
 use ferrozero::models::linear::Adapting;
 use ferrozero::models::pretrained::{Pretrained, StreamedModel};
-use ferrozero::shape::ModelShape;
+use ferrozero::schedule::layout::Layout;
 use ferrozero::{AdamW, BackendChoice, Checkpoint, Config, Engine, Error, Placement, Result, Tier, Trainer};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};

@@ -4,10 +4,10 @@
 use super::super::CommandResult;
 use super::workload::{Sizes, measure, slow_disk};
 use super::{median, verdict};
-use crate::arrangement::GroupPlacement;
 use crate::error::Error;
-use crate::plan::Plan;
-use crate::schedule::Operation;
+use crate::planner::plan::Plan;
+use crate::schedule::buffer_plan::GroupPlacement;
+use crate::schedule::operation::Operation;
 use crate::{Config, Placement, Tier};
 use serde::Serialize;
 use std::path::Path;

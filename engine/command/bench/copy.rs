@@ -3,10 +3,10 @@
 
 use super::super::{CommandResult, configuration};
 use super::{Spread, spread};
-use crate::arrangement::STAGGER_BYTES;
 use crate::byte_size::ByteSize;
-use crate::device::ComputeDevice;
-use crate::vacancy::DeviceRun;
+use crate::device::compute::ComputeDevice;
+use crate::device::tensor_storage::DeviceRun;
+use crate::schedule::buffer_plan::STAGGER_BYTES;
 use candle_core::DType;
 use ferrozero_kernels::ops::Products;
 use ferrozero_offload::{Budget, Lease, Tier};

@@ -8,9 +8,8 @@ use super::super::{CommandResult, configuration};
 use super::choice;
 use super::workload::{Sizes, measure, slow_disk};
 use super::{median, verdict};
-use crate::probe;
-use crate::simulator::Machine;
-use crate::{Config, Placement, Tier};
+use crate::planner::machine::Machine;
+use crate::{Config, Placement, Tier, probe};
 use serde::Serialize;
 use std::path::PathBuf;
 

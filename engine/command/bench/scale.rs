@@ -4,8 +4,8 @@
 use super::super::CommandResult;
 use super::super::plan::{QuestionArguments, answer, largest, question};
 use crate::byte_size::ByteSize;
-use crate::plan::Bytes;
-use crate::planner::Answer;
+use crate::estimate::question::Answer;
+use crate::planner::plan::Bytes;
 use serde_json::json;
 
 /// A family of models, a machine, and how much of its host memory to grant.

@@ -8,7 +8,7 @@ use crate::models::gpt::{self, Gpt, GptConfig};
 use crate::models::linear::Adapting;
 use crate::models::llama::{self, Llama};
 use crate::models::llama_config::LlamaConfig;
-use crate::schedule::Queue;
+use crate::schedule::operation::Queue;
 use crate::{AdamW, Config, Engine, Placement, Tier};
 use candle_core::{Device, Module, Tensor};
 use ferrozero_kernels::philox::Stream;

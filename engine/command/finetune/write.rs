@@ -2,11 +2,11 @@
 
 use super::super::CommandResult;
 use crate::Trainer;
+use crate::data::tokenizer::Tokenizer;
+use crate::disk::safetensors::export_safetensors;
 use crate::error::{Error, internal};
-use crate::export::export_safetensors;
 use crate::models::linear::Adapting;
 use crate::models::pretrained::Pretrained;
-use crate::tokenizer::Tokenizer;
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use std::path::Path;

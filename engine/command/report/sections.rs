@@ -2,10 +2,10 @@
 
 use super::chart::{Along, Series, chart};
 use super::{escaped, median, seconds};
-use crate::plan::Bytes;
-use crate::run_log::{History, Step, StepTimeline};
-use crate::schedule::Queue;
-use crate::trace::Occupancy;
+use crate::observe::occupancy::Occupancy;
+use crate::observe::run_log::{History, Step, StepTimeline};
+use crate::planner::plan::Bytes;
+use crate::schedule::operation::Queue;
 use serde_json::Value;
 use std::fmt::Display;
 

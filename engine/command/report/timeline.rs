@@ -2,9 +2,9 @@
 
 use super::chart::ticks;
 use super::{escaped, seconds};
-use crate::run_log::StepTimeline;
-use crate::schedule::Queue;
-use crate::trace::Span;
+use crate::observe::run_log::StepTimeline;
+use crate::observe::timeline::Span;
+use crate::schedule::operation::Queue;
 
 /// Width of a row in units of its own; the page stretches it.
 const WIDTH: f64 = 1000.0;

@@ -1,9 +1,10 @@
 //! Forecasts of every schedule are between what a step cannot be shorter and what it cannot be longer than.
 
 use super::{Case, case};
-use ferrozero::arrangement::{Arrangement, Needs};
-use ferrozero::builder::{Builder, gradient_passes_through};
-use ferrozero::simulator::{Compute, ComputeTime, Machine, Simulator};
+use ferrozero::planner::machine::Machine;
+use ferrozero::planner::simulator::{Compute, ComputeTime, Simulator};
+use ferrozero::schedule::buffer_plan::{Arrangement, Needs};
+use ferrozero::schedule::builder::{Builder, gradient_passes_through};
 use proptest::prelude::*;
 
 fn machine() -> impl Strategy<Value = Machine> {

@@ -5,12 +5,13 @@
 use super::layout;
 use candle_core::DType;
 use ferrozero::Tier;
-use ferrozero::arrangement::{Arrangement, Depths, DeviceKind, GroupPlacement, Needs};
-use ferrozero::builder::{Builder, gradient_passes_through};
-use ferrozero::layout::{ALIGNMENT_ELEMENTS, Layout};
-use ferrozero::schedule::{Call, Operation, Queue};
-use ferrozero::simulator::{Compute, ComputeTime, Forecast, Machine, Simulator};
-use ferrozero::trace::{Trace, TraceEvent};
+use ferrozero::planner::machine::Machine;
+use ferrozero::planner::simulator::{Compute, ComputeTime, Forecast, Simulator};
+use ferrozero::schedule::buffer_plan::{Arrangement, Depths, DeviceKind, GroupPlacement, Needs};
+use ferrozero::schedule::builder::{Builder, gradient_passes_through};
+use ferrozero::schedule::layout::{ALIGNMENT_ELEMENTS, Layout};
+use ferrozero::schedule::operation::{Call, Operation, Queue};
+use ferrozero::schedule::trace::{Trace, TraceEvent};
 
 const LAYERS: usize = 12;
 const LAYER_ELEMENTS: usize = 4 * ALIGNMENT_ELEMENTS;

@@ -1,0 +1,7 @@
+//! What a run tells of itself: its log, its timeline, and what each tier held.
+
+pub mod chrome;
+pub mod occupancy;
+pub mod run_log;
+pub mod tensorboard;
+pub mod timeline;
