@@ -95,6 +95,138 @@ fn unsafe_code_stays_where_it_is_needed() {
     }
 }
 
+/// The rooms of the engine, files or folders, from the bottom to the top: each may use itself and those before it.
+const ROOMS: [&str; 20] = [
+    "error",
+    "sync",
+    "byte_size",
+    "data",
+    "schedule",
+    "planner",
+    "device",
+    "execution",
+    "probe",
+    "autograd",
+    "config",
+    "disk",
+    "train",
+    "engine",
+    "observe",
+    "models",
+    "estimate",
+    "lib",
+    "command",
+    "bin",
+];
+
+fn is_room(name: &str) -> bool {
+    ROOMS.contains(&name)
+}
+
+/// The modules of a file, by its path within the engine: `disk/stores.rs` is `disk::stores`.
+fn modules_of(file: &str) -> Vec<&str> {
+    file.trim_end_matches(".rs").trim_end_matches("/mod").split('/').collect()
+}
+
+/// What the code of a file uses by `crate::…` and `super::…`, as modules from the root on, with the line. What is in no
+/// room has its name from lib.rs.
+fn uses<'a>(file: &'a str, text: &'a str) -> Vec<(usize, Vec<&'a str>)> {
+    let mut found = vec![];
+    for (number, line) in (1..).zip(text.lines()).filter(|(_, line)| !line.trim_start().starts_with("//")) {
+        for start in
+            line.match_indices("crate::").chain(line.match_indices("super::")).map(|(start, _)| start)
+        {
+            let before = line[..start].chars().next_back().unwrap_or(' ');
+            if before == ':' || before == '_' || before.is_alphanumeric() {
+                continue;
+            }
+            let is_end = |c: char| c != ':' && c != '_' && !c.is_alphanumeric();
+            let path = line[start..].split(is_end).next().unwrap_or_default();
+            let names: Vec<&str> = path.split("::").filter(|name| !name.is_empty()).collect();
+            let up = names.iter().take_while(|&&name| name == "super").count();
+            let own = modules_of(file);
+            let used = match names.get(up.max(1)) {
+                Some(name) if is_room(name) && up != 0 && up < own.len() => continue,
+                Some(name) if is_room(name) => names[up.max(1)..].to_vec(),
+                _ if up > 0 => continue,
+                _ => vec!["lib"],
+            };
+            found.push((number, used));
+        }
+    }
+    found
+}
+
+/// What uses a room above its own, among files given as path within the engine and text.
+fn uses_of_higher_rooms(files: &[(&str, &str)]) -> Vec<String> {
+    let floor = |modules: &[&str]| ROOMS.iter().position(|room| modules.first() == Some(room));
+    let file_of = |used: &[&str]| {
+        let lengths = (1..=used.len()).rev();
+        let mut known = lengths.filter_map(|length| {
+            files.iter().find(|(file, _)| modules_of(file) == used[..length]).map(|(file, _)| *file)
+        });
+        known.next().unwrap_or(used[0]).to_owned()
+    };
+    let mut found = vec![];
+    for (file, text) in files {
+        let Some(own) = floor(&modules_of(file)) else {
+            found.push(format!("engine/{file} is in no room: add its room to ROOMS"));
+            continue;
+        };
+        for (number, used) in uses(file, text) {
+            if floor(&used) > Some(own) {
+                found.push(format!(
+                    "engine/{file}:{number} uses engine/{}, which is above it",
+                    file_of(&used)
+                ));
+            }
+        }
+    }
+    found
+}
+
+/// ARCHITECTURE.md says what each room is for.
+#[test]
+fn rooms_use_only_rooms_below_them() {
+    let engine = Path::new(env!("CARGO_MANIFEST_DIR")).join("engine");
+    let of_engine = library_sources().filter_map(|(path, text)| {
+        let file = path.strip_prefix(&engine).ok()?;
+        Some((file.display().to_string(), text))
+    });
+    let files: Vec<(String, String)> = of_engine.collect();
+    let files: Vec<(&str, &str)> = files.iter().map(|(file, text)| (file.as_str(), text.as_str())).collect();
+    for room in ROOMS {
+        assert!(files.iter().any(|(file, _)| modules_of(file)[0] == room), "there is no room {room}");
+    }
+    let found = uses_of_higher_rooms(&files);
+    assert!(found.is_empty(), "imports run from the top to the bottom of ROOMS:\n{}", found.join("\n"));
+}
+
+#[test]
+fn a_use_of_a_higher_room_is_found() {
+    let stores = ("disk/stores.rs", "");
+    let found = |file: &'static str, text: &'static str| uses_of_higher_rooms(&[stores, (file, text)]);
+    let above = |place: &str| vec![format!("engine/{place} uses engine/disk/stores.rs, which is above it")];
+    let planted = "use crate::error::Error;\nuse crate::disk::stores::{\n    Stores,\n};\n";
+    assert_eq!(found("device/compute.rs", planted), above("device/compute.rs:2"));
+    assert_eq!(
+        found("device/compute.rs", "fn open() -> crate::disk::stores::Stores {"),
+        above("device/compute.rs:1")
+    );
+    assert_eq!(found("device/compute.rs", "use super::super::disk::stores;"), above("device/compute.rs:1"));
+    assert_eq!(found("device/compute.rs", "use crate::Engine;").len(), 1, "by way of lib.rs");
+    assert_eq!(found("attic/box.rs", "").len(), 1, "no room");
+    for fine in [
+        "use crate::schedule::layout::Layout;",
+        "use super::tensor_storage::{self, TensorStorage};",
+        "// [`Engine`](crate::engine::Engine) is above.",
+        "use ferrozero_kernels::convert;",
+    ] {
+        assert_eq!(found("device/compute.rs", fine), <[&str; 0]>::default(), "{fine}");
+    }
+    assert_eq!(found("train/trainer.rs", planted), <[&str; 0]>::default());
+}
+
 #[test]
 fn every_module_says_what_it_is_for() {
     for (path, text) in library_sources() {
