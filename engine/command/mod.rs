@@ -19,6 +19,7 @@ mod train;
 use crate::error::Error;
 use clap::{CommandFactory, Parser, Subcommand};
 use finetune::{FinetuneArguments, FinetuneSettings};
+use std::ffi::OsString;
 use std::process::ExitCode;
 use tracing_subscriber::EnvFilter;
 
@@ -91,7 +92,17 @@ enum Command {
 
 /// Runs the command line of the process.
 pub fn run() -> ExitCode {
-    let CommandLine { command } = CommandLine::parse();
+    perform(CommandLine::parse().command)
+}
+
+/// Runs `ferrozero bench NAME` with the options of the process: a program of `cargo bench`, which adds `--bench`.
+pub fn bench(name: &str) -> ExitCode {
+    let options = std::env::args_os().skip(1).filter(|option| option != "--bench");
+    let line = ["ferrozero", "bench", name].map(OsString::from).into_iter().chain(options);
+    perform(CommandLine::parse_from(line).command)
+}
+
+fn perform(command: Command) -> ExitCode {
     let trains = matches!(command, Command::Train(_) | Command::Finetune(_));
     if !trains {
         // A reader that goes away ends a command, as it does with other programs. It is no reason to stop training.

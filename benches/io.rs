@@ -1,0 +1,10 @@
+//! The disk store against fio: `ferrozero bench io`, with the same options.
+
+#[path = "../engine/bin/start.rs"]
+mod start;
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    start::start(|| ferrozero::command::bench("io"))
+}
