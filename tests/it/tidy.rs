@@ -305,6 +305,31 @@ fn links_between_documents_lead_somewhere() {
     }
 }
 
+/// Files and folders of the project that a document names as code.
+fn paths(text: &str) -> impl Iterator<Item = &str> {
+    let folders =
+        ["benches/", "docs/", "engine/", "examples/", "fuzz/", "kernels/", "offload/", "scripts/", "tests/"];
+    let is_path = |word: &str| word.chars().all(|each| each.is_ascii_alphanumeric() || "_./-".contains(each));
+    let code = text.split('`').skip(1).step_by(2);
+    code.filter(move |word| folders.iter().any(|folder| word.starts_with(folder)) && is_path(word))
+}
+
+/// What has moved is named where it is now; a changelog says where it was.
+#[test]
+fn documents_name_files_that_are_there() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    for document in sources("md").into_iter().filter(|path| !path.ends_with("CHANGELOG.md")) {
+        let text = fs::read_to_string(&document).unwrap();
+        for path in paths(&text) {
+            let here = document.parent().unwrap().join(path);
+            assert!(root.join(path).exists() || here.exists(), "{}: {path} is not there", document.display());
+        }
+    }
+    let planted =
+        "In `tests/it`, not tests/none,\n```sh\nls engine/none\n```\nand `scripts/a_*`: `engine/none.rs`.";
+    assert_eq!(paths(planted).collect::<Vec<_>>(), ["tests/it", "engine/none.rs"]);
+}
+
 /// Lines, from 1, of tables that no command in a line of its own stands before, since the table before them.
 fn tables_without_command(text: &str) -> Vec<usize> {
     let (mut command, mut in_table, mut found) = (false, false, vec![]);
