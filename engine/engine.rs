@@ -50,8 +50,8 @@ impl Engine {
         if config.threads == Some(0) {
             return invalid("threads must be at least 1");
         }
-        if config.clip.is_some_and(|clip| clip.is_nan() || clip <= 0.0) {
-            return invalid("clip must be above 0; leave it out for no clipping");
+        if config.clip.is_some_and(|clip| !clip.is_finite() || clip <= 0.0) {
+            return invalid("clip must be a finite number above 0; leave it out for no clipping");
         }
         check_piece(config.piece_bytes)?;
         let device = ComputeDevice::new(&config.device, config.dtype, config.products, config.cuda_fault)?;
@@ -128,8 +128,10 @@ impl Engine {
     /// kind of segment a few times, with parameters of zero.
     ///
     /// # Errors
+    /// [`Error::Configuration`] for settings of AdamW that are not numbers in their range,
     /// [`Error::MissingGradient`], [`Error::BudgetTooSmall`], and whatever `loss` returns.
     pub fn plan(&self, adamw: AdamW, loss: impl Fn() -> candle_core::Result<Tensor>) -> Result<Plan> {
+        adamw.check()?;
         let stored = self.resumed.iter().flat_map(|(progress, _)| &progress.parameters);
         let order: Vec<String> = stored.map(|row| row.name.clone()).collect();
         let layout = Arc::new(self.registry.seal(self.piece_bytes / 4, &adamw.decays, &order)?);

@@ -114,6 +114,19 @@ pub enum Error {
         /// How many values.
         count: u64,
     },
+    /// An update made values that are infinite or not a number.
+    #[error(
+        "step {step}: {count} values of the state of {group} became infinite or NaN; nothing of that is committed, \
+         and the last commit is intact. A lower learning rate, a warm-up or clipping usually helps"
+    )]
+    NonFiniteState {
+        /// Group whose parameters or moments are not finite.
+        group: String,
+        /// Optimizer step, 1-based.
+        step: u64,
+        /// How many values of the piece that was updated.
+        count: u64,
+    },
     /// The loss is infinite or not a number.
     #[error("step {step}: the loss is {loss}; the last commit is intact")]
     NonFiniteLoss {

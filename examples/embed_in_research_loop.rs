@@ -210,7 +210,7 @@ fn run(trainer: &mut Trainer, model: &Regressor, mut progress: Progress) -> AnyR
     let norms = observe(trainer);
     let (test_points, test_values) = samples(BATCH, &mut Random(1))?;
     while trainer.steps() < STEPS {
-        trainer.set_learning_rate(learning_rate(trainer.steps()));
+        trainer.set_learning_rate(learning_rate(trainer.steps()))?;
         let (points, values) = samples(BATCH, &mut progress.random)?;
         let report = trainer.step(|_| model.loss(&points, &values))?;
         if report.step % 20 == 0 {

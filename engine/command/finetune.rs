@@ -152,7 +152,7 @@ impl Run {
         while self.trainer.steps() < steps && !stop.load(Ordering::SeqCst) && !self.progress.is_over(patience)
         {
             let step = self.trainer.steps();
-            self.trainer.set_learning_rate(rate.at(step));
+            self.trainer.set_learning_rate(rate.at(step))?;
             let Self { data, model, settings, .. } = self;
             let report = self.trainer.step(|micro_batch| {
                 let batch = data.train_batch(step * settings.run.accumulate as u64 + micro_batch as u64)?;

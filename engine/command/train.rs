@@ -113,7 +113,7 @@ impl Run {
         let mut last = None;
         while self.trainer.steps() < steps && !stop.load(atomic::Ordering::SeqCst) {
             let step = self.trainer.steps();
-            self.trainer.set_learning_rate(rate.at(step));
+            self.trainer.set_learning_rate(rate.at(step))?;
             let Self { data, model, settings, .. } = self;
             let report = self.trainer.step(|micro_batch| {
                 let batch = data.train_batch(step, micro_batch, settings.run.accumulate)?;

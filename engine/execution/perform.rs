@@ -11,6 +11,7 @@ use candle_nn::Init;
 use crossbeam::channel::Sender;
 use ferrozero_kernels::Pool;
 use ferrozero_kernels::adamw::{AdamWState, AdamWStep, adamw};
+use ferrozero_kernels::finite::count_non_finite;
 use ferrozero_kernels::gradient::{Accumulate, GradientStatistics, accumulate};
 use ferrozero_kernels::initialize::initialize;
 use ferrozero_offload::{Lease, Store};
@@ -157,7 +158,14 @@ impl Shared {
             Operation::Initialize { group, stream, piece, .. } => self.initialize(group, stream, piece, held),
             Operation::Upload { group, piece, .. } => self.upload(group, piece, held),
             Operation::Download { group, piece, .. } => self.download(group, piece, held),
-            Operation::CopyUp { .. } | Operation::CopyDown { .. } => self.copy(operation, held),
+            Operation::CopyUp { .. } => self.copy(operation, held),
+            Operation::CopyDown { group, .. } => {
+                self.copy(operation, held)?;
+                // Updates on the device do not look at what they write; what a commit keeps goes by way of the host.
+                let elements = operation.elements(&self.layout, &self.calls);
+                let values = &held.buffers[0].host()?.as_f32()[..elements];
+                self.check_finite(group, context.adamw.step, &[values])
+            }
             Operation::SaveBoundary { piece, .. } => self.save_boundary(piece, held),
             Operation::LoadBoundary { call, piece, .. } => self.load_boundary(call, piece, held),
             Operation::Accumulate { group, piece, add, measure, .. } => {
@@ -229,6 +237,12 @@ impl Shared {
                 (None, _) => false,
             };
             if filled {
+                let count = count_non_finite(&self.pool, target);
+                if count > 0 {
+                    let text =
+                        format!("initial values of {}: {count} of a piece are infinite or NaN", entry.name);
+                    return Err(Error::Configuration(text));
+                }
                 continue;
             }
             let shape = part.whole_shape(&entry.shape);
@@ -422,15 +436,28 @@ impl Shared {
                 _ => return Err(internal("update without parameters")),
             };
             let step = self.step_of(group, &run, numbers);
+            let first_moment = &mut first_moment[within_piece.clone()];
+            let second_moment = &mut second_moment[within_piece.clone()];
             let state = AdamWState {
-                master,
-                first_moment: &mut first_moment[within_piece.clone()],
-                second_moment: &mut second_moment[within_piece.clone()],
+                master: &mut *master,
+                first_moment: &mut *first_moment,
+                second_moment: &mut *second_moment,
             };
             adamw(&self.pool, &step, state, &gradient[within_piece], None)
                 .map_err(|error| Error::Kernel(error.to_string()))?;
+            self.check_finite(group, numbers.step, &[master, first_moment, second_moment])?;
         }
         Ok(())
+    }
+
+    /// Whether a state can be kept.
+    fn check_finite(&self, group: GroupIndex, step: u64, state: &[&[f32]]) -> Result<()> {
+        match state.iter().map(|values| count_non_finite(&self.pool, values)).sum() {
+            0 => Ok(()),
+            count => {
+                Err(Error::NonFiniteState { group: self.layout.groups[group].name.clone(), step, count })
+            }
+        }
     }
 
     /// The optimizer's numbers for a run of one parameter.

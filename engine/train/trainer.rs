@@ -11,6 +11,7 @@ use crate::error::{Error, Result, internal};
 use crate::execution::executor::{Executor, Memory};
 use crate::execution::loss_scale::LossScale;
 use crate::execution::perform::{Shared, StateCommit, StepContext};
+use crate::planner::optimizer::check_learning_rate;
 use crate::planner::plan::Plan;
 use crate::schedule::layout::{Layout, Put};
 use crate::schedule::operation::{Operation, Queue};
@@ -247,8 +248,13 @@ impl Trainer {
     }
 
     /// Sets the learning rate of the steps to come.
-    pub fn set_learning_rate(&mut self, learning_rate: f64) {
+    ///
+    /// # Errors
+    /// [`Error::Configuration`] if it is negative or not finite; the one before stays.
+    pub fn set_learning_rate(&mut self, learning_rate: f64) -> Result<()> {
+        check_learning_rate(learning_rate)?;
         self.learning_rate = learning_rate;
+        Ok(())
     }
 
     /// Shows the gradients of the steps to come to `observer`, each parameter's once a micro-batch, in the order of the backward pass

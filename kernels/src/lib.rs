@@ -4,6 +4,7 @@
 //! |---|---|
 //! | [`adamw`] | the optimizer's update of a run, with an optional low-precision copy |
 //! | [`gradient`] | scale, accumulate, squared norm and finite check of a run, in one pass |
+//! | [`finite`] | how many values of a run are infinite or NaN |
 //! | [`convert`] | f32 to and from bf16 and f16 |
 //! | [`quantize`] | optimizer states in 8 bits, with a scale a block |
 //! | [`philox`], [`initialize`] | random numbers and initial values by position |
@@ -19,6 +20,7 @@ pub mod convert;
 pub mod cuda;
 mod element;
 mod error;
+pub mod finite;
 pub mod gradient;
 pub mod initialize;
 pub mod ops;
