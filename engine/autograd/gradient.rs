@@ -1,7 +1,7 @@
 //! Gradients on their way out of candle: taken from its store, shown to whoever observes them, and handed on.
 
 use crate::autograd::registry::GroupTensors;
-use crate::device::tensor_storage::{self, DeviceRun};
+use crate::device::tensor_storage::{self, TensorStorage};
 use crate::schedule::layout::Layout;
 use crate::sync::lock;
 use candle_core::Tensor;
@@ -93,7 +93,7 @@ impl<'a> GradientSink<'a> {
     }
 
     /// The gradients of the group in the order of its table; frozen parameters have an empty run.
-    pub fn collect(&mut self, store: &mut GradStore) -> candle_core::Result<Vec<DeviceRun>> {
+    pub fn collect(&mut self, store: &mut GradStore) -> candle_core::Result<Vec<TensorStorage>> {
         let resident = self.layout.resident();
         for (entry, tensor) in self.tensors.of(resident).iter().enumerate() {
             let Some(gradient) = store.remove(tensor) else { continue };
@@ -110,7 +110,7 @@ impl<'a> GradientSink<'a> {
             self.layout.groups[self.group].table.iter().zip(self.tensors.of(self.group)).enumerate()
         {
             if !entry.trainable {
-                runs.push(DeviceRun::none());
+                runs.push(TensorStorage::none());
                 continue;
             }
             let gradient = if self.group == resident {
@@ -133,7 +133,7 @@ impl<'a> GradientSink<'a> {
                 }
                 None => {
                     self.missing.push(entry.name.clone());
-                    runs.push(DeviceRun::none());
+                    runs.push(TensorStorage::none());
                 }
             }
         }

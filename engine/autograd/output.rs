@@ -1,16 +1,16 @@
 //! What a segment's module computes, and the graph by which it came to it where that is kept.
 
-use crate::device::tensor_storage::{self, DeviceRun};
+use crate::device::tensor_storage::{self, TensorStorage};
 use candle_core::{DType, Shape, Tensor, bail};
 use ferrozero_kernels::ops;
 
 /// Runs the user's part on given inputs.
-pub type Run = dyn Fn(&[Tensor]) -> candle_core::Result<Tensor> + Send + Sync;
+pub type RunModule = dyn Fn(&[Tensor]) -> candle_core::Result<Tensor> + Send + Sync;
 
 /// What a segment's module computed.
 pub struct Output {
     /// The output.
-    pub values: DeviceRun,
+    pub values: TensorStorage,
     /// Its shape.
     pub shape: Shape,
     /// How, if that is kept.
@@ -27,7 +27,7 @@ pub struct Graph {
 
 impl Output {
     /// Without a graph.
-    pub fn alone(run: &Run, inputs: &[&Tensor]) -> candle_core::Result<Self> {
+    pub fn alone(run: &RunModule, inputs: &[&Tensor]) -> candle_core::Result<Self> {
         let inputs: Vec<Tensor> = inputs.iter().map(|input| input.detach()).collect();
         let value = ops::without_graph(|| run(&inputs))?;
         // An output that is a view of an input must not take the input's storage with it.
@@ -36,7 +36,7 @@ impl Output {
     }
 
     /// With its graph. The inputs are copied, because candle's graph must not go on beyond them and their storage is others'.
-    pub fn with_graph(run: &Run, inputs: &[&Tensor]) -> candle_core::Result<Self> {
+    pub fn with_graph(run: &RunModule, inputs: &[&Tensor]) -> candle_core::Result<Self> {
         let leaves = inputs.iter().map(|input| leaf_of(input)).collect::<candle_core::Result<Vec<_>>>()?;
         let (end, value) = ops::keep(|| run(&leaves))?;
         // A value that is in the graph too may be what its operation needs in the backward.
@@ -45,7 +45,7 @@ impl Output {
     }
 
     /// Values alone.
-    pub fn of(values: DeviceRun, shape: Shape) -> Self {
+    pub fn of(values: TensorStorage, shape: Shape) -> Self {
         Self { values, shape, graph: None }
     }
 

@@ -1,6 +1,6 @@
 //! What the model asks its `VarBuilder` for, and the vacant tensors that it gets.
 
-use crate::device::tensor_storage::{self, DeviceRun};
+use crate::device::tensor_storage::{self, TensorStorage};
 use crate::error::{Error, Result};
 use crate::schedule::layout::{Group, Layout, ParameterRule, RESIDENT, TableEntry};
 use crate::sync::lock;
@@ -242,7 +242,7 @@ impl GroupTensors {
     }
 
     /// Moves parameters into the tensors of a group.
-    pub fn fill(&self, group: usize, storage: Vec<DeviceRun>) -> Result<()> {
+    pub fn fill(&self, group: usize, storage: Vec<TensorStorage>) -> Result<()> {
         for (tensor, values) in self.own[group].iter().zip(storage) {
             tensor_storage::fill(tensor, values)?;
         }
@@ -250,7 +250,7 @@ impl GroupTensors {
     }
 
     /// Moves the parameters of a group out of its tensors, which are vacant from then on.
-    pub fn take(&self, group: usize) -> Result<Vec<DeviceRun>> {
+    pub fn take(&self, group: usize) -> Result<Vec<TensorStorage>> {
         Ok(self.own[group].iter().map(tensor_storage::take).collect::<candle_core::Result<_>>()?)
     }
 }

@@ -7,7 +7,7 @@ use crate::autograd::gradient::{GradientSink, ResidentGradients};
 use crate::autograd::output::Output;
 use crate::autograd::registry::GroupTensors;
 use crate::device::compute::ComputeDevice;
-use crate::device::tensor_storage::{self, DeviceRun};
+use crate::device::tensor_storage::{self, TensorStorage};
 use crate::error::{Error, Result, internal};
 use crate::planner::observed::{KeptGraph, Observed};
 use crate::planner::simulator::{Compute, ComputeTime};
@@ -412,9 +412,9 @@ impl Trial {
     }
 
     /// A boundary in place of the one that left.
-    pub fn boundary(&self) -> Result<Option<DeviceRun>> {
+    pub fn boundary(&self) -> Result<Option<TensorStorage>> {
         let device = &self.rehearsal.device;
-        let zeros = || DeviceRun::zeros(self.boundary_elements, device.dtype(), device.device());
+        let zeros = || TensorStorage::zeros(self.boundary_elements, device.dtype(), device.device());
         Ok(self.moves.then(zeros).transpose()?)
     }
 
@@ -426,7 +426,7 @@ impl Trial {
             let (shape, dtype) = output.ok_or_else(|| internal("a known segment without an output"))?;
             self.count(|known| known.forward.bytes);
             let device = self.rehearsal.device.device();
-            return Ok(Output::of(DeviceRun::zeros(shape.elem_count(), dtype, device)?, shape));
+            return Ok(Output::of(TensorStorage::zeros(shape.elem_count(), dtype, device)?, shape));
         }
         if !lock(&self.rehearsal.findings).known.contains_key(&self.kind) {
             self.try_with_graph(&run)?;

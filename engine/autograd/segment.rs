@@ -6,9 +6,9 @@
 //! executor (recomputation as in Chen et al., "Training deep nets with sublinear memory cost", arXiv 1604.06174). Where the
 //! schedule says that the forward keeps its graph, the operation holds it until then, and nothing is computed again.
 
-use crate::autograd::output::{Graph, Output, Run, leaf_of};
+use crate::autograd::output::{Graph, Output, RunModule, leaf_of};
 use crate::autograd::segment_call::{Backward, Gradients, Passes};
-use crate::device::tensor_storage::{self, DeviceRun};
+use crate::device::tensor_storage::{self, TensorStorage};
 use crate::error::{Error, Result};
 use crate::sync::lock;
 use candle_core::{
@@ -62,13 +62,13 @@ impl<M: Send + Sync + 'static> Segment<M> {
     {
         let inner = self.inner.clone();
         let kind = TypeId::of::<F>();
-        let run: Arc<Run> = Arc::new(move |inputs| run(&inner.module, inputs));
+        let run: Arc<RunModule> = Arc::new(move |inputs| run(&inner.module, inputs));
         let passes = &self.inner.passes;
         passes.report(call(passes, self.inner.group, kind, run, inputs))
     }
 }
 
-fn call(passes: &Passes, group: usize, kind: TypeId, run: Arc<Run>, inputs: &[&Tensor]) -> Result<Tensor> {
+fn call(passes: &Passes, group: usize, kind: TypeId, run: Arc<RunModule>, inputs: &[&Tensor]) -> Result<Tensor> {
     if inputs.is_empty() {
         return Err(Error::Unsupported("a segment needs an input".into()));
     }
@@ -106,7 +106,7 @@ fn call(passes: &Passes, group: usize, kind: TypeId, run: Arc<Run>, inputs: &[&T
     let node = match tracked.as_slice() {
         // The parameters are not in the graph, so without a tracked input candle would not come back to this segment.
         [] => {
-            let leaf = DeviceRun::zeros(1, DType::F32, first.device())?;
+            let leaf = TensorStorage::zeros(1, DType::F32, first.device())?;
             leaf.into_tensor(&Shape::from(()), true).apply_op1(operation)
         }
         [first] => first.apply_op1(operation),
@@ -131,16 +131,16 @@ struct SegmentOperation {
     passes: Passes,
     group: usize,
     call: usize,
-    run: Arc<Run>,
+    run: Arc<RunModule>,
     inputs: Vec<Tensor>,
     /// What the module computed, until the graph's node takes it.
-    output: Mutex<Option<(DeviceRun, Shape)>>,
+    output: Mutex<Option<(TensorStorage, Shape)>>,
     /// The graph of the forward, where that is kept.
     graph: Mutex<Option<Graph>>,
 }
 
 impl SegmentOperation {
-    fn output(&self) -> candle_core::Result<(DeviceRun, Shape)> {
+    fn output(&self) -> candle_core::Result<(TensorStorage, Shape)> {
         match self.output.lock().ok().and_then(|mut output| output.take()) {
             Some(output) => Ok(output),
             None => bail!("a segment's operation ran twice"),
@@ -333,8 +333,8 @@ struct Inject(Tensor);
 
 impl Inject {
     /// A number that nobody looks at.
-    fn result(&self) -> candle_core::Result<DeviceRun> {
-        DeviceRun::zeros(1, self.0.dtype(), self.0.device())
+    fn result(&self) -> candle_core::Result<TensorStorage> {
+        TensorStorage::zeros(1, self.0.dtype(), self.0.device())
     }
 }
 

@@ -6,7 +6,7 @@ use crate::autograd::output::Output;
 use crate::autograd::registry::GroupTensors;
 use crate::autograd::rehearsal::{Rehearsal, Trial};
 use crate::device::compute::{ComputeDevice, Done};
-use crate::device::tensor_storage::{self, DeviceRun, Leaves};
+use crate::device::tensor_storage::{self, TensorStorage, Leaves};
 use crate::error::{Error, Result, internal};
 use crate::execution::executor::{ComputeRequest, Executor, Grant};
 use crate::schedule::layout::Layout;
@@ -75,7 +75,7 @@ impl ScheduledPass {
     }
 
     /// Ends a micro-batch with the gradients of the resident parameters. The last one takes the parameters back.
-    pub fn detach(self: &Arc<Self>, gradients: Option<Vec<DeviceRun>>) -> Result<()> {
+    pub fn detach(self: &Arc<Self>, gradients: Option<Vec<TensorStorage>>) -> Result<()> {
         let mut granted = Granted::begin(self, ComputeRequest::Detach)?;
         let held = &mut granted.grant()?.held;
         if held.slot.is_some() {
@@ -179,7 +179,7 @@ impl Passes {
     }
 
     /// Takes the storage out of the output of a segment, or of another tensor.
-    pub fn take_output(&self, output: &Tensor) -> candle_core::Result<DeviceRun> {
+    pub fn take_output(&self, output: &Tensor) -> candle_core::Result<TensorStorage> {
         let mut run = tensor_storage::take(output)?;
         run.set_lender(lock(&self.0.lenders).remove(&output.id()));
         Ok(run)
@@ -321,7 +321,7 @@ impl Forward {
     }
 
     /// Ends it, with the boundary if that leaves the device.
-    pub fn finish(self, boundary: Option<DeviceRun>) -> Result<()> {
+    pub fn finish(self, boundary: Option<TensorStorage>) -> Result<()> {
         match self {
             Self::Trial(trial) => trial.finish(),
             Self::Scheduled { mut granted, .. } => {
@@ -350,7 +350,7 @@ pub enum Backward {
 }
 
 /// Gradients of the inputs and of the group's parameters.
-pub type Gradients = (Vec<Option<Tensor>>, Vec<DeviceRun>);
+pub type Gradients = (Vec<Option<Tensor>>, Vec<TensorStorage>);
 
 impl Backward {
     /// Whether the rehearsal has seen a segment like this one, so that it need not run again.
@@ -359,7 +359,7 @@ impl Backward {
     }
 
     /// The boundary, if it had left the device.
-    pub fn take_boundary(&mut self) -> Result<Option<DeviceRun>> {
+    pub fn take_boundary(&mut self) -> Result<Option<TensorStorage>> {
         match self {
             Self::Trial(trial) => trial.boundary(),
             Self::Scheduled { granted, .. } => {
@@ -370,7 +370,7 @@ impl Backward {
     }
 
     /// The boundary is used up. A device with memory of its own keeps the storage for the next one.
-    pub fn return_boundary(&mut self, boundary: DeviceRun) -> Result<()> {
+    pub fn return_boundary(&mut self, boundary: TensorStorage) -> Result<()> {
         let Self::Scheduled { pass, granted, .. } = self else { return Ok(()) };
         if let Some(passage) = granted.grant()?.held.passage.as_mut()
             && pass.device.is_apart()
@@ -402,7 +402,7 @@ impl Backward {
     }
 
     /// Ends it, with the gradients of the parameters.
-    pub fn finish(self, gradients: Option<Vec<DeviceRun>>) -> Result<()> {
+    pub fn finish(self, gradients: Option<Vec<TensorStorage>>) -> Result<()> {
         match self {
             Self::Trial(trial) => trial.finish(),
             Self::Scheduled { mut granted, .. } => match gradients {

@@ -24,7 +24,7 @@ use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 /// The parts of a run.
-struct Run {
+struct Finetuning {
     settings: FinetuneSettings,
     pretrained: Pretrained,
     tokenizer: Tokenizer,
@@ -94,7 +94,7 @@ pub fn run(arguments: FinetuneArguments) -> CommandResult {
     let journal = Journal::begin(&trainer, about, &output)?;
     // Commits of before there were any have none.
     let progress = serde_json::from_value(committed["progress"].clone()).unwrap_or_default();
-    let mut run = Run {
+    let mut run = Finetuning {
         settings,
         pretrained,
         tokenizer,
@@ -138,7 +138,7 @@ fn prepare(
     Ok((model, trainer))
 }
 
-impl Run {
+impl Finetuning {
     fn train(&mut self, stop: &AtomicBool) -> CommandResult {
         let steps = self.steps;
         let rate = self.settings.run.rate(self.settings.warmup.unwrap_or(steps / 10), steps)?;

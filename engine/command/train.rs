@@ -24,7 +24,7 @@ use std::sync::atomic::{self, AtomicBool};
 const VALIDATION_BATCHES: usize = 8;
 
 /// The parts of a run.
-struct Run {
+struct Training {
     settings: TrainSettings,
     tokenizer: Tokenizer,
     data: Dataset,
@@ -65,7 +65,7 @@ pub fn run(arguments: TrainArguments) -> CommandResult {
     };
     let journal = Journal::begin(&trainer, about, &output)?;
     output.start(trainer.steps(), settings.steps)?;
-    let mut run = Run { settings, tokenizer, data, model, trainer, output, journal, fingerprint };
+    let mut run = Training { settings, tokenizer, data, model, trainer, output, journal, fingerprint };
     run.train(&stop)
 }
 
@@ -104,7 +104,7 @@ fn prepare(
     Ok((model, trainer))
 }
 
-impl Run {
+impl Training {
     fn train(&mut self, stop: &AtomicBool) -> CommandResult {
         let Self { settings, .. } = self;
         let steps = settings.steps;

@@ -13,7 +13,7 @@ pub struct ChatTemplate {
 const NAME: &str = "chat template";
 
 /// A part of a chat's text, and whether it is to be learnt: what the assistant says is, all else is its prompt.
-pub type Part = (String, bool);
+pub type TextPart = (String, bool);
 
 impl ChatTemplate {
     /// The template of a `tokenizer_config.json`, whose special tokens it may use; none if there is none.
@@ -81,7 +81,7 @@ impl ChatTemplate {
     /// # Errors
     /// What the template says of the messages; a chat in which the assistant says nothing; a template whose text for the first
     /// messages changes with those that follow, so that the assistant's parts cannot be told from the rest.
-    pub fn parts(&self, messages: &[Value]) -> Result<Vec<Part>, String> {
+    pub fn parts(&self, messages: &[Value]) -> Result<Vec<TextPart>, String> {
         let mut parts = vec![];
         let mut known = String::new();
         for (number, message) in messages.iter().enumerate() {

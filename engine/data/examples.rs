@@ -1,7 +1,7 @@
 //! Examples for fine-tuning: prompts with answers, or texts, packed into sequences of one length. What is not to be learnt, such
 //! as prompts, is seen and not counted.
 
-use crate::data::chat::{ChatTemplate, Part};
+use crate::data::chat::{ChatTemplate, TextPart};
 use crate::data::corpus::{TokenFile, TokenWriter};
 use crate::data::error::DataError;
 use crate::data::tokenizer::Tokenizer;
@@ -56,7 +56,7 @@ impl Examples {
         let unreadable = |source| DataError::Unreadable { path: path.to_owned(), source };
         let mut writer = TokenWriter::new(folder)?;
         let prefix = tokenizer.prefix()?;
-        let mut append = |parts: &[Part], is_chat: bool| {
+        let mut append = |parts: &[TextPart], is_chat: bool| {
             let (prefix, end) = if is_chat { (&[][..], None) } else { (&prefix[..], end) };
             let mut tokens = prefix.to_vec();
             tokens.extend(marked_tokens(tokenizer, parts)?);
@@ -169,7 +169,7 @@ impl Examples {
 /// Tokens of the text that the parts are together, cut as the model will see it cut: what a tokenizer makes of a text depends on what is
 /// before and behind it. Those that stand for something of a part that is to be learnt are marked, as transformers' masks of the
 /// assistant's tokens are made; of a token over the border of two parts, the whole is learnt.
-fn marked_tokens(tokenizer: &Tokenizer, parts: &[Part]) -> Result<Vec<u32>, DataError> {
+fn marked_tokens(tokenizer: &Tokenizer, parts: &[TextPart]) -> Result<Vec<u32>, DataError> {
     let mut text = String::new();
     let mut learnt = vec![];
     for (part, is_learnt) in parts {
@@ -187,7 +187,7 @@ fn marked_tokens(tokenizer: &Tokenizer, parts: &[Part]) -> Result<Vec<u32>, Data
 }
 
 /// The parts of an example, and whether it is a chat.
-fn parts_of(value: &Value, chat: Option<&ChatTemplate>) -> Result<(Vec<Part>, bool), String> {
+fn parts_of(value: &Value, chat: Option<&ChatTemplate>) -> Result<(Vec<TextPart>, bool), String> {
     let text = |key: &str| value.get(key).and_then(Value::as_str).map(str::to_owned);
     let messages = value.get("messages").and_then(Value::as_array);
     match (text("prompt"), text("completion"), text("text"), messages) {
@@ -288,7 +288,7 @@ mod tests {
         });
         let tokenizer = Tokenizer::from_json(json.to_string().as_bytes(), Path::new("x.json")).unwrap();
         let tokens = |parts: &[(&str, bool)]| -> Vec<(u32, bool)> {
-            let parts: Vec<Part> = parts.iter().map(|(text, learnt)| ((*text).to_owned(), *learnt)).collect();
+            let parts: Vec<TextPart> = parts.iter().map(|(text, learnt)| ((*text).to_owned(), *learnt)).collect();
             let marked = marked_tokens(&tokenizer, &parts).unwrap();
             let text: String = parts.into_iter().map(|(text, _)| text).collect();
             let bare: Vec<u32> = marked.iter().map(|token| token & !COUNTED).collect();

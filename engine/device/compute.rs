@@ -6,7 +6,7 @@ mod counts;
 #[cfg(feature = "cuda")]
 mod cuda;
 
-use crate::device::tensor_storage::{self, DeviceRun};
+use crate::device::tensor_storage::{self, TensorStorage};
 use crate::error::{Error, Result, internal};
 use crate::schedule::layout::{Group, Run};
 use crate::schedule::operation::Queue;
@@ -79,7 +79,7 @@ pub enum BufferMemory {
     /// Of the host.
     Host(Lease),
     /// Of a device with memory of its own, in f32.
-    Device(DeviceRun),
+    Device(TensorStorage),
 }
 
 impl BufferMemory {
@@ -206,7 +206,7 @@ impl ComputeDevice {
     ///
     /// # Errors
     /// [`Error::Candle`] where the device has no memory for them.
-    pub fn zeros(&self, group: &Group) -> Result<Vec<DeviceRun>> {
+    pub fn zeros(&self, group: &Group) -> Result<Vec<TensorStorage>> {
         let elements = group.table.iter().map(|entry| entry.elements);
         elements.map(|elements| self.allocate(elements, self.dtype)).collect()
     }
@@ -215,8 +215,8 @@ impl ComputeDevice {
     ///
     /// # Errors
     /// [`Error::Candle`] where it has none all the same; errors of the driver.
-    pub fn allocate(&self, elements: usize, dtype: DType) -> Result<DeviceRun> {
-        let allocate = || Ok(DeviceRun::zeros(elements, dtype, &self.device)?);
+    pub fn allocate(&self, elements: usize, dtype: DType) -> Result<TensorStorage> {
+        let allocate = || Ok(TensorStorage::zeros(elements, dtype, &self.device)?);
         #[cfg(feature = "cuda")]
         if let Some(cuda) = &self.cuda {
             return cuda.streams.allocate(allocate);
@@ -228,7 +228,7 @@ impl ComputeDevice {
     ///
     /// # Errors
     /// As [`Self::zeros`].
-    pub fn f32_zeros(&self, elements: usize) -> Result<DeviceRun> {
+    pub fn f32_zeros(&self, elements: usize) -> Result<TensorStorage> {
         self.allocate(elements, DType::F32)
     }
 
@@ -371,7 +371,7 @@ impl ComputeDevice {
         pool: &Pool,
         values: &Lease,
         staging: Option<&mut Lease>,
-        slot: &mut [DeviceRun],
+        slot: &mut [TensorStorage],
         runs: &[Run],
     ) -> Result<()> {
         #[cfg(feature = "cuda")]
@@ -410,7 +410,7 @@ impl ComputeDevice {
     )]
     pub fn download_gradients(
         &self,
-        gradients: &mut [DeviceRun],
+        gradients: &mut [TensorStorage],
         runs: &[Run],
         staging: Option<&mut Lease>,
     ) -> Result<()> {
@@ -426,7 +426,7 @@ impl ComputeDevice {
     /// Gradients of one run of a piece, after [`Self::download_gradients`].
     pub fn gradient<'a>(
         &self,
-        gradients: &'a [DeviceRun],
+        gradients: &'a [TensorStorage],
         run: &Run,
         staging: Option<&'a Lease>,
     ) -> Result<Gradient<'a>> {
@@ -449,7 +449,7 @@ impl ComputeDevice {
 
     /// Storage that `queue` is going to fill. It belongs to the compute queue, which may be using that memory for
     /// something that is over for candle, so `queue` waits for what is enqueued there.
-    pub fn storage_for(&self, queue: Queue, elements: usize) -> Result<DeviceRun> {
+    pub fn storage_for(&self, queue: Queue, elements: usize) -> Result<TensorStorage> {
         let storage = self.allocate(elements, self.dtype)?;
         let made = self.record(Queue::Compute)?;
         self.wait(queue, made.as_slice())?;
@@ -483,7 +483,7 @@ impl ComputeDevice {
 
     /// Masters at home on the device enter their tensors' storage, in the device's type.
     #[cfg_attr(not(feature = "cuda"), expect(unused_variables, reason = "only CUDA devices are apart"))]
-    pub fn enter(&self, masters: &DeviceRun, slot: &mut [DeviceRun], runs: &[Run]) -> Result<()> {
+    pub fn enter(&self, masters: &TensorStorage, slot: &mut [TensorStorage], runs: &[Run]) -> Result<()> {
         #[cfg(feature = "cuda")]
         if let Some(cuda) = &self.cuda {
             return runs.iter().try_for_each(|run| cuda.enter(masters, &mut slot[run.entry], run));
@@ -496,9 +496,9 @@ impl ComputeDevice {
     #[cfg_attr(not(feature = "cuda"), expect(unused_variables, reason = "only CUDA devices are apart"))]
     pub fn accumulate(
         &self,
-        gradients: &[DeviceRun],
+        gradients: &[TensorStorage],
         runs: &[Run],
-        target: &mut DeviceRun,
+        target: &mut TensorStorage,
         (scale, how, first): (f32, Accumulate, bool),
         piece_elements: usize,
     ) -> Result<GradientStatistics> {
@@ -511,7 +511,7 @@ impl ComputeDevice {
 
     /// The device updates one run of a piece of which all states are at home there.
     #[cfg_attr(not(feature = "cuda"), expect(unused_variables, reason = "only CUDA devices are apart"))]
-    pub fn update(&self, step: &AdamWStep, states: [&mut DeviceRun; 4], range: Range<usize>) -> Result<()> {
+    pub fn update(&self, step: &AdamWStep, states: [&mut TensorStorage; 4], range: Range<usize>) -> Result<()> {
         #[cfg(feature = "cuda")]
         if let Some(cuda) = &self.cuda {
             return cuda.update(step, states, range);
@@ -522,7 +522,7 @@ impl ComputeDevice {
     /// Elements `range` of a boundary leave the device, in its type.
     pub fn save_boundary(
         &self,
-        boundary: &mut DeviceRun,
+        boundary: &mut TensorStorage,
         range: Range<usize>,
         buffer: &mut Lease,
     ) -> Result<()> {
@@ -548,7 +548,7 @@ impl ComputeDevice {
     }
 
     /// Elements `range` of a boundary return to the device.
-    pub fn load_boundary(&self, buffer: &Lease, boundary: &mut DeviceRun, range: Range<usize>) -> Result<()> {
+    pub fn load_boundary(&self, buffer: &Lease, boundary: &mut TensorStorage, range: Range<usize>) -> Result<()> {
         #[cfg(feature = "cuda")]
         if let Some(cuda) = &self.cuda {
             let run = Run { entry: 0, entry_start: range.start, piece_start: 0, elements: range.len() };

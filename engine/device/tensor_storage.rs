@@ -16,26 +16,26 @@ const VACANT: DType = DType::F6E2M3;
 
 /// Storage of one tensor, on the device that computes.
 #[derive(Debug)]
-pub struct DeviceRun {
+pub struct TensorStorage {
     storage: Storage,
     /// A tensor of ours alone that the storage is taken from, and returns to when it is let go. A tensor frees what it holds, so
     /// one that is let go vacant would take its placeholder with it.
     lender: Option<Tensor>,
 }
 
-impl Default for DeviceRun {
+impl Default for TensorStorage {
     fn default() -> Self {
         Self::none()
     }
 }
 
-impl From<Storage> for DeviceRun {
+impl From<Storage> for TensorStorage {
     fn from(storage: Storage) -> Self {
         Self { storage, lender: None }
     }
 }
 
-impl Drop for DeviceRun {
+impl Drop for TensorStorage {
     fn drop(&mut self) {
         if let Some(lender) = self.lender.take() {
             let storage = std::mem::replace(&mut self.storage, no_storage());
@@ -49,7 +49,7 @@ fn no_storage() -> Storage {
     Storage::Cpu(CpuStorage::F32(vec![]))
 }
 
-impl DeviceRun {
+impl TensorStorage {
     /// No storage: in place of one that is elsewhere, or that a frozen parameter does not have.
     pub fn none() -> Self {
         no_storage().into()
@@ -239,7 +239,7 @@ fn exchange(tensor: &Tensor, storage: Storage) -> Result<Storage> {
 /// A tensor of `shape` without storage. `trainable` ones get gradients.
 pub fn vacant_tensor(shape: &Shape, dtype: DType, device: &Device, trainable: bool) -> Result<Tensor> {
     // The tensor takes its type from the storage that it is made with, which is let go.
-    let tensor = DeviceRun::zeros(1, dtype, device)?.into_tensor(shape, trainable);
+    let tensor = TensorStorage::zeros(1, dtype, device)?.into_tensor(shape, trainable);
     vacate(&tensor)?;
     Ok(tensor)
 }
@@ -253,7 +253,7 @@ fn storage_dtype(storage: &Storage) -> DType {
 }
 
 /// Takes the storage out of a tensor.
-pub fn take(tensor: &Tensor) -> Result<DeviceRun> {
+pub fn take(tensor: &Tensor) -> Result<TensorStorage> {
     if is_vacant(tensor) {
         bail!("this tensor has no storage to take: was it used after its release?")
     }
@@ -266,7 +266,7 @@ pub fn vacate(tensor: &Tensor) -> Result<()> {
 }
 
 /// Gives a vacant tensor its storage.
-pub fn fill(tensor: &Tensor, run: DeviceRun) -> Result<()> {
+pub fn fill(tensor: &Tensor, run: TensorStorage) -> Result<()> {
     if run.elements() != tensor.elem_count() {
         bail!("storage of {} elements for a tensor of shape {:?}", run.elements(), tensor.shape());
     }
@@ -285,7 +285,7 @@ fn keep_placeholder(placeholder: Storage) {
 }
 
 /// Takes the storage out of a tensor that is nobody else's. When it is let go it goes back, and the tensor with it.
-fn lend(tensor: Tensor) -> Result<DeviceRun> {
+fn lend(tensor: Tensor) -> Result<TensorStorage> {
     let mut run = take(&tensor)?;
     // The tensor, and not what it was computed from.
     run.set_lender(Some(tensor.detach()));
@@ -301,7 +301,7 @@ impl Leaves {
     const KEPT: usize = 4;
 
     /// A leaf around the storage.
-    pub fn fill(&self, run: DeviceRun, shape: &Shape) -> Result<Tensor> {
+    pub fn fill(&self, run: TensorStorage, shape: &Shape) -> Result<Tensor> {
         let kept = self.0.lock().ok().and_then(|mut kept| {
             let fits = |leaf: &Tensor| {
                 let of_device = leaf.device().same_device(&run.device());
@@ -316,7 +316,7 @@ impl Leaves {
     }
 
     /// The storage of a leaf that is not needed any more.
-    pub fn take(&self, leaf: &Tensor) -> Result<DeviceRun> {
+    pub fn take(&self, leaf: &Tensor) -> Result<TensorStorage> {
         let run = take(leaf)?;
         if let Ok(mut kept) = self.0.lock()
             && kept.len() < Self::KEPT
@@ -349,12 +349,12 @@ pub fn share_storage(one: &Tensor, other: &Tensor) -> bool {
 }
 
 /// A copy of the elements as one run.
-pub fn copy(tensor: &Tensor) -> Result<DeviceRun> {
+pub fn copy(tensor: &Tensor) -> Result<TensorStorage> {
     take(&tensor.detach().force_contiguous()?)
 }
 
 /// Takes the elements of a tensor that is nobody else's out as one run, copying only where they are not already one.
-pub fn into_run(tensor: Tensor) -> Result<DeviceRun> {
+pub fn into_run(tensor: Tensor) -> Result<TensorStorage> {
     if owns_plain_storage(&tensor) { lend(tensor) } else { lend(tensor.detach().force_contiguous()?) }
 }
 
@@ -444,9 +444,9 @@ mod tests {
             assert_eq!(product.to_vec2::<f32>()?, [[3., 3.], [7., 7.]]);
             assert_eq!(take(&tensor)?.elements(), 4);
             assert!(take(&tensor).is_err());
-            assert!(fill(&tensor, DeviceRun::zeros(3, dtype, &Device::Cpu)?).is_err());
+            assert!(fill(&tensor, TensorStorage::zeros(3, dtype, &Device::Cpu)?).is_err());
             let wrong = if dtype == DType::F32 { DType::BF16 } else { DType::F32 };
-            assert!(fill(&tensor, DeviceRun::zeros(4, wrong, &Device::Cpu)?).is_err());
+            assert!(fill(&tensor, TensorStorage::zeros(4, wrong, &Device::Cpu)?).is_err());
         }
         Ok(())
     }

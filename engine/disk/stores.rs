@@ -140,12 +140,12 @@ impl Stores {
                 scratches.push((Extent::State(group, Stream::Gradient), name, bytes));
             }
         }
-        if plan.arrangement.boundary_home == Tier::Disk {
+        if plan.buffer_plan.boundary_home == Tier::Disk {
             let leaves =
-                |&(index, call): &(usize, &Call)| call.boundary_moves && !plan.arrangement.keeps(index);
+                |&(index, call): &(usize, &Call)| call.boundary_moves && !plan.buffer_plan.keeps(index);
             for (call, of_call) in plan.calls.iter().enumerate().filter(leaves) {
                 let bytes = 4 * of_call.boundary_elements as u64;
-                for place in 0..plan.arrangement.vertical {
+                for place in 0..plan.buffer_plan.vertical {
                     let name = format!("boundary {call} of micro-batch {place}");
                     scratches.push((Extent::Boundary { call, place }, name, bytes));
                 }

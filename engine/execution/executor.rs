@@ -2,11 +2,11 @@
 //! hands them to the queues as dependencies allow and takes them back. Queues never share memory, they pass it on.
 
 use crate::device::compute::{BufferMemory, Done};
-use crate::device::tensor_storage::DeviceRun;
+use crate::device::tensor_storage::TensorStorage;
 use crate::error::{Error, Result, internal};
 use crate::execution::device_clock::{DeviceClock, Moments};
-use crate::execution::perform::{Held, Norm, Passing, Shared, StepContext};
-use crate::schedule::buffer_plan::Arrangement;
+use crate::execution::perform::{Held, Norm, Passing, Performer, StepContext};
+use crate::schedule::buffer_plan::BufferPlan;
 use crate::schedule::operation::{Buffer, Extent, Operation, Queue, Resource, Slot};
 use crate::schedule::order::Order;
 use crate::schedule::trace::{Trace, TraceEvent};
@@ -71,40 +71,40 @@ pub struct Memory {
 
 impl Executor {
     /// Starts the dispatcher and the threads of the queues.
-    pub fn start(shared: Arc<Shared>, arrangement: &Arrangement, memory: Memory) -> Result<Self> {
+    pub fn start(performer: Arc<Performer>, buffer_plan: &BufferPlan, memory: Memory) -> Result<Self> {
         let (events, received) = unbounded();
-        let (device, dtype) = (&shared.device, shared.device.dtype());
-        let slots = arrangement.slots.iter().map(|slot| {
+        let (device, dtype) = (&performer.device, performer.device.dtype());
+        let slots = buffer_plan.slots.iter().map(|slot| {
             let tensors = slot.tensor_elements.iter();
             Ok::<_, Error>(Some(
                 tensors.map(|&elements| device.allocate(elements, dtype)).collect::<Result<_>>()?,
             ))
         });
-        let slots: Vec<Option<Vec<DeviceRun>>> = slots.collect::<Result<_>>()?;
+        let slots: Vec<Option<Vec<TensorStorage>>> = slots.collect::<Result<_>>()?;
         // The device's memory is made on the compute queue, and the first to use it is another one.
-        shared.device.synchronize()?;
-        let made = shared.device.record(Queue::Compute)?;
+        performer.device.synchronize()?;
+        let made = performer.device.record(Queue::Compute)?;
         let of_slots = (0..slots.len()).map(|slot| Resource::Slot(Slot(slot)));
         let buffers = memory.buffers.iter().enumerate().filter(|(_, memory)| memory.is_on_device());
         let of_buffers = buffers.map(|(buffer, _)| Resource::Buffer(Buffer(buffer)));
         let dones: HashMap<Resource, Done> =
             of_slots.chain(of_buffers).flat_map(|resource| Some((resource, made.clone()?))).collect();
         // Both clocks begin at that moment.
-        shared.device.synchronize()?;
+        performer.device.synchronize()?;
         let mut workers = HashMap::new();
         for queue in [Queue::Upload, Queue::Download, Queue::Optimizer, Queue::Commit] {
-            workers.insert(queue, Worker::start(queue, shared.clone(), events.clone())?);
+            workers.insert(queue, Worker::start(queue, performer.clone(), events.clone())?);
         }
         let dispatcher = Dispatcher {
             started: Instant::now(),
             buffers: memory.buffers.into_iter().map(Some).collect(),
             dones,
             slots,
-            gradients: (0..arrangement.gradient_sets).map(|_| Some(vec![])).collect(),
-            passages: (0..arrangement.passages).map(|_| Some(Passing::default())).collect(),
-            statistics: Some(vec![GradientStatistics::default(); shared.layout.groups.len()]),
+            gradients: (0..buffer_plan.gradient_sets).map(|_| Some(vec![])).collect(),
+            passages: (0..buffer_plan.passages).map(|_| Some(Passing::default())).collect(),
+            statistics: Some(vec![GradientStatistics::default(); performer.layout.groups.len()]),
             extents: memory.extents,
-            shared,
+            performer,
             workers,
             events: events.clone(),
             received,
@@ -197,14 +197,14 @@ struct Worker {
 }
 
 impl Worker {
-    fn start(queue: Queue, shared: Arc<Shared>, events: Sender<Event>) -> Result<Self> {
+    fn start(queue: Queue, performer: Arc<Performer>, events: Sender<Event>) -> Result<Self> {
         let (jobs, received) = bounded::<Job>(1);
         let thread = std::thread::Builder::new()
             .name(format!("ferrozero {}", queue.name()))
             .spawn(move || {
                 for Job { id, operation, mut held, context } in received {
                     // A panic, as in a user's initial values, must not leave the dispatcher waiting.
-                    let perform = || shared.perform_on(queue, &operation, &mut held, &context);
+                    let perform = || performer.perform_on(queue, &operation, &mut held, &context);
                     let result = catch_unwind(AssertUnwindSafe(perform))
                         .unwrap_or_else(|panic| Err(Error::panicked(queue.name(), &*panic)));
                     if events.send(Event::Finished { id, held, result }).is_err() {
@@ -237,15 +237,15 @@ struct Note {
 
 struct Dispatcher {
     started: Instant,
-    shared: Arc<Shared>,
+    performer: Arc<Performer>,
     workers: HashMap<Queue, Worker>,
     extents: HashMap<Extent, (Arc<Store>, ExtentId)>,
     events: Sender<Event>,
     received: Receiver<Event>,
     // Memory that no operation uses at the moment.
     buffers: Vec<Option<BufferMemory>>,
-    slots: Vec<Option<Vec<DeviceRun>>>,
-    gradients: Vec<Option<Vec<DeviceRun>>>,
+    slots: Vec<Option<Vec<TensorStorage>>>,
+    gradients: Vec<Option<Vec<TensorStorage>>>,
     passages: Vec<Option<Passing>>,
     /// What was last enqueued on the device with a slot, a gradient set or a passage.
     dones: HashMap<Resource, Done>,
@@ -288,7 +288,7 @@ impl Dispatcher {
         while self.in_flight_outside() > 0 {
             self.take_finished();
         }
-        let _ = self.shared.device.synchronize();
+        let _ = self.performer.device.synchronize();
     }
 
     fn take_finished(&mut self) {
@@ -315,7 +315,7 @@ impl Dispatcher {
             Event::TakeTrace { reply } => {
                 // A failure of the device's is that of an operation. Nobody is there to take the trace only when the training
                 // thread is gone.
-                let _ = self.shared.device.synchronize();
+                let _ = self.performer.device.synchronize();
                 self.clock.settle_all(&mut self.trace);
                 let _ = reply.send(Ok(std::mem::take(&mut self.trace)));
             }
@@ -404,7 +404,7 @@ impl Dispatcher {
             (ComputeRequest::Attach, Operation::Attach { .. }) => true,
             (ComputeRequest::Detach, Operation::Detach { .. }) => true,
             (ComputeRequest::Forward(group), Operation::Forward { call, .. }) => {
-                self.shared.calls[call].group == group
+                self.performer.calls[call].group == group
             }
             (ComputeRequest::Backward(asked), Operation::Backward { call, .. }) => call == asked,
             _ => false,
@@ -420,7 +420,7 @@ impl Dispatcher {
     }
 
     fn describe(&self, operation: &Operation) -> String {
-        let name = |call: usize| &self.shared.layout.groups[self.shared.calls[call].group].name;
+        let name = |call: usize| &self.performer.layout.groups[self.performer.calls[call].group].name;
         match *operation {
             Operation::Forward { call, .. } => format!("the forward of {}", name(call)),
             Operation::Backward { call, .. } => format!("the backward of {}", name(call)),
@@ -432,10 +432,10 @@ impl Dispatcher {
     fn describe_request(&self, request: ComputeRequest) -> String {
         match request {
             ComputeRequest::Forward(group) => {
-                format!("the forward of {}", self.shared.layout.groups[group].name)
+                format!("the forward of {}", self.performer.layout.groups[group].name)
             }
             ComputeRequest::Backward(call) => {
-                format!("the backward of {}", self.shared.layout.groups[self.shared.calls[call].group].name)
+                format!("the backward of {}", self.performer.layout.groups[self.performer.calls[call].group].name)
             }
             ComputeRequest::Attach => "the start of a pass".into(),
             ComputeRequest::Detach => "the end of the pass".into(),
@@ -472,7 +472,7 @@ impl Dispatcher {
             }
             _ if queue == Queue::Control => {
                 let mut held = *held;
-                let result = self.shared.perform(&operation, &mut held, &context);
+                let result = self.performer.perform(&operation, &mut held, &context);
                 self.finished(id, held, result);
             }
             _ => {
@@ -492,11 +492,11 @@ impl Dispatcher {
         else {
             return self.finished(id, held, Err(internal("a transfer without its extent")));
         };
-        let (events, shared) = (self.events.clone(), self.shared.clone());
+        let (events, performer) = (self.events.clone(), self.performer.clone());
         let done = move |completion: Completion| {
             let held =
                 Box::new(Held { buffers: vec![BufferMemory::Host(completion.lease)], ..Held::default() });
-            let result = completion.result.map_err(|source| shared.disk_error(step, source));
+            let result = completion.result.map_err(|source| performer.disk_error(step, source));
             // Nobody listens any more only when the dispatcher itself is gone, and the lease with it.
             let _ = events.send(Event::Finished { id, held, result });
         };

@@ -1,12 +1,12 @@
 //! What each operation does to the memory that it holds. One function, run on the thread of the operation's queue.
 
 use crate::device::compute::{BufferMemory, ComputeDevice, Done, Gradient};
-use crate::device::tensor_storage::DeviceRun;
+use crate::device::tensor_storage::TensorStorage;
 use crate::error::{Error, Result, internal};
 use crate::execution::initial_values::InitialValues;
 use crate::schedule::layout::{Layout, Run};
 use crate::schedule::operation::{Call, GroupIndex, MasterPlace, Operation, Queue, Stream};
-use crate::schedule::tile::{Cut, Part};
+use crate::schedule::tile::{Cut, Tile};
 use candle_nn::Init;
 use crossbeam::channel::Sender;
 use ferrozero_kernels::Pool;
@@ -23,9 +23,9 @@ pub struct Held {
     /// Its buffers, in the order of [`Operation::resources`].
     pub buffers: Vec<BufferMemory>,
     /// Parameters in a slot, tensor by tensor.
-    pub slot: Option<Vec<DeviceRun>>,
+    pub slot: Option<Vec<TensorStorage>>,
     /// Gradients as autograd left them; frozen parameters have an empty run.
-    pub gradients: Option<Vec<DeviceRun>>,
+    pub gradients: Option<Vec<TensorStorage>>,
     /// A boundary activation.
     pub passage: Option<Passing>,
     /// Gradient statistics of each group.
@@ -54,9 +54,9 @@ impl Held {
 #[derive(Default)]
 pub struct Passing {
     /// The boundary.
-    pub boundary: DeviceRun,
+    pub boundary: TensorStorage,
     /// Storage of the size of a boundary, for the next one that returns to a device with memory of its own.
-    pub spare: DeviceRun,
+    pub spare: TensorStorage,
 }
 
 /// The gradient norm of a step.
@@ -109,7 +109,7 @@ pub struct StateCommit {
 }
 
 /// What stays the same for all operations of a run.
-pub struct Shared {
+pub struct Performer {
     /// Groups and pieces.
     pub layout: Layout,
     /// Segments in the order in which they run.
@@ -126,7 +126,7 @@ pub struct Shared {
     pub device: Arc<ComputeDevice>,
 }
 
-impl Shared {
+impl Performer {
     /// An error of the disk tier in a step, with the parameters in the piece that it is about.
     pub fn disk_error(&self, step: u64, source: ferrozero_offload::Error) -> Error {
         use ferrozero_offload::Error::{Checksum, FailedWrite, Piece};
@@ -223,16 +223,16 @@ impl Shared {
             let entry = &self.layout.groups[group].table[run.entry];
             let init = &self.inits[entry.parameter];
             let target = &mut values[run.piece_start..run.piece_start + run.elements];
-            // A part has the values that the whole has there.
-            let part = Part::of(&entry.name);
-            let runs = || part.runs(&entry.shape, run.entry_start, run.elements);
-            let filled = match (&self.initial_values, &part.cut) {
+            // A tile has the values that the whole has there.
+            let tile = Tile::of(&entry.name);
+            let runs = || tile.runs(&entry.shape, run.entry_start, run.elements);
+            let filled = match (&self.initial_values, &tile.cut) {
                 (Some(initial), Some(Cut::Columns(columns, all))) => {
-                    initial.fill_columns(&part.whole, columns.clone(), *all, run.entry_start, target)?
+                    initial.fill_columns(&tile.whole, columns.clone(), *all, run.entry_start, target)?
                 }
                 (Some(initial), _) => {
                     let first = runs().next().map_or(0, |(first, _)| first);
-                    initial.fill(&part.whole, first, target)?
+                    initial.fill(&tile.whole, first, target)?
                 }
                 (None, _) => false,
             };
@@ -245,9 +245,9 @@ impl Shared {
                 }
                 continue;
             }
-            let shape = part.whole_shape(&entry.shape);
+            let shape = tile.whole_shape(&entry.shape);
             for (first, within) in runs() {
-                initialize(init, &shape, self.seed, &part.whole, first, &mut target[within]);
+                initialize(init, &shape, self.seed, &tile.whole, first, &mut target[within]);
             }
         }
         Ok(())

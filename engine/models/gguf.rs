@@ -1,7 +1,7 @@
 //! GGUF files: their table of contents, and their metadata as Hugging Face's configuration says the same.
 
 use crate::error::{Error, Result};
-use crate::models::weights::Arrangement;
+use crate::models::weights::ElementOrder;
 use candle_core::Device;
 use candle_core::quantized::gguf_file::{self, Content};
 use serde_json::{Value, json};
@@ -291,21 +291,21 @@ impl Names {
 
 /// The name of a tensor of a GGUF file of GPT-2's in its Hugging Face checkpoints, or none for what is no parameter. Matrices lie
 /// as [out, in], which is the transpose of those checkpoints' and as the model has them.
-pub(super) fn gpt2_parameter_name(stored: &str) -> Option<(String, Arrangement)> {
+pub(super) fn gpt2_parameter_name(stored: &str) -> Option<(String, ElementOrder)> {
     // The head is the token embedding, which some files have twice.
     if stored == "output.weight" {
         return None;
     }
     // What is unknown keeps its own name, so that it is found to be left over.
     let name = GPT2_NAMES.parameter(stored).unwrap_or_else(|| stored.to_owned());
-    Some((name, Arrangement::Same))
+    Some((name, ElementOrder::Same))
 }
 
 /// The name of a GGUF file's tensor in Hugging Face's checkpoints of Llama's family.
 pub(super) fn llama_parameter_name(
     stored: &str,
     interleaved_head_rows: Option<usize>,
-) -> Option<(String, Arrangement)> {
+) -> Option<(String, ElementOrder)> {
     // No parameter: part of the configuration.
     if stored == FREQUENCY_FACTORS {
         return None;
@@ -313,9 +313,9 @@ pub(super) fn llama_parameter_name(
     // What is unknown keeps its own name, so that it is found to be left over.
     let name = LLAMA_NAMES.parameter(stored).unwrap_or_else(|| stored.to_owned());
     let is_turned = [".attn_q.", ".attn_k."].iter().any(|part| stored.contains(part));
-    let arrangement = match interleaved_head_rows {
-        Some(head_rows) if is_turned => Arrangement::InterleavedHeads { head_rows },
-        _ => Arrangement::Same,
+    let order = match interleaved_head_rows {
+        Some(head_rows) if is_turned => ElementOrder::InterleavedHeads { head_rows },
+        _ => ElementOrder::Same,
     };
-    Some((name, arrangement))
+    Some((name, order))
 }

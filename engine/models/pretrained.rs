@@ -14,7 +14,7 @@ use crate::data::tokenizer::Tokenizer;
 use crate::engine::Engine;
 use crate::error::{Error, Result};
 use crate::models::tiled_linear::{TiledLinear, linear_by_rows};
-use crate::models::weights::{Arrangement, StoredName, Weights};
+use crate::models::weights::{ElementOrder, StoredName, Weights};
 use candle_core::{Device, Module, Tensor};
 use candle_nn::VarBuilder;
 use ferrozero_kernels::ops;
@@ -94,7 +94,7 @@ impl Pretrained {
             Family::Gpt2(_) => Weights::of_folder(folder, &gpt2_name)?,
             Family::Llama(_) => Weights::of_folder(folder, &|name| {
                 let derived = name.ends_with("rotary_emb.inv_freq") || (tied && name == "lm_head.weight");
-                (!derived).then(|| (name.to_owned(), Arrangement::Same))
+                (!derived).then(|| (name.to_owned(), ElementOrder::Same))
             })?,
         };
         Ok(Self::of(folder, configuration, weights, family))
@@ -269,13 +269,13 @@ fn is_gpt2_transposed(name: &str) -> bool {
     ["c_attn.weight", "c_proj.weight", "c_fc.weight"].iter().any(|end| name.ends_with(end))
 }
 
-fn gpt2_name(stored: &str) -> Option<(String, Arrangement)> {
+fn gpt2_name(stored: &str) -> Option<(String, ElementOrder)> {
     let name = stored.strip_prefix(GPT2_PREFIX).unwrap_or(stored);
     // Masks, and the head, which is the token embedding.
     let derived =
         name.ends_with(".attn.bias") || name.ends_with(".attn.masked_bias") || name == "lm_head.weight";
-    let arrangement = if is_gpt2_transposed(name) { Arrangement::Transposed } else { Arrangement::Same };
-    (!derived).then(|| (name.to_owned(), arrangement))
+    let order = if is_gpt2_transposed(name) { ElementOrder::Transposed } else { ElementOrder::Same };
+    (!derived).then(|| (name.to_owned(), order))
 }
 
 fn gpt2_config(value: &Value, source: &str, sequence: usize) -> Result<GptConfig> {

@@ -34,7 +34,7 @@ impl Encoding {
 
 /// How a parameter's elements are arranged in the file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Arrangement {
+pub enum ElementOrder {
     /// As in the parameter.
     Same,
     /// A matrix lies in the file as its transpose.
@@ -54,7 +54,7 @@ struct StoredTensor {
     start_byte: u64,
     shape: Vec<usize>,
     encoding: Encoding,
-    arrangement: Arrangement,
+    order: ElementOrder,
 }
 
 /// Elements that are read and decoded at a time: what a read needs beside its target stays below a few MiB.
@@ -97,14 +97,14 @@ impl StoredTensor {
     /// Fills `out` with elements from `first` of the columns `columns` of the parameter, row by row.
     fn fill(&self, name: &str, columns: Range<usize>, first: usize, out: &mut [f32]) -> Result<()> {
         let (count, width) = (columns.len(), self.width());
-        match self.arrangement {
-            Arrangement::Same if count == width => self.read(name, first, out),
-            Arrangement::Same => self.fill_rows(name, columns, first, out, |row| row),
-            Arrangement::InterleavedHeads { head_rows } => self.fill_rows(name, columns, first, out, |row| {
+        match self.order {
+            ElementOrder::Same if count == width => self.read(name, first, out),
+            ElementOrder::Same => self.fill_rows(name, columns, first, out, |row| row),
+            ElementOrder::InterleavedHeads { head_rows } => self.fill_rows(name, columns, first, out, |row| {
                 let (head, within, half) = (row / head_rows, row % head_rows, head_rows / 2);
                 head * head_rows + 2 * (within % half) + within / half
             }),
-            Arrangement::Transposed => {
+            ElementOrder::Transposed => {
                 // A column of the parameter is a row of the file.
                 let rows = self.shape.last().copied().unwrap_or(1);
                 let (first_row, last) = (first / count, (first + out.len()).div_ceil(count));
@@ -152,15 +152,15 @@ impl StoredTensor {
 
     /// Shape of the parameter.
     fn parameter_shape(&self) -> Vec<usize> {
-        match self.arrangement {
-            Arrangement::Transposed => self.shape.iter().rev().copied().collect(),
+        match self.order {
+            ElementOrder::Transposed => self.shape.iter().rev().copied().collect(),
             _ => self.shape.clone(),
         }
     }
 }
 
 /// What a model's parameters are called in a file, and how they lie there; none: the tensor is no parameter.
-pub type Naming<'a> = dyn Fn(&str) -> Option<(String, Arrangement)> + 'a;
+pub type Naming<'a> = dyn Fn(&str) -> Option<(String, ElementOrder)> + 'a;
 
 /// What a parameter is called in a file, if it has a name there.
 pub type StoredName = fn(&str) -> Option<String>;
@@ -189,7 +189,7 @@ impl Weights {
             let shared: Arc<Path> = path.as_path().into();
             let handle = Arc::new(file.file);
             for (stored, info) in &file.tensors {
-                let Some((name, arrangement)) = naming(stored) else { continue };
+                let Some((name, order)) = naming(stored) else { continue };
                 let Some(dtype) = number_type(info.dtype) else {
                     let reason =
                         format!("{stored} is of type {:?}; F32, BF16 and F16 can be read", info.dtype);
@@ -201,7 +201,7 @@ impl Weights {
                     start_byte: file.data_start + info.data_offsets.0 as u64,
                     shape: info.shape.clone(),
                     encoding: Encoding::Plain(dtype),
-                    arrangement,
+                    order,
                 };
                 tensors.insert(name, tensor);
             }
@@ -230,7 +230,7 @@ impl Weights {
         infos.sort_by_key(|(stored, info)| (info.offset, *stored));
         for (stored, info) in infos {
             let damaged = |reason: String| Error::Weights { path: path.to_owned(), reason };
-            let Some((name, arrangement)) = naming(stored) else { continue };
+            let Some((name, order)) = naming(stored) else { continue };
             let encoding = match info.ggml_dtype {
                 GgmlDType::F32 => Encoding::Plain(DType::F32),
                 GgmlDType::F16 => Encoding::Plain(DType::F16),
@@ -262,7 +262,7 @@ impl Weights {
                 start_byte,
                 shape: info.shape.dims().to_vec(),
                 encoding,
-                arrangement,
+                order,
             };
             if tensors.insert(name.clone(), tensor).is_some() {
                 return Err(damaged(format!("{stored} is {name}, which it has already by another name")));

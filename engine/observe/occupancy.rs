@@ -122,9 +122,9 @@ fn lives(uses: &[Use]) -> Vec<(f64, f64)> {
 
 /// What holds something always: homes of states, and slots that are the home of their masters.
 fn always(plan: &Plan, at_s: f64) -> Occupancy {
-    let arrangement = &plan.arrangement;
+    let buffer_plan = &plan.buffer_plan;
     let mut always = Occupancy { at_s, device_bytes: 0, host_bytes: 0, disk_bytes: plan.disk_home_bytes() };
-    for buffer in arrangement.buffers().filter(|buffer| matches!(buffer.use_, BufferUse::Home(_))) {
+    for buffer in buffer_plan.buffers().filter(|buffer| matches!(buffer.use_, BufferUse::Home(_))) {
         *always.of_tier(buffer.tier) += page(buffer.bytes);
     }
     for slot in masters(plan) {
@@ -135,10 +135,10 @@ fn always(plan: &Plan, at_s: f64) -> Occupancy {
 
 /// Slots that are the home of their masters.
 fn masters(plan: &Plan) -> impl Iterator<Item = usize> {
-    let arrangement = &plan.arrangement;
-    let groups = 0..arrangement.slots_of.len();
-    let homes = groups.filter(|&group| arrangement.master_in_slot(group));
-    homes.filter_map(|group| arrangement.slots_of[group].first().map(|slot| slot.0))
+    let buffer_plan = &plan.buffer_plan;
+    let groups = 0..buffer_plan.slots_of.len();
+    let homes = groups.filter(|&group| buffer_plan.master_in_slot(group));
+    homes.filter_map(|group| buffer_plan.slots_of[group].first().map(|slot| slot.0))
 }
 
 /// Tier and bytes of a resource that does not hold something always; none for those that do, and for those without memory.
@@ -146,7 +146,7 @@ fn memory_of(plan: &Plan, resource: Resource) -> Option<(Tier, u64)> {
     let boundary = |call: usize| plan.calls().get(call).map_or(0, |call| call.boundary_elements);
     match resource {
         Resource::Buffer(buffer) => {
-            let buffer = plan.arrangement.buffer(buffer)?;
+            let buffer = plan.buffer_plan.buffer(buffer)?;
             (!matches!(buffer.use_, BufferUse::Home(_))).then(|| (buffer.tier, page(buffer.bytes)))
         }
         Resource::Slot(slot) if masters(plan).any(|home| home == slot.0) => None,

@@ -6,7 +6,7 @@ use crate::planner::machine::Machine;
 use crate::planner::observed::{KeptGraph, Observed};
 use crate::planner::optimizer::AdamW;
 use crate::planner::simulator::{Compute, Forecast, Simulator};
-use crate::schedule::buffer_plan::{Arrangement, BufferUse, Depths, DeviceKind, GroupPlacement, Needs};
+use crate::schedule::buffer_plan::{BufferPlan, BufferUse, Depths, DeviceKind, GroupPlacement, Needs};
 use crate::schedule::builder::{Builder, gradient_passes_through};
 use crate::schedule::layout::Layout;
 use crate::schedule::operation::{Call, Operation, Stream};
@@ -101,7 +101,7 @@ pub struct Limits {
 pub struct Plan {
     pub(crate) layout: Arc<Layout>,
     pub(crate) calls: Vec<Call>,
-    pub(crate) arrangement: Arc<Arrangement>,
+    pub(crate) buffer_plan: Arc<BufferPlan>,
     pub(crate) accumulate: usize,
     pub(crate) clip: Option<f64>,
     pub(crate) adamw: AdamW,
@@ -150,10 +150,10 @@ impl Plan {
         let passes = gradient_passes_through(&observed.calls, accumulate, depths.vertical, clip.is_some());
         let needs =
             Needs { layout, calls: &observed.calls, gradient_passes_through: passes, device: limits.device };
-        let arrangement = Arrangement::new(&needs, placements, boundary_home, depths);
+        let buffer_plan = BufferPlan::new(&needs, placements, boundary_home, depths);
         Self {
-            kept_bytes: kept_bytes(observed, &arrangement),
-            arrangement: Arc::new(arrangement),
+            kept_bytes: kept_bytes(observed, &buffer_plan),
+            buffer_plan: Arc::new(buffer_plan),
             depths,
             updates_at_once: false,
             prediction: None,
@@ -216,7 +216,7 @@ impl Plan {
 
     /// Bytes of host memory that the engine leases.
     pub fn host_bytes(&self) -> u64 {
-        self.arrangement.buffer_bytes(Tier::Host)
+        self.buffer_plan.buffer_bytes(Tier::Host)
     }
 
     /// Peak bytes of device memory: slots, device-homed buffers, and the model's own tensors.
@@ -226,24 +226,24 @@ impl Plan {
 
     /// Bytes of device memory that the engine leases.
     pub fn device_buffer_bytes(&self) -> u64 {
-        self.arrangement.buffer_bytes(Tier::Device)
+        self.buffer_plan.buffer_bytes(Tier::Device)
     }
 
     /// Bytes of one slot.
     pub(crate) fn bytes_of_slot(&self, slot: usize) -> u64 {
-        let elements = self.arrangement.slots.get(slot).map_or(0, |slot| slot.tensor_elements.iter().sum());
+        let elements = self.buffer_plan.slots.get(slot).map_or(0, |slot| slot.tensor_elements.iter().sum());
         elements as u64 * self.limits.device.element_bytes()
     }
 
     /// Bytes of all slots.
     fn slot_bytes(&self) -> u64 {
-        self.arrangement.slot_elements() * self.limits.device.element_bytes()
+        self.buffer_plan.slot_elements() * self.limits.device.element_bytes()
     }
 
     /// Peak bytes of device memory that is not leased: on the CPU device that is the heap.
     pub(crate) fn heap_bytes(&self) -> u64 {
         // A device with memory of its own keeps the storage of a boundary that was saved for one that is loaded.
-        let boundaries = self.arrangement.passages as u64 * if self.limits.device.apart { 2 } else { 1 };
+        let boundaries = self.buffer_plan.passages as u64 * if self.limits.device.apart { 2 } else { 1 };
         self.slot_bytes()
             + self.gradient_bytes()
             + boundaries * self.bytes_of_passage()
@@ -279,7 +279,7 @@ impl Plan {
     }
 
     fn gradient_bytes(&self) -> u64 {
-        self.arrangement.gradient_sets as u64 * self.bytes_of_gradient_set()
+        self.buffer_plan.gradient_sets as u64 * self.bytes_of_gradient_set()
     }
 
     /// Device bytes that grow with the groups: slots, and gradients on their way.
@@ -289,14 +289,14 @@ impl Plan {
 
     /// Bytes of all boundary activations that are kept at once.
     fn boundary_bytes(&self) -> u64 {
-        let calls = self.calls.iter().enumerate().filter(|(index, _)| !self.arrangement.keeps(*index));
+        let calls = self.calls.iter().enumerate().filter(|(index, _)| !self.buffer_plan.keeps(*index));
         let of_one: u64 = calls.map(|(_, call)| 4 * call.boundary_elements as u64).sum();
         self.depths.vertical as u64 * of_one
     }
 
     /// Bytes on disk of what no commit keeps: gradients and boundary activations.
     pub(crate) fn scratch_disk_bytes(&self) -> u64 {
-        let boundaries = match self.arrangement.boundary_home {
+        let boundaries = match self.buffer_plan.boundary_home {
             Tier::Disk => self.boundary_bytes(),
             _ => 0,
         };
@@ -313,7 +313,7 @@ impl Plan {
         if stream == Stream::Gradient && self.gradient_passes_through {
             return 0;
         }
-        let groups = self.arrangement.placements.iter().enumerate();
+        let groups = self.buffer_plan.placements.iter().enumerate();
         let of_tier = groups.filter(|(_, placement)| placement.home(stream) == tier);
         of_tier.map(|(group, _)| 4 * stream.elements(&self.layout, group) as u64).sum()
     }
@@ -322,7 +322,7 @@ impl Plan {
         Builder {
             layout: &self.layout,
             calls: &self.calls,
-            arrangement: &self.arrangement,
+            buffer_plan: &self.buffer_plan,
             accumulate: self.accumulate,
             clip: self.clip.is_some(),
         }
@@ -358,8 +358,8 @@ impl Plan {
     }
 
     fn simulator<'a>(&'a self, machine: &'a Machine, compute: &'a Compute) -> Simulator<'a> {
-        let (layout, calls, arrangement) = (&self.layout, &self.calls, &self.arrangement);
-        Simulator { layout, calls, arrangement, machine, compute }
+        let (layout, calls, buffer_plan) = (&self.layout, &self.calls, &self.buffer_plan);
+        Simulator { layout, calls, buffer_plan, machine, compute }
     }
 
     /// Why it was chosen: what a step is to take, by the machine's numbers and the computing time of the rehearsal.
@@ -374,7 +374,7 @@ impl Plan {
 
     /// Home of boundary activations.
     pub fn boundaries(&self) -> Tier {
-        self.arrangement.boundary_home
+        self.buffer_plan.boundary_home
     }
 
     /// Groups of the model.
@@ -389,25 +389,25 @@ impl Plan {
 
     /// Home of each group's streams.
     pub fn placements(&self) -> &[GroupPlacement] {
-        &self.arrangement.placements
+        &self.buffer_plan.placements
     }
 
     /// Whether any state has its home on disk.
     pub fn uses_disk(&self) -> bool {
         self.disk_home_bytes() > 0
-            || (self.arrangement.boundary_home == Tier::Disk && self.arrangement.passages > 0)
+            || (self.buffer_plan.boundary_home == Tier::Disk && self.buffer_plan.passages > 0)
     }
 }
 
 /// Most bytes of graphs that are kept, beyond a step in which all is computed again: a call's own is among the working bytes then.
-fn kept_bytes(observed: &Observed, arrangement: &Arrangement) -> u64 {
+fn kept_bytes(observed: &Observed, buffer_plan: &BufferPlan) -> u64 {
     let calls = observed.calls.iter().zip(&observed.kept).enumerate();
-    let kept: Vec<_> = calls.filter(|(index, _)| arrangement.keeps(*index)).map(|(_, kept)| kept).collect();
-    let stays = |call: &Call| arrangement.boundary_home != Tier::Device && call.boundary_moves;
+    let kept: Vec<_> = calls.filter(|(index, _)| buffer_plan.keeps(*index)).map(|(_, kept)| kept).collect();
+    let stays = |call: &Call| buffer_plan.boundary_home != Tier::Device && call.boundary_moves;
     let bytes_of = |&(call, graph): &(&Call, &KeptGraph)| {
         graph.bytes + if stays(call) { 4 * call.boundary_elements as u64 } else { 0 }
     };
-    let all: u64 = arrangement.vertical as u64 * kept.iter().map(bytes_of).sum::<u64>();
+    let all: u64 = buffer_plan.vertical as u64 * kept.iter().map(bytes_of).sum::<u64>();
     let last = kept.last().map_or(0, bytes_of);
     all - last + kept.iter().map(|(_, graph)| graph.beyond_bytes).max().unwrap_or(0)
 }
@@ -455,9 +455,9 @@ impl Plan {
             }
             row(stream.name(), Some(in_slots), home(Tier::Host), home(Tier::Disk));
         }
-        row(&format!("slots ({})", self.arrangement.slots.len()), Some(self.slot_bytes()), 0, 0);
-        let of_use = |uses: &[BufferUse]| self.arrangement.bytes_of_uses(uses);
-        match self.arrangement.boundary_home {
+        row(&format!("slots ({})", self.buffer_plan.slots.len()), Some(self.slot_bytes()), 0, 0);
+        let of_use = |uses: &[BufferUse]| self.buffer_plan.bytes_of_uses(uses);
+        match self.buffer_plan.boundary_home {
             Tier::Disk => {
                 let buffers = of_use(&[BufferUse::BoundaryPieces]);
                 row("boundary activations", Some(0), buffers, self.boundary_bytes());

@@ -1,7 +1,7 @@
 //! The search for a plan: homes, slots, look-ahead, homes of boundaries, graphs that are kept, how many micro-batches run vertically, and the moment
 //! of updates, within the limits, each candidate's schedule costed by the simulator. Runs and `ferrozero plan` use it alike; what differs is where the numbers come from.
 //!
-//! Bytes are those of the engine's own arrangement. Schedules are costed in pieces that are as much larger as keeps their
+//! Bytes are those of the engine's own buffer plan. Schedules are costed in pieces that are as much larger as keeps their
 //! number bounded, so that a trillion parameters take seconds to plan.
 
 mod homes;

@@ -7,7 +7,7 @@
 mod clockwork;
 
 use crate::planner::machine::Machine;
-use crate::schedule::buffer_plan::Arrangement;
+use crate::schedule::buffer_plan::BufferPlan;
 use crate::schedule::layout::Layout;
 use crate::schedule::operation::{Call, Operation, Queue};
 use crate::schedule::trace::{Trace, TraceEvent};
@@ -118,7 +118,7 @@ pub struct Simulator<'a> {
     /// Segments in the order in which they run.
     pub calls: &'a [Call],
     /// Homes and buffers that the schedules use.
-    pub arrangement: &'a Arrangement,
+    pub buffer_plan: &'a BufferPlan,
     /// How fast the machine is.
     pub machine: &'a Machine,
     /// How long computing takes.
@@ -234,13 +234,13 @@ impl Simulator<'_> {
             Operation::SaveBoundary { .. } => seconds(bytes, machine.download_bytes_per_s, 1.0),
             Operation::LoadBoundary { .. } => seconds(bytes, machine.upload_bytes_per_s, 1.0),
             // What is at home on a device with memory of its own stays there.
-            Operation::Accumulate { group, .. } if self.arrangement.updated_on_device(group) => {
+            Operation::Accumulate { group, .. } if self.buffer_plan.updated_on_device(group) => {
                 seconds(2.0 * bytes, device_bytes_per_s, 0.0)
             }
-            Operation::Update { group, .. } if self.arrangement.updated_on_device(group) => {
+            Operation::Update { group, .. } if self.buffer_plan.updated_on_device(group) => {
                 seconds(optimizer_bytes(operation, bytes), device_bytes_per_s, 0.0)
             }
-            Operation::Upload { group, .. } if self.arrangement.updated_on_device(group) => {
+            Operation::Upload { group, .. } if self.buffer_plan.updated_on_device(group) => {
                 seconds(2.0 * bytes, device_bytes_per_s, 0.0)
             }
             Operation::Accumulate { .. } => Cost::Seconds {
@@ -267,17 +267,17 @@ impl Simulator<'_> {
     /// Seconds in which `bytes` of f32 state cross. A device with memory of its own gets and gives them in its type, from and to the
     /// host's memory, which is read and written for that.
     fn crossing_s(&self, bytes: f64, bytes_per_s: f64) -> f64 {
-        let crossing_s = crossing_bytes(self.arrangement, bytes) / bytes_per_s;
+        let crossing_s = crossing_bytes(self.buffer_plan, bytes) / bytes_per_s;
         match self.machine.memory_bytes_per_s {
-            Some(memory) if self.arrangement.device.apart => crossing_s.max(2.0 * bytes / memory),
+            Some(memory) if self.buffer_plan.device.apart => crossing_s.max(2.0 * bytes / memory),
             _ => crossing_s,
         }
     }
 }
 
 /// Bytes that cross between host and device for `bytes` of f32 state.
-fn crossing_bytes(arrangement: &Arrangement, bytes: f64) -> f64 {
-    let device = arrangement.device;
+fn crossing_bytes(buffer_plan: &BufferPlan, bytes: f64) -> f64 {
+    let device = buffer_plan.device;
     if device.apart { bytes * device.element_bytes() as f64 / F32_BYTES } else { bytes }
 }
 
@@ -340,13 +340,13 @@ mod tests {
     }
 
     /// States on disk, or on a device that has memory of its own and computes in 16 bits.
-    fn arrangement(layout: &Layout, calls: &[Call], apart: bool, home: Tier) -> Arrangement {
+    fn buffer_plan(layout: &Layout, calls: &[Call], apart: bool, home: Tier) -> BufferPlan {
         let dtype = if apart { DType::BF16 } else { DType::F32 };
         let device = DeviceKind { dtype, apart };
         let needs = Needs { layout, calls, gradient_passes_through: true, device };
         let depths =
             Depths { slots: 1, look_ahead: 1, state_pieces: 4, gradient_sets: 1, vertical: 1, kept: 0 };
-        Arrangement::new(&needs, vec![GroupPlacement::all(home); layout.groups.len()], Tier::Device, depths)
+        BufferPlan::new(&needs, vec![GroupPlacement::all(home); layout.groups.len()], Tier::Device, depths)
     }
 
     /// The forward takes 3 s, and 1 s of the user's code comes before it.
@@ -378,11 +378,11 @@ mod tests {
     /// Begin and end of each operation of the schedules, in seconds.
     fn times(machine: &Machine, schedules: &[&[Operation]]) -> Vec<Vec<(f64, f64)>> {
         let (layout, calls, compute) = (layout(9), calls(), compute());
-        let arrangement = arrangement(&layout, &calls, false, Tier::Disk);
+        let buffer_plan = buffer_plan(&layout, &calls, false, Tier::Disk);
         let simulator = Simulator {
             layout: &layout,
             calls: &calls,
-            arrangement: &arrangement,
+            buffer_plan: &buffer_plan,
             machine,
             compute: &compute,
         };
@@ -455,11 +455,11 @@ mod tests {
         // The buffer is free when it has been written.
         assert_eq!(second, [(5.0, 8.0), (6.0, 10.0), (10.0, 10.0), (10.0, 12.0)]);
         let (layout, calls, machine, compute) = (layout(9), calls(), machine(), compute());
-        let arrangement = arrangement(&layout, &calls, false, Tier::Disk);
+        let buffer_plan = buffer_plan(&layout, &calls, false, Tier::Disk);
         let simulator = Simulator {
             layout: &layout,
             calls: &calls,
-            arrangement: &arrangement,
+            buffer_plan: &buffer_plan,
             machine: &machine,
             compute: &compute,
         };
@@ -486,9 +486,9 @@ mod tests {
     fn state_crosses_in_the_type_of_the_device_and_boundaries_as_they_are_and_homes_on_the_device_do_not() {
         let (layout, calls, machine, compute) = (layout(9), calls(), machine(), compute());
         let alone_s = |(apart, home): (bool, Tier), operation: &Operation| {
-            let arrangement = arrangement(&layout, &calls, apart, home);
+            let buffer_plan = buffer_plan(&layout, &calls, apart, home);
             let (layout, calls, machine, compute) = (&layout, &calls[..], &machine, &compute);
-            let simulator = Simulator { layout, calls, arrangement: &arrangement, machine, compute };
+            let simulator = Simulator { layout, calls, buffer_plan: &buffer_plan, machine, compute };
             simulator.alone_s(operation)
         };
         let passage = crate::schedule::operation::Passage(0);

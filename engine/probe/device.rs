@@ -2,7 +2,7 @@
 
 use super::{Effort, median};
 use crate::device::compute::ComputeDevice;
-use crate::device::tensor_storage::DeviceRun;
+use crate::device::tensor_storage::TensorStorage;
 use crate::error::Result;
 use candle_core::{DType, Device, Tensor};
 use ferrozero_kernels::ops::{Products, causal_attention, linear, with_products};
@@ -31,7 +31,7 @@ pub fn bus_bytes_per_s(device: &ComputeDevice, effort: Effort) -> Result<[f64; 2
     let bytes = BUS_ELEMENTS * device.dtype().size_in_bytes();
     let budget = Budget::new(Tier::Host, bytes as u64);
     let mut lease = device.host_arena(&budget, bytes)?.lease(bytes)?;
-    let mut run = DeviceRun::zeros(BUS_ELEMENTS, device.dtype(), device.device())?;
+    let mut run = TensorStorage::zeros(BUS_ELEMENTS, device.dtype(), device.device())?;
     device.synchronize()?;
     let (mut up, mut down) = (vec![], vec![]);
     // The first round finds everything cold.

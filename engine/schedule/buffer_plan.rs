@@ -1,5 +1,5 @@
 //! The static part of a plan: which tier is home to each piece, and every buffer, slot, gradient set and passage that a
-//! schedule may use. Nothing else is allocated while steps run, so the bytes of an arrangement are the bytes of a run.
+//! schedule may use. Nothing else is allocated while steps run, so the bytes of an buffer plan are the bytes of a run.
 
 use crate::schedule::layout::{Group, Layout};
 use crate::schedule::operation::{Buffer, Call, GroupIndex, Slot, Stream};
@@ -121,7 +121,7 @@ impl Buffers {
     }
 }
 
-/// What [`Buffers`] are like. A large model has millions of pieces, and a search makes hundreds of arrangements, so buffers are
+/// What [`Buffers`] are like. A large model has millions of pieces, and a search makes hundreds of buffer plans, so buffers are
 /// counted and not listed.
 #[derive(Debug, Clone, Copy)]
 struct BufferRun {
@@ -171,7 +171,7 @@ pub struct SlotSpec {
 
 /// Everything that schedules of one run may use.
 #[derive(Debug, Clone)]
-pub struct Arrangement {
+pub struct BufferPlan {
     /// Home of each group's streams.
     pub placements: Vec<GroupPlacement>,
     /// Home of boundary activations.
@@ -212,7 +212,7 @@ pub struct Arrangement {
     first_kept: usize,
 }
 
-/// What decides an arrangement.
+/// What decides an buffer plan.
 #[derive(Debug, Clone)]
 pub struct Needs<'a> {
     /// Groups.
@@ -225,7 +225,7 @@ pub struct Needs<'a> {
     pub device: DeviceKind,
 }
 
-impl Arrangement {
+impl BufferPlan {
     /// Lays out everything for the given placements and depths.
     pub fn new(needs: &Needs, placements: Vec<GroupPlacement>, boundary_home: Tier, depths: Depths) -> Self {
         let mut this = Self {

@@ -1,6 +1,6 @@
 //! The one builder of schedules. A new policy is a change here: the executor only runs what it is given.
 
-use crate::schedule::buffer_plan::Arrangement;
+use crate::schedule::buffer_plan::BufferPlan;
 use crate::schedule::layout::Layout;
 use crate::schedule::operation::{
     Buffer, Call, Extent, GradientSet, GroupIndex, MasterPlace, Operation, Passage, Slot, Stream,
@@ -16,7 +16,7 @@ pub struct Builder<'a> {
     /// Segments in the order in which they run.
     pub calls: &'a [Call],
     /// Homes, buffers and slots.
-    pub arrangement: &'a Arrangement,
+    pub buffer_plan: &'a BufferPlan,
     /// Micro-batches of a step.
     pub accumulate: usize,
     /// Whether the norm of all gradients is needed before any update.
@@ -91,7 +91,7 @@ impl<'a> Builder<'a> {
 
     /// The micro-batches of a step, in runs of those that go vertically: each segment runs them all before the next one.
     pub fn abreast(&self) -> impl Iterator<Item = Range<usize>> + use<> {
-        let (count, vertical) = (self.accumulate, self.arrangement.vertical);
+        let (count, vertical) = (self.accumulate, self.buffer_plan.vertical);
         (0..count).step_by(vertical).map(move |first| first..(first + vertical).min(count))
     }
 
@@ -149,10 +149,10 @@ impl<'a> Builder<'a> {
         let mut draft = self.draft();
         for group in 0..self.layout.groups.len() {
             for stream in Stream::STATE {
-                let home = self.arrangement.placements[group].home(stream);
+                let home = self.buffer_plan.placements[group].home(stream);
                 for piece in 0..self.layout.piece_count(stream.elements(self.layout, group)) {
-                    let of_piece = self.arrangement.home_of(group, stream, piece);
-                    let on_device = of_piece.filter(|&home| self.arrangement.is_on_device(home));
+                    let of_piece = self.buffer_plan.home_of(group, stream, piece);
+                    let on_device = of_piece.filter(|&home| self.buffer_plan.is_on_device(home));
                     let buffer = match of_piece {
                         Some(home) if on_device.is_none() => home,
                         _ => draft.fetch_pool.next(),
@@ -161,7 +161,7 @@ impl<'a> Builder<'a> {
                     if let Some(home) = on_device {
                         draft.operations.push(Operation::CopyUp { group, stream, piece, buffer, home });
                     }
-                    if stream == Stream::Master && self.arrangement.master_in_slot(group) {
+                    if stream == Stream::Master && self.buffer_plan.master_in_slot(group) {
                         let slot = draft.own_slot(group);
                         let staging = None;
                         draft.operations.push(Operation::Upload { group, piece, buffer, slot, staging });
@@ -176,12 +176,12 @@ impl<'a> Builder<'a> {
     /// commit only.
     pub fn commit(&self, first: bool) -> Vec<Operation> {
         let mut draft = self.draft();
-        for (group, placement) in self.arrangement.placements.iter().enumerate() {
+        for (group, placement) in self.buffer_plan.placements.iter().enumerate() {
             let changes = if first { usize::MAX } else { self.layout.groups[group].trainable_elements };
             for stream in Stream::STATE.into_iter().filter(|&stream| placement.home(stream) != Tier::Disk) {
                 let elements = stream.elements(self.layout, group).min(changes);
                 for piece in 0..self.layout.piece_count(elements) {
-                    let buffer = match self.arrangement.home_of(group, stream, piece) {
+                    let buffer = match self.buffer_plan.home_of(group, stream, piece) {
                         Some(home) => draft.copied_down(group, stream, piece, home),
                         None => {
                             let buffer = draft.fetch_pool.next();
@@ -206,7 +206,7 @@ impl<'a> Builder<'a> {
     pub fn collect(&self, group: GroupIndex, pieces: std::ops::Range<usize>) -> Vec<Operation> {
         let mut draft = self.draft();
         for piece in pieces {
-            let master = if self.arrangement.master_in_slot(group) {
+            let master = if self.buffer_plan.master_in_slot(group) {
                 MasterPlace::Slot(draft.own_slot(group))
             } else {
                 let buffer = draft.fetched_master(group, piece);
@@ -218,16 +218,16 @@ impl<'a> Builder<'a> {
     }
 
     fn draft(&self) -> Draft<'a> {
-        let arrangement = self.arrangement;
+        let buffer_plan = self.buffer_plan;
         Draft {
             builder: *self,
             operations: vec![],
-            fetch_pool: Rotation(&arrangement.fetch_pool, 0),
-            state_pool: Rotation(&arrangement.state_pool, 0),
-            gradient_pool: Rotation(&arrangement.gradient_pool, 0),
-            device_gradient_pool: Rotation(&arrangement.device_gradient_pool, 0),
-            boundary_pool: Rotation(&arrangement.boundary_pool, 0),
-            slot_contents: vec![(None, 0); arrangement.slots.len()],
+            fetch_pool: Rotation(&buffer_plan.fetch_pool, 0),
+            state_pool: Rotation(&buffer_plan.state_pool, 0),
+            gradient_pool: Rotation(&buffer_plan.gradient_pool, 0),
+            device_gradient_pool: Rotation(&buffer_plan.device_gradient_pool, 0),
+            boundary_pool: Rotation(&buffer_plan.boundary_pool, 0),
+            slot_contents: vec![(None, 0); buffer_plan.slots.len()],
             gradient_sets: 0,
             passages: 0,
             accumulations: vec![(0, 0); self.layout.groups.len()],
@@ -240,7 +240,7 @@ impl<'a> Builder<'a> {
 impl Draft<'_> {
     /// The slot of a group whose home is the device.
     fn own_slot(&self, group: GroupIndex) -> Slot {
-        self.builder.arrangement.slots_of[group][0]
+        self.builder.buffer_plan.slots_of[group][0]
     }
 
     fn attach(&mut self) {
@@ -250,25 +250,25 @@ impl Draft<'_> {
 
     fn next_gradient_set(&mut self) -> GradientSet {
         self.gradient_sets += 1;
-        GradientSet(self.gradient_sets % self.builder.arrangement.gradient_sets)
+        GradientSet(self.gradient_sets % self.builder.buffer_plan.gradient_sets)
     }
 
     fn next_passage(&mut self) -> Passage {
         self.passages += 1;
-        Passage(self.passages % self.builder.arrangement.passages)
+        Passage(self.passages % self.builder.buffer_plan.passages)
     }
 
     fn moves(&self, call: usize) -> bool {
-        let Builder { arrangement, calls, .. } = self.builder;
-        arrangement.boundary_home != Tier::Device && calls[call].boundary_moves && !arrangement.keeps(call)
+        let Builder { buffer_plan, calls, .. } = self.builder;
+        buffer_plan.boundary_home != Tier::Device && calls[call].boundary_moves && !buffer_plan.keeps(call)
     }
 
     /// Sees to it that the parameters of a group are in a slot, with the update that was left pending.
     fn fetch(&mut self, group: GroupIndex) -> Slot {
-        let arrangement = self.builder.arrangement;
+        let buffer_plan = self.builder.buffer_plan;
         let pending = std::mem::take(&mut self.pending[group]);
-        let candidates = &arrangement.slots_of[group];
-        if arrangement.master_in_slot(group) {
+        let candidates = &buffer_plan.slots_of[group];
+        if buffer_plan.master_in_slot(group) {
             if pending {
                 self.update(group);
             }
@@ -286,7 +286,7 @@ impl Draft<'_> {
         self.slot_contents[slot.0] = (Some(group), now);
         let layout = self.builder.layout;
         let updated = if pending { layout.piece_count(layout.groups[group].trainable_elements) } else { 0 };
-        let staging = arrangement.upload_staging.filter(|_| !arrangement.updated_on_device(group));
+        let staging = buffer_plan.upload_staging.filter(|_| !buffer_plan.updated_on_device(group));
         for piece in 0..layout.piece_count(layout.groups[group].elements) {
             let buffer = self.fetched_master(group, piece);
             if piece < updated {
@@ -302,7 +302,7 @@ impl Draft<'_> {
 
     /// A buffer of the host that holds what `home` holds.
     fn copied_down(&mut self, group: GroupIndex, stream: Stream, piece: usize, home: Buffer) -> Buffer {
-        if !self.builder.arrangement.is_on_device(home) {
+        if !self.builder.buffer_plan.is_on_device(home) {
             return home;
         }
         let buffer = self.fetch_pool.next();
@@ -312,7 +312,7 @@ impl Draft<'_> {
 
     /// The buffer that holds a piece of master parameters for the device, read from disk if that is its home.
     fn fetched_master(&mut self, group: GroupIndex, piece: usize) -> Buffer {
-        if let Some(home) = self.builder.arrangement.home_of(group, Stream::Master, piece) {
+        if let Some(home) = self.builder.buffer_plan.home_of(group, Stream::Master, piece) {
             return home;
         }
         let buffer = self.fetch_pool.next();
@@ -324,7 +324,7 @@ impl Draft<'_> {
     fn forward(&mut self, call: usize, micro_batch: usize, train: bool) {
         let slot = self.fetch(self.builder.calls[call].group);
         let passage = (train && self.moves(call)).then(|| self.next_passage());
-        let keeps = train && self.builder.arrangement.keeps(call);
+        let keeps = train && self.builder.buffer_plan.keeps(call);
         self.operations.push(Operation::Forward { call, micro_batch, slot, passage, keeps });
         let Some(passage) = passage else { return };
         for piece in 0..self.boundary_pieces(call) {
@@ -341,15 +341,15 @@ impl Draft<'_> {
     }
 
     fn boundary_buffer(&mut self, call: usize, micro_batch: usize, piece: usize) -> Buffer {
-        let home = self.builder.arrangement.boundary_home_of(call, micro_batch, piece);
+        let home = self.builder.buffer_plan.boundary_home_of(call, micro_batch, piece);
         home.unwrap_or_else(|| self.boundary_pool.next())
     }
 
     /// Where on disk a boundary is, if that is its home.
     fn boundary_extent(&self, call: usize, micro_batch: usize) -> Option<Extent> {
-        let arrangement = self.builder.arrangement;
-        let place = arrangement.place(micro_batch);
-        (arrangement.boundary_home == Tier::Disk).then_some(Extent::Boundary { call, place })
+        let buffer_plan = self.builder.buffer_plan;
+        let place = buffer_plan.place(micro_batch);
+        (buffer_plan.boundary_home == Tier::Disk).then_some(Extent::Boundary { call, place })
     }
 
     fn load_boundary(&mut self, call: usize, micro_batch: usize) -> Option<Passage> {
@@ -376,7 +376,7 @@ impl Draft<'_> {
                 self.fetch_beside(self.builder.calls[before].group, slot);
             }
             let gradients = self.next_gradient_set();
-            let kept = self.builder.arrangement.keeps(call);
+            let kept = self.builder.buffer_plan.keeps(call);
             self.operations.push(Operation::Backward { call, micro_batch, slot, passage, kept, gradients });
             self.accumulate(group, gradients, (micro_batch, &micro_batches));
         }
@@ -385,7 +385,7 @@ impl Draft<'_> {
     /// Asks for a group while micro-batches still run in `slot`. Each of their boundaries waits for one before it to be used
     /// up, so behind the last of them its parameters would come too late. Where there is no other slot they have to.
     fn fetch_beside(&mut self, group: GroupIndex, slot: Slot) {
-        if self.builder.arrangement.slots_of[group].iter().any(|&other| other != slot) {
+        if self.builder.buffer_plan.slots_of[group].iter().any(|&other| other != slot) {
             self.fetch(group);
         }
     }
@@ -398,13 +398,13 @@ impl Draft<'_> {
         gradients: GradientSet,
         (micro_batch, abreast): (usize, &Range<usize>),
     ) {
-        let arrangement = self.builder.arrangement;
+        let buffer_plan = self.builder.buffer_plan;
         let (left, so_far) = self.accumulations[group];
         self.accumulations[group] = (left - 1, so_far + 1);
         let (add, measure) = (so_far > 0, left == 1);
         let (is_first, is_last) = (micro_batch == abreast.start, micro_batch + 1 == abreast.end);
         let on_disk = self.gradient_on_disk(group);
-        let staging = arrangement.gradient_staging.filter(|_| !arrangement.updated_on_device(group));
+        let staging = buffer_plan.gradient_staging.filter(|_| !buffer_plan.updated_on_device(group));
         let extent = Extent::State(group, Stream::Gradient);
         if is_first {
             self.gradients = self.gradient_buffers(group);
@@ -434,12 +434,12 @@ impl Draft<'_> {
 
     /// The buffers that a group's gradient is summed in, by piece.
     fn gradient_buffers(&mut self, group: GroupIndex) -> Vec<Buffer> {
-        let Builder { layout, arrangement, .. } = self.builder;
+        let Builder { layout, buffer_plan, .. } = self.builder;
         let pieces = 0..layout.piece_count(layout.groups[group].trainable_elements);
-        let home = |piece| arrangement.home_of(group, Stream::Gradient, piece);
+        let home = |piece| buffer_plan.home_of(group, Stream::Gradient, piece);
         let buffers = pieces.map(|piece| match home(piece) {
             Some(home) => home,
-            None if arrangement.updated_on_device(group) => self.device_gradient_pool.next(),
+            None if buffer_plan.updated_on_device(group) => self.device_gradient_pool.next(),
             None => self.gradient_pool.next(),
         });
         buffers.collect()
@@ -448,12 +448,12 @@ impl Draft<'_> {
     /// Whether a group's gradient has to be kept, and is kept on disk.
     fn gradient_on_disk(&self, group: GroupIndex) -> bool {
         !self.builder.gradient_passes_through()
-            && self.builder.arrangement.placements[group].gradient == Tier::Disk
+            && self.builder.buffer_plan.placements[group].gradient == Tier::Disk
     }
 
     /// The buffer that holds a piece of a state stream, read from disk if that is its home.
     fn state_buffer(&mut self, group: GroupIndex, stream: Stream, piece: usize) -> Buffer {
-        if let Some(home) = self.builder.arrangement.home_of(group, stream, piece) {
+        if let Some(home) = self.builder.buffer_plan.home_of(group, stream, piece) {
             return home;
         }
         let buffer = self.state_pool.next();
@@ -465,7 +465,7 @@ impl Draft<'_> {
     fn update(&mut self, group: GroupIndex) {
         let layout = self.builder.layout;
         for piece in 0..layout.piece_count(layout.groups[group].trainable_elements) {
-            if self.builder.arrangement.master_in_slot(group) {
+            if self.builder.buffer_plan.master_in_slot(group) {
                 self.update_piece(group, piece, MasterPlace::Slot(self.own_slot(group)));
             } else {
                 let buffer = self.state_buffer(group, Stream::Master, piece);
@@ -505,7 +505,7 @@ impl Draft<'_> {
 
     /// Writes a piece to disk if that is its home.
     fn write_home(&mut self, group: GroupIndex, stream: Stream, piece: usize, buffer: Buffer) {
-        if self.builder.arrangement.placements[group].home(stream) == Tier::Disk {
+        if self.builder.buffer_plan.placements[group].home(stream) == Tier::Disk {
             self.operations.push(Operation::Write { extent: Extent::State(group, stream), piece, buffer });
         }
     }
@@ -514,7 +514,7 @@ impl Draft<'_> {
 impl Builder<'_> {
     /// Whether each group's gradient is used up within its own backward, so that it needs no home.
     pub fn gradient_passes_through(&self) -> bool {
-        gradient_passes_through(self.calls, self.accumulate, self.arrangement.vertical, self.clip)
+        gradient_passes_through(self.calls, self.accumulate, self.buffer_plan.vertical, self.clip)
     }
 }
 

@@ -7,7 +7,7 @@
 //! straddle two tensors or two pieces, so a norm has the same bits whatever the piece size.
 
 use crate::error::{Error, Result};
-use crate::schedule::tile::{Cut, Part};
+use crate::schedule::tile::{Cut, Tile};
 use ferrozero_kernels::gradient::BLOCK_ELEMENTS;
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -169,8 +169,8 @@ impl Layout {
         });
         let mut found: Vec<(usize, usize, usize)> = entries
             .filter_map(|(group, index, entry)| {
-                let part = Part::of(&entry.name);
-                (part.whole == name).then(|| (part.cut.as_ref().map_or(0, Cut::first), group, index))
+                let tile = Tile::of(&entry.name);
+                (tile.whole == name).then(|| (tile.cut.as_ref().map_or(0, Cut::first), group, index))
             })
             .collect();
         if found.is_empty() {
@@ -206,7 +206,7 @@ impl Layout {
     pub fn parameters(&self) -> Vec<(String, Vec<usize>)> {
         let mut all: BTreeMap<String, Vec<usize>> = BTreeMap::new();
         for entry in self.groups.iter().flat_map(|group| &group.table) {
-            let Part { whole, cut } = Part::of(&entry.name);
+            let Tile { whole, cut } = Tile::of(&entry.name);
             match (all.get_mut(whole.as_ref()), cut.map(|cut| cut.dimension())) {
                 (Some(shape), Some(dimension)) => shape[dimension] += entry.shape[dimension],
                 _ => drop(all.insert(whole.into_owned(), entry.shape.clone())),
@@ -217,7 +217,7 @@ impl Layout {
 
     /// Puts values of a parameter's part from the element `start` of the part on where the whole has them.
     pub(crate) fn put(entry: &TableEntry, start: usize, values: &[f32], put: &mut Put) -> Result<()> {
-        let mut runs = Part::of(&entry.name).runs(&entry.shape, start, values.len());
+        let mut runs = Tile::of(&entry.name).runs(&entry.shape, start, values.len());
         runs.try_for_each(|(first, run)| put(first, &values[run]))
     }
 

@@ -1,15 +1,15 @@
-//! Parameters that a model has in parts, each in a segment of its own, and files as a whole: how parts are called, and where their
+//! Parameters that a model has in tiles, each in a segment of its own, and files as a whole: how tiles are called, and where their
 //! elements lie in the whole.
 //!
 //! The rows `a..b` of the weight of `lm_head` are the parameter `lm_head.rows_a_b.weight`, and the columns `a..b` of the `n` of that of
-//! `down_proj` are `down_proj.columns_a_b_of_n.weight`. Files know `lm_head.weight` and `down_proj.weight` only: parts are read from
+//! `down_proj` are `down_proj.columns_a_b_of_n.weight`. Files know `lm_head.weight` and `down_proj.weight` only: tiles are read from
 //! there, and [`Trainer::parameters`](crate::Trainer::parameters) and exports give the whole.
 
 use std::borrow::Cow;
 use std::fmt;
 use std::ops::Range;
 
-/// Which part of a whole; of a matrix, or of a vector, which has rows alone.
+/// Which tile of a whole; of a matrix, or of a vector, which has rows alone.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Cut {
     /// Some rows.
@@ -58,17 +58,17 @@ impl Cut {
     }
 }
 
-/// A parameter of the model, as a part of one that files know, or as that one itself.
+/// A parameter of the model, as a tile of one that files know, or as that one itself.
 #[derive(Debug, Clone)]
-pub(crate) struct Part<'a> {
+pub(crate) struct Tile<'a> {
     /// Name of the whole.
     pub whole: Cow<'a, str>,
-    /// Which part; none: all of it.
+    /// Which tile; none: all of it.
     pub cut: Option<Cut>,
 }
 
-impl<'a> Part<'a> {
-    /// The part that a parameter of a name is.
+impl<'a> Tile<'a> {
+    /// The tile that a parameter of a name is.
     pub fn of(name: &'a str) -> Self {
         let cut = [".rows_", ".columns_"].iter().find_map(|mark| {
             let start = name.rfind(mark)?;
@@ -81,7 +81,7 @@ impl<'a> Part<'a> {
         }
     }
 
-    /// Where `count` elements from `start` of the part, which has the shape `shape`, lie in the whole: the first of each run there, and the
+    /// Where `count` elements from `start` of the tile, which has the shape `shape`, lie in the whole: the first of each run there, and the
     /// run among the elements.
     pub fn runs(
         &self,
@@ -89,7 +89,7 @@ impl<'a> Part<'a> {
         start: usize,
         count: usize,
     ) -> impl Iterator<Item = (usize, Range<usize>)> + use<> {
-        // Elements of a row of the part and of the whole, and what comes before the part there.
+        // Elements of a row of the tile and of the whole, and what comes before the tile there.
         let row_elements = shape.get(1..).unwrap_or_default().iter().product::<usize>();
         let (width, all, before) = match &self.cut {
             // All of it is one row.
@@ -106,7 +106,7 @@ impl<'a> Part<'a> {
         })
     }
 
-    /// Shape of the whole as far as the part, of the shape `shape`, knows it: columns and not rows.
+    /// Shape of the whole as far as the tile, of the shape `shape`, knows it: columns and not rows.
     pub fn whole_shape(&self, shape: &[usize]) -> Vec<usize> {
         let mut shape = shape.to_vec();
         if let (Some(Cut::Columns(_, all)), Some(columns)) = (&self.cut, shape.get_mut(1)) {
@@ -121,43 +121,43 @@ mod tests {
     use super::*;
 
     #[test]
-    fn names_say_which_part_and_of_what() {
-        let part = |name: &'static str| {
-            let Part { whole, cut } = Part::of(name);
+    fn names_say_which_tile_and_of_what() {
+        let tile = |name: &'static str| {
+            let Tile { whole, cut } = Tile::of(name);
             (whole.into_owned(), cut)
         };
         let weight = "h.0.down.weight".to_owned();
         for cut in [Cut::Rows(0..7), Cut::Columns(7..9, 12)] {
             let name = format!("h.0.down.{cut}.weight");
-            let found = Part::of(&name);
+            let found = Tile::of(&name);
             assert_eq!((found.whole.as_ref(), found.cut), (weight.as_str(), Some(cut)));
         }
         assert_eq!(
-            part("down.columns_0_4_of_8.lora_A.weight"),
+            tile("down.columns_0_4_of_8.lora_A.weight"),
             ("down.lora_A.weight".into(), Some(Cut::Columns(0..4, 8)))
         );
         for plain in
             ["h.0.down.weight", "rows_1", "a.rows_b_c.weight", "a.rows_3_3.weight", "a.columns_1_2.b"]
         {
-            assert_eq!(part(plain), (plain.into(), None));
+            assert_eq!(tile(plain), (plain.into(), None));
         }
     }
 
-    /// Every element of every part is where the whole has it, also where a run begins and ends within a row.
+    /// Every element of every tile is where the whole has it, also where a run begins and ends within a row.
     #[test]
-    fn runs_of_parts_are_the_whole() {
+    fn runs_of_tiles_are_the_whole() {
         let (rows, columns) = (4, 10);
-        let parts = [
+        let tiles = [
             (vec![("w.weight", [4, 10])], 40),
             (vec![("w.rows_0_3.weight", [3, 10]), ("w.rows_3_4.weight", [1, 10])], 40),
             (vec![("w.columns_0_7_of_10.weight", [4, 7]), ("w.columns_7_10_of_10.weight", [4, 3])], 40),
         ];
-        for (parts, elements) in parts {
+        for (tiles, elements) in tiles {
             for at_once in [1, 5, elements] {
                 let mut found = vec![0; rows * columns];
-                for (name, shape) in &parts {
-                    let part = Part::of(name);
-                    let (row, column) = match &part.cut {
+                for (name, shape) in &tiles {
+                    let tile = Tile::of(name);
+                    let (row, column) = match &tile.cut {
                         None => (0, 0),
                         Some(Cut::Rows(rows)) => (rows.start, 0),
                         Some(Cut::Columns(columns, _)) => (0, columns.start),
@@ -166,7 +166,7 @@ mod tests {
                     for start in (0..all).step_by(at_once) {
                         let count = at_once.min(all - start);
                         let mut covered = 0;
-                        for (first, run) in part.runs(shape, start, count) {
+                        for (first, run) in tile.runs(shape, start, count) {
                             assert_eq!(run.start, covered);
                             covered = run.end;
                             for (place, element) in (first..).zip(run) {
@@ -179,7 +179,7 @@ mod tests {
                         assert_eq!(covered, count);
                     }
                 }
-                assert_eq!(found, vec![1; rows * columns], "{parts:?}, {at_once} at once");
+                assert_eq!(found, vec![1; rows * columns], "{tiles:?}, {at_once} at once");
             }
         }
     }

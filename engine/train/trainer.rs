@@ -10,7 +10,7 @@ use crate::disk::stores::{Progress, Stores};
 use crate::error::{Error, Result, internal};
 use crate::execution::executor::{Executor, Memory};
 use crate::execution::loss_scale::LossScale;
-use crate::execution::perform::{Shared, StateCommit, StepContext};
+use crate::execution::perform::{Performer, StateCommit, StepContext};
 use crate::planner::optimizer::check_learning_rate;
 use crate::planner::plan::Plan;
 use crate::schedule::layout::{Layout, Put};
@@ -107,7 +107,7 @@ impl Trainer {
         }
         let mut buffers = vec![];
         let mut reservations = vec![];
-        for buffer in plan.arrangement.buffers() {
+        for buffer in plan.buffer_plan.buffers() {
             if compute.is_apart() && buffer.tier == Tier::Device {
                 reservations.push(device.reserve(buffer.bytes as u64)?);
                 buffers.push(BufferMemory::Device(compute.f32_zeros(buffer.bytes / 4)?));
@@ -122,7 +122,7 @@ impl Trainer {
         // States and scratch say the same of the same disk.
         let mut told = HashSet::new();
         notices.retain(|notice| told.insert((notice.code, notice.text.clone())));
-        let shared = Shared {
+        let performer = Performer {
             layout: (*plan.layout).clone(),
             calls: plan.calls.clone(),
             inits: parameters.into_iter().map(|parameter| parameter.init).collect(),
@@ -132,7 +132,7 @@ impl Trainer {
             device: compute.clone(),
         };
         let memory = Memory { buffers, extents: stores.extents.clone() };
-        let executor = Arc::new(Executor::start(Arc::new(shared), &plan.arrangement, memory)?);
+        let executor = Arc::new(Executor::start(Arc::new(performer), &plan.buffer_plan, memory)?);
         // Only clipping leaves updates pending.
         let train_schedules =
             [false, plan.clip.is_some()].map(|pending| plan.schedule(|builder| builder.train(pending)));
@@ -339,7 +339,7 @@ impl Trainer {
     }
 
     fn pass(&self, train: bool) -> Arc<ScheduledPass> {
-        let places = if train { self.plan.arrangement.vertical } else { 1 };
+        let places = if train { self.plan.buffer_plan.vertical } else { 1 };
         let turns = if train { self.turns.clone() } else { vec![] };
         Arc::new(ScheduledPass {
             executor: self.executor.clone(),

@@ -5,7 +5,7 @@ use super::super::{CommandResult, configuration};
 use super::{Spread, spread};
 use crate::byte_size::ByteSize;
 use crate::device::compute::ComputeDevice;
-use crate::device::tensor_storage::DeviceRun;
+use crate::device::tensor_storage::TensorStorage;
 use crate::schedule::buffer_plan::STAGGER_BYTES;
 use candle_core::DType;
 use ferrozero_kernels::ops::Products;
@@ -55,7 +55,7 @@ struct Row {
 /// What is moved, and between what.
 struct Copies {
     device: ComputeDevice,
-    on_device: DeviceRun,
+    on_device: TensorStorage,
     pieces: Vec<Lease>,
     /// Of a device with memory of its own: all bytes in one lease.
     whole: Vec<Lease>,
@@ -137,7 +137,7 @@ fn transfer(
     device: &ComputeDevice,
     direction: Direction,
     lease: &mut Lease,
-    run: &mut DeviceRun,
+    run: &mut TensorStorage,
     range: Range<usize>,
 ) -> crate::Result<()> {
     match direction {

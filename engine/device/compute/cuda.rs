@@ -1,7 +1,7 @@
 //! The CUDA device's side: its kernels, its streams, and what is copied between a lease and its storage.
 
 use super::{CudaFault, DeviceCounts, Moved, kernel};
-use crate::device::tensor_storage::DeviceRun;
+use crate::device::tensor_storage::TensorStorage;
 use crate::error::{Error, Result, internal};
 use crate::schedule::layout::Run;
 use crate::schedule::operation::Queue;
@@ -93,7 +93,7 @@ impl Parts {
         self.streams.fetch::<f32, Error>(fetch).map_err(candle_core::Error::wrap)
     }
 
-    pub(super) fn enter(&self, masters: &DeviceRun, slot: &mut DeviceRun, run: &Run) -> Result<()> {
+    pub(super) fn enter(&self, masters: &TensorStorage, slot: &mut TensorStorage, run: &Run) -> Result<()> {
         let from = f32_of(masters)?.slice(run.piece_start..run.piece_start + run.elements);
         let within = run.entry_start..run.entry_start + run.elements;
         let stream = self.streams.stream(Lane::Upload);
@@ -119,9 +119,9 @@ impl Parts {
 
     pub(super) fn accumulate(
         &self,
-        gradients: &[DeviceRun],
+        gradients: &[TensorStorage],
         runs: &[Run],
-        target: &mut DeviceRun,
+        target: &mut TensorStorage,
         (scale, how, first): (f32, Accumulate, bool),
         piece_elements: usize,
     ) -> Result<GradientStatistics> {
@@ -164,7 +164,7 @@ impl Parts {
     pub(super) fn update(
         &self,
         step: &AdamWStep,
-        [master, first_moment, second_moment, gradient]: [&mut DeviceRun; 4],
+        [master, first_moment, second_moment, gradient]: [&mut TensorStorage; 4],
         range: Range<usize>,
     ) -> Result<()> {
         let state = RunState {
@@ -182,14 +182,14 @@ fn cuda_kernel(error: CudaError) -> Error {
     Error::Kernel(error.to_string())
 }
 
-fn f32_of(run: &DeviceRun) -> Result<&CudaSlice<f32>> {
+fn f32_of(run: &TensorStorage) -> Result<&CudaSlice<f32>> {
     match run.as_cuda().map(|storage| &storage.slice) {
         Some(CudaStorageSlice::F32(values)) => Ok(values),
         _ => Err(internal("a state on the device that is not f32")),
     }
 }
 
-fn f32_of_mut(run: &mut DeviceRun) -> Result<&mut CudaSlice<f32>> {
+fn f32_of_mut(run: &mut TensorStorage) -> Result<&mut CudaSlice<f32>> {
     match run.as_cuda_mut().map(|storage| &mut storage.slice) {
         Some(CudaStorageSlice::F32(values)) => Ok(values),
         _ => Err(internal("a state on the device that is not f32")),
@@ -198,13 +198,13 @@ fn f32_of_mut(run: &mut DeviceRun) -> Result<&mut CudaSlice<f32>> {
 
 /// What is copied between a lease, which holds a piece in elements of `size` bytes, and storage of the device.
 pub(super) fn copies_into<'a>(
-    storage: &'a mut [DeviceRun],
+    storage: &'a mut [TensorStorage],
     runs: &[Run],
     size: usize,
 ) -> Result<Vec<CudaCopy<'a>>> {
-    let mut storage: Vec<Option<&mut DeviceRun>> = storage.iter_mut().map(Some).collect();
+    let mut storage: Vec<Option<&mut TensorStorage>> = storage.iter_mut().map(Some).collect();
     let copies = runs.iter().map(|run| {
-        let device = storage.get_mut(run.entry).and_then(Option::take).and_then(DeviceRun::as_cuda_mut);
+        let device = storage.get_mut(run.entry).and_then(Option::take).and_then(TensorStorage::as_cuda_mut);
         let within = run.entry_start..run.entry_start + run.elements;
         let device = match device.map(|storage| &mut storage.slice) {
             Some(CudaStorageSlice::F32(values)) => DeviceRange::of(values, within),

@@ -3,7 +3,7 @@
 use super::{Case, case};
 use ferrozero::planner::machine::Machine;
 use ferrozero::planner::simulator::{Compute, ComputeTime, Simulator};
-use ferrozero::schedule::buffer_plan::{Arrangement, Needs};
+use ferrozero::schedule::buffer_plan::{BufferPlan, Needs};
 use ferrozero::schedule::builder::{Builder, gradient_passes_through};
 use proptest::prelude::*;
 
@@ -35,8 +35,8 @@ proptest! {
         let Case { layout, calls, placements, boundary_home, depths, accumulate, clip, device } = case;
         let passes = gradient_passes_through(&calls, accumulate, depths.vertical, clip);
         let needs = Needs { layout: &layout, calls: &calls, gradient_passes_through: passes, device };
-        let arrangement = Arrangement::new(&needs, placements, boundary_home, depths);
-        let builder = Builder { layout: &layout, calls: &calls, arrangement: &arrangement, accumulate, clip };
+        let buffer_plan = BufferPlan::new(&needs, placements, boundary_home, depths);
+        let builder = Builder { layout: &layout, calls: &calls, buffer_plan: &buffer_plan, accumulate, clip };
         let time = ComputeTime { before_s, within_s };
         let each = vec![time; calls.len()];
         let again_s = vec![within_s / 3.0; calls.len()];
@@ -45,7 +45,7 @@ proptest! {
         let simulator = Simulator {
             layout: &layout,
             calls: &calls,
-            arrangement: &arrangement,
+            buffer_plan: &buffer_plan,
             machine: &machine,
             compute: &compute,
         };

@@ -1,7 +1,7 @@
 //! A machine that runs operations on what buffers, slots and disk *mean*, and refuses an operation that is given
 //! something else than it should have.
 
-use ferrozero::schedule::buffer_plan::Arrangement;
+use ferrozero::schedule::buffer_plan::BufferPlan;
 use ferrozero::schedule::layout::Layout;
 use ferrozero::schedule::operation::{Buffer, Call, Extent, MasterPlace, Operation, Stream};
 use std::collections::{BTreeSet, HashMap};
@@ -111,13 +111,13 @@ impl Machine {
     pub fn new(
         layout: &Layout,
         calls: &[Call],
-        arrangement: &Arrangement,
+        buffer_plan: &BufferPlan,
         accumulate: usize,
         clip: bool,
     ) -> Self {
         let moves = |index: usize, call: &Call| {
-            let away = arrangement.boundary_home != ferrozero::Tier::Device;
-            call.boundary_moves && away && !arrangement.keeps(index)
+            let away = buffer_plan.boundary_home != ferrozero::Tier::Device;
+            call.boundary_moves && away && !buffer_plan.keeps(index)
         };
         let groups = Groups {
             pieces: layout.groups.iter().map(|group| layout.piece_count(group.elements)).collect(),
@@ -138,12 +138,12 @@ impl Machine {
             measured: vec![(0, 0); groups.pieces.len()],
             layout: groups,
             accumulate,
-            vertical: arrangement.vertical,
+            vertical: buffer_plan.vertical,
             clip,
-            buffers: vec![Content::Nothing; arrangement.buffers().count()],
-            slots: vec![None; arrangement.slots.len()],
-            sets: vec![None; arrangement.gradient_sets],
-            passages: vec![None; arrangement.passages],
+            buffers: vec![Content::Nothing; buffer_plan.buffers().count()],
+            slots: vec![None; buffer_plan.slots.len()],
+            sets: vec![None; buffer_plan.gradient_sets],
+            passages: vec![None; buffer_plan.passages],
             graphs: vec![],
             disk: HashMap::new(),
             committed: HashMap::new(),

@@ -8,7 +8,7 @@ mod overlap;
 
 use candle_core::DType;
 use ferrozero::Tier;
-use ferrozero::schedule::buffer_plan::{Arrangement, Depths, DeviceKind, GroupPlacement, Needs};
+use ferrozero::schedule::buffer_plan::{BufferPlan, Depths, DeviceKind, GroupPlacement, Needs};
 use ferrozero::schedule::builder::{Builder, gradient_passes_through};
 use ferrozero::schedule::layout::{ALIGNMENT_ELEMENTS, Group, Layout};
 use ferrozero::schedule::operation::{Call, Operation, Queue, Resource};
@@ -245,9 +245,9 @@ proptest! {
         let Case { layout, calls, placements, boundary_home, depths, accumulate, clip, device } = case;
         let passes = gradient_passes_through(&calls, accumulate, depths.vertical, clip);
         let needs = Needs { layout: &layout, calls: &calls, gradient_passes_through: passes, device };
-        let arrangement = Arrangement::new(&needs, placements, boundary_home, depths);
-        let builder = Builder { layout: &layout, calls: &calls, arrangement: &arrangement, accumulate, clip };
-        let fresh = Machine::new(&layout, &calls, &arrangement, accumulate, clip);
+        let buffer_plan = BufferPlan::new(&needs, placements, boundary_home, depths);
+        let builder = Builder { layout: &layout, calls: &calls, buffer_plan: &buffer_plan, accumulate, clip };
+        let fresh = Machine::new(&layout, &calls, &buffer_plan, accumulate, clip);
 
         let mut run = Run::new(builder, 0);
         run.append(builder.initialize(), 0, 0);
@@ -309,8 +309,8 @@ fn no_operation_of_a_step_is_superfluous() {
         let device = DeviceKind { dtype: DType::F32, apart: false };
         let needs = Needs { layout: &layout, calls: &calls, gradient_passes_through: passes, device };
         let depths = Depths { slots: 1, look_ahead: 2, state_pieces: 4, gradient_sets: 1, vertical, kept };
-        let arrangement = Arrangement::new(&needs, placements, tier, depths);
-        let builder = Builder { layout: &layout, calls: &calls, arrangement: &arrangement, accumulate, clip };
+        let buffer_plan = BufferPlan::new(&needs, placements, tier, depths);
+        let builder = Builder { layout: &layout, calls: &calls, buffer_plan: &buffer_plan, accumulate, clip };
         let mut run = Run::new(builder, 0);
         run.append(builder.initialize(), 0, 0);
         run.train();
@@ -318,7 +318,7 @@ fn no_operation_of_a_step_is_superfluous() {
         run.commit(true);
         run.collect_all();
         let lives = |operations: &[(Operation, Moment)]| {
-            let fresh = Machine::new(&layout, &calls, &arrangement, accumulate, clip);
+            let fresh = Machine::new(&layout, &calls, &buffer_plan, accumulate, clip);
             let mut machine = fresh.clone();
             execute(&mut machine, operations, Order::AsListed).is_ok()
                 && machine.restarted(&fresh, 2).is_ok()

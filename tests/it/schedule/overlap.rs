@@ -7,7 +7,7 @@ use candle_core::DType;
 use ferrozero::Tier;
 use ferrozero::planner::machine::Machine;
 use ferrozero::planner::simulator::{Compute, ComputeTime, Forecast, Simulator};
-use ferrozero::schedule::buffer_plan::{Arrangement, Depths, DeviceKind, GroupPlacement, Needs};
+use ferrozero::schedule::buffer_plan::{BufferPlan, Depths, DeviceKind, GroupPlacement, Needs};
 use ferrozero::schedule::builder::{Builder, gradient_passes_through};
 use ferrozero::schedule::layout::{ALIGNMENT_ELEMENTS, Layout};
 use ferrozero::schedule::operation::{Call, Operation, Queue};
@@ -40,8 +40,8 @@ fn costed(
     let needs = Needs { layout: &layout, calls: &calls, gradient_passes_through: passes, device };
     let placements = vec![GroupPlacement::all(Tier::Host); LAYERS + 1];
     let depths = Depths { slots: 2, look_ahead: 4, state_pieces: 16, gradient_sets: 2, vertical, kept: 0 };
-    let arrangement = Arrangement::new(&needs, placements, boundaries, depths);
-    let builder = Builder { layout: &layout, calls: &calls, arrangement: &arrangement, accumulate, clip };
+    let buffer_plan = BufferPlan::new(&needs, placements, boundaries, depths);
+    let builder = Builder { layout: &layout, calls: &calls, buffer_plan: &buffer_plan, accumulate, clip };
     let layer_bytes = 4.0 * LAYER_ELEMENTS as f64;
     let machine = Machine {
         // Half of f32 crosses.
@@ -54,7 +54,7 @@ fn costed(
     let times = |within_s| vec![ComputeTime { before_s: 0.0, within_s }; LAYERS];
     let compute = Compute { forward: times(FORWARD_S), backward: times(BACKWARD_S), ..Compute::none(LAYERS) };
     let (layout, calls, machine, compute) = (&layout, &calls[..], &machine, &compute);
-    let simulator = Simulator { layout, calls, arrangement: &arrangement, machine, compute };
+    let simulator = Simulator { layout, calls, buffer_plan: &buffer_plan, machine, compute };
     let schedule = builder.train(clip);
     (simulator.forecast(&schedule), simulator.run(&[&schedule, &schedule]))
 }
