@@ -42,7 +42,7 @@ fn estimated_memory_is_near_what_a_rehearsal_measures() {
         })
         .unwrap();
         let none = Adapting::default();
-        let block = |vb, _| StreamedBlock::of(&engine, &config, &none, tiles, vb);
+        let block = |vb, _| StreamedBlock::from_config(&engine, &config, &none, tiles, vb);
         let model = Gpt::new(&config, engine.var_builder(), block).unwrap();
         let tokens = Tensor::zeros((batch, sequence), DType::U32, &Device::Cpu).unwrap();
         let plan = engine.plan(AdamW::default(), || model.loss(&tokens, &tokens)).unwrap();

@@ -45,7 +45,7 @@ impl Output {
     }
 
     /// Values alone.
-    pub fn of(values: TensorStorage, shape: Shape) -> Self {
+    pub fn from_values(values: TensorStorage, shape: Shape) -> Self {
         Self { values, shape, graph: None }
     }
 

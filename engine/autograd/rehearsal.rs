@@ -426,7 +426,7 @@ impl Trial {
             let (shape, dtype) = output.ok_or_else(|| internal("a known segment without an output"))?;
             self.count(|known| known.forward.bytes);
             let device = self.rehearsal.device.device();
-            return Ok(Output::of(TensorStorage::zeros(shape.elem_count(), dtype, device)?, shape));
+            return Ok(Output::from_values(TensorStorage::zeros(shape.elem_count(), dtype, device)?, shape));
         }
         if !lock(&self.rehearsal.findings).known.contains_key(&self.kind) {
             self.try_with_graph(&run)?;

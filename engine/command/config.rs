@@ -62,11 +62,11 @@ fn explain<S: Settings>(file: &Path, command: &str) -> CommandResult {
         println!("\nas settings of ferrozero:");
         println!("{}", serde_json::to_string_pretty(&mapping.settings)?);
         // What each key means is told before one of the values is refused.
-        S::of_file(file)?;
+        S::from_file(file)?;
         println!("\nnext: ferrozero {command} --config {}", file.display());
         return Ok(());
     }
-    let settings = S::of_file(file)?;
+    let settings = S::from_file(file)?;
     println!("{}: settings of ferrozero; those that it leaves out have their defaults", file.display());
     println!("{}", serde_json::to_string_pretty(&settings)?);
     Ok(())

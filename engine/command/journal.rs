@@ -130,7 +130,7 @@ impl Journal {
         let step = Step {
             elapsed_s: began.elapsed().as_secs_f64(),
             validation_loss: validation_loss.filter(|loss| loss.is_finite()),
-            ..Step::of(report, self.tokens, &self.before, &usage)
+            ..Step::new(report, self.tokens, &self.before, &usage)
         };
         self.before = usage;
         if let Some(events) = &mut self.tensorboard {
@@ -152,7 +152,7 @@ impl Journal {
             self.step_s.push(report.step_s);
         }
         if self.steps == PICTURED_STEP {
-            self.log(&Record::Timeline(StepTimeline::of(report, trainer.plan())), output);
+            self.log(&Record::Timeline(StepTimeline::new(report, trainer.plan())), output);
         }
         Ok(())
     }

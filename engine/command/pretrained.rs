@@ -75,7 +75,7 @@ pub(super) fn ends(configuration: &Value) -> Vec<u32> {
 
 /// The model's template for chats, if it has one.
 pub(super) fn chat_template(pretrained: &Pretrained) -> CommandResult<Option<ChatTemplate>> {
-    let template = ChatTemplate::of(&pretrained.tokenizer_configuration()?);
+    let template = ChatTemplate::from_configuration(&pretrained.tokenizer_configuration()?);
     Ok(template.map_err(|reason| DataError::ChatTemplate { path: pretrained.path.clone(), reason })?)
 }
 

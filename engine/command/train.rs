@@ -45,7 +45,7 @@ pub fn run(arguments: TrainArguments) -> CommandResult {
     };
     let corpus = match &settings.data {
         Some(path) => Corpus::from_path(path)?,
-        None => Corpus::of_cargo_registry()?,
+        None => Corpus::from_cargo_registry()?,
     };
     let tokens = TokenFile::encode(&corpus, &tokenizer, &settings.run.dir)?;
     let data = Dataset::new(tokens, settings.run.seed, settings.run.batch, settings.run.seq)?;
@@ -91,7 +91,7 @@ fn prepare(
     let engine = Engine::new(settings.run.config(resume)?)?;
     let config = settings.model(tokenizer.vocabulary());
     let (none, tiles) = (Adapting::default(), config.perceptron_tiles());
-    let block = |vb, _| StreamedBlock::of(&engine, &config, &none, tiles, vb);
+    let block = |vb, _| StreamedBlock::from_config(&engine, &config, &none, tiles, vb);
     let model = Gpt::new(&config, engine.var_builder(), block)?;
     let plan = engine.plan(settings.run.adamw(), || {
         let batch = data.train_batch(0, 0, 1)?;

@@ -20,7 +20,7 @@ impl ChatTemplate {
     ///
     /// # Errors
     /// Says what is wrong with the template.
-    pub fn of(tokenizer_configuration: &Value) -> Result<Option<Self>, String> {
+    pub fn from_configuration(tokenizer_configuration: &Value) -> Result<Option<Self>, String> {
         let template = match &tokenizer_configuration["chat_template"] {
             Value::String(template) => template.clone(),
             // Several by name.
@@ -137,7 +137,7 @@ mod tests {
 
     #[test]
     fn what_the_assistant_says_is_learnt_and_the_parts_are_the_chat() {
-        let template = ChatTemplate::of(&json!({ "chat_template": SMOLLM2 })).unwrap().unwrap();
+        let template = ChatTemplate::from_configuration(&json!({ "chat_template": SMOLLM2 })).unwrap().unwrap();
         let parts = template.parts(&chat()).unwrap();
         let learnt: Vec<&str> = parts.iter().filter(|part| part.1).map(|part| part.0.as_str()).collect();
         assert_eq!(learnt, ["Two.<|im_end|>\n", "Four.<|im_end|>\n"]);
@@ -150,7 +150,7 @@ mod tests {
     fn templates_use_special_tokens_methods_of_strings_and_exceptions() {
         let source = "{{ bos_token }}{% for m in messages %}\n    {% if m.role == 'tool' %}{{ raise_exception('no tools') }}{% endif %}\n{{ m.content.strip() | upper }}{% endfor %}";
         let configuration = json!({ "bos_token": { "content": "<s>" }, "chat_template": source });
-        let template = ChatTemplate::of(&configuration).unwrap().unwrap();
+        let template = ChatTemplate::from_configuration(&configuration).unwrap().unwrap();
         let render = |role: &str| template.render(&[json!({ "role": role, "content": " a " })], false);
         assert_eq!(render("user").unwrap(), "<s>A");
         assert!(render("tool").unwrap_err().contains("no tools"));
@@ -158,9 +158,9 @@ mod tests {
 
     #[test]
     fn what_cannot_be_learnt_from_is_an_error() {
-        let template = |source: &str| ChatTemplate::of(&json!({ "chat_template": source }));
+        let template = |source: &str| ChatTemplate::from_configuration(&json!({ "chat_template": source }));
         assert!(template("{% if %}").is_err());
-        assert!(ChatTemplate::of(&Value::Null).unwrap().is_none());
+        assert!(ChatTemplate::from_configuration(&Value::Null).unwrap().is_none());
         let plain = template("{% for m in messages %}{{ m.content }}{% endfor %}").unwrap().unwrap();
         assert!(plain.parts(&chat()[..1]).unwrap_err().contains("assistant"));
         // Says how many messages there are, first.

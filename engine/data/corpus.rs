@@ -40,7 +40,7 @@ impl Corpus {
     ///
     /// # Errors
     /// [`DataError::Empty`] if there are none.
-    pub fn of_cargo_registry() -> Result<Self, DataError> {
+    pub fn from_cargo_registry() -> Result<Self, DataError> {
         let home = std::env::var_os("CARGO_HOME").map(PathBuf::from);
         let home = home.or_else(|| std::env::home_dir().map(|home| home.join(".cargo"))).unwrap_or_default();
         let folder = home.join("registry").join("src");

@@ -254,7 +254,7 @@ mod tests {
         let tokenizer = Tokenizer::from_json(json.to_string().as_bytes(), &path).unwrap();
         let template =
             serde_json::json!({ "chat_template": "{% for m in messages %}{{ m.content }} {% endfor %}" });
-        let template = ChatTemplate::of(&template).unwrap();
+        let template = ChatTemplate::from_configuration(&template).unwrap();
         let first = |line: &str| {
             std::fs::write(&path, format!("{line}\n").repeat(9)).unwrap();
             let read =

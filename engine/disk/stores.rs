@@ -33,7 +33,7 @@ pub struct Progress {
 
 impl Progress {
     /// After `step` steps by `plan`.
-    pub fn of(step: u64, plan: &Plan, loss_scale: Option<LossScale>) -> Self {
+    pub fn new(step: u64, plan: &Plan, loss_scale: Option<LossScale>) -> Self {
         let names = plan.layout().groups.iter().map(|group| group.name.clone());
         let homes = names.zip(plan.placements().iter().copied()).collect();
         Self { step, parameters: parameter_rows(plan.layout()), homes, loss_scale }

@@ -190,7 +190,7 @@ impl ModelShape {
             _ => {
                 let longest = value.get("max_position_embeddings").and_then(Value::as_u64);
                 let config = LlamaConfig::from_json(&value, &path.display().to_string(), sequence)?;
-                Self::of_llama(config, longest.unwrap_or(sequence as u64) as usize)
+                Self::from_llama(config, longest.unwrap_or(sequence as u64) as usize)
             }
         };
         let Self { vocabulary, layers, hidden, heads, key_value_heads, head_width, feed_forward, .. } =
@@ -202,7 +202,7 @@ impl ModelShape {
         Ok(shape)
     }
 
-    fn of_llama(config: LlamaConfig, positions: usize) -> Self {
+    fn from_llama(config: LlamaConfig, positions: usize) -> Self {
         Self {
             family: Family::Llama,
             perceptron_tiles: config.perceptron_tiles(),

@@ -224,7 +224,7 @@ impl Performer {
             let init = &self.inits[entry.parameter];
             let target = &mut values[run.piece_start..run.piece_start + run.elements];
             // A tile has the values that the whole has there.
-            let tile = Tile::of(&entry.name);
+            let tile = Tile::from_name(&entry.name);
             let runs = || tile.runs(&entry.shape, run.entry_start, run.elements);
             let filled = match (&self.initial_values, &tile.cut) {
                 (Some(initial), Some(Cut::Columns(columns, all))) => {

@@ -181,7 +181,7 @@ impl StreamedBlock {
     ///
     /// # Errors
     /// What the engine says.
-    pub fn of(
+    pub fn from_config(
         engine: &Engine,
         config: &GptConfig,
         adapting: &Adapting,

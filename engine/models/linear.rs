@@ -38,7 +38,7 @@ impl Adapting {
     ///
     /// # Errors
     /// [`Error::Configuration`] for a target that names no layer.
-    pub(super) fn of(rank: usize, alpha: f64, targets: &[String], layers: &[&str]) -> Result<Self, Error> {
+    pub(super) fn new(rank: usize, alpha: f64, targets: &[String], layers: &[&str]) -> Result<Self, Error> {
         if let Some(unknown) =
             targets.iter().find(|target| !layers.iter().any(|layer| is_named(layer, target)))
         {

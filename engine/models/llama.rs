@@ -259,7 +259,7 @@ impl StreamedBlock {
     ///
     /// # Errors
     /// What the engine says.
-    pub fn of(
+    pub fn from_config(
         engine: &Engine,
         config: &LlamaConfig,
         layer: usize,

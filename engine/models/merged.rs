@@ -27,7 +27,7 @@ impl Pretrained {
             let found = stored.iter().find(|(name, ..)| name == wanted);
             let (_, _, name, shape, transposed) =
                 found.ok_or_else(|| internal("a parameter without its name in the file"))?;
-            let merge = Merge::of(trainer, adapting, name, shape)?;
+            let merge = Merge::new(trainer, adapting, name, shape)?;
             let mut transposing = Transposing::new(shape).filter(|_| *transposed);
             let mut changed = vec![];
             trainer.show(name, &mut |first, values| {
@@ -64,7 +64,7 @@ struct Merge {
 
 impl Merge {
     /// That of the parameter of a name, if it has an adapter.
-    fn of(trainer: &Trainer, adapting: &Adapting, name: &str, shape: &[usize]) -> Result<Option<Self>> {
+    fn new(trainer: &Trainer, adapting: &Adapting, name: &str, shape: &[usize]) -> Result<Option<Self>> {
         let (Some([a, b]), [_, inputs]) = (Adapting::adapter_of(name), shape) else { return Ok(None) };
         if adapting.rank == 0 || !trainer.parameters().iter().any(|(name, _)| *name == a) {
             return Ok(None);

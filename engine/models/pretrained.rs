@@ -34,7 +34,7 @@ enum Family {
 
 impl Family {
     /// By a configuration, for sequences of so many tokens. `source` is for messages.
-    fn of(configuration: &Value, source: &str, sequence: usize) -> Result<Self> {
+    fn from_configuration(configuration: &Value, source: &str, sequence: usize) -> Result<Self> {
         match configuration.get("model_type").and_then(Value::as_str) {
             Some("gpt2") => Ok(Self::Gpt2(gpt2_config(configuration, source, sequence)?)),
             _ => Ok(Self::Llama(LlamaConfig::from_json(configuration, source, sequence)?)),
@@ -82,28 +82,28 @@ impl Pretrained {
     /// # Errors
     /// [`Error::Configuration`], [`Error::Unsupported`], [`Error::Weights`] and [`Error::File`].
     pub fn open(path: &Path, sequence: usize) -> Result<Self> {
-        if path.is_dir() { Self::of_folder(path, sequence) } else { Self::of_gguf(path, sequence) }
+        if path.is_dir() { Self::from_folder(path, sequence) } else { Self::from_gguf(path, sequence) }
     }
 
-    fn of_folder(folder: &Path, sequence: usize) -> Result<Self> {
+    fn from_folder(folder: &Path, sequence: usize) -> Result<Self> {
         let path = folder.join("config.json");
         let configuration = read_json(&path)?;
-        let family = Family::of(&configuration, &path.display().to_string(), sequence)?;
+        let family = Family::from_configuration(&configuration, &path.display().to_string(), sequence)?;
         let tied = matches!(&family, Family::Llama(LlamaConfig { tied: true, .. }));
         let weights = match &family {
-            Family::Gpt2(_) => Weights::of_folder(folder, &gpt2_name)?,
-            Family::Llama(_) => Weights::of_folder(folder, &|name| {
+            Family::Gpt2(_) => Weights::from_folder(folder, &gpt2_name)?,
+            Family::Llama(_) => Weights::from_folder(folder, &|name| {
                 let derived = name.ends_with("rotary_emb.inv_freq") || (tied && name == "lm_head.weight");
                 (!derived).then(|| (name.to_owned(), ElementOrder::Same))
             })?,
         };
-        Ok(Self::of(folder, configuration, weights, family))
+        Ok(Self::new(folder, configuration, weights, family))
     }
 
-    fn of_gguf(path: &Path, sequence: usize) -> Result<Self> {
+    fn from_gguf(path: &Path, sequence: usize) -> Result<Self> {
         let content = gguf::read(path)?;
         let configuration = gguf::configuration(path, &content)?;
-        let family = Family::of(&configuration, &path.display().to_string(), sequence)?;
+        let family = Family::from_configuration(&configuration, &path.display().to_string(), sequence)?;
         // The converter of Llama's checkpoints turns rows for another form of rotation; those of other families are as they were.
         let interleaved = matches!(configuration["model_type"].as_str(), Some("llama" | "mistral"));
         let naming = |name: &str| match &family {
@@ -116,11 +116,11 @@ impl Pretrained {
             Family::Llama(_) => |name| gguf::LLAMA_NAMES.stored(name),
             Family::Gpt2(_) => |name| gguf::GPT2_NAMES.stored(name),
         };
-        let weights = Weights::of_gguf(path, &content, &naming, stored_name)?;
-        Ok(Self::of(path, configuration, weights, family))
+        let weights = Weights::from_gguf(path, &content, &naming, stored_name)?;
+        Ok(Self::new(path, configuration, weights, family))
     }
 
-    fn of(path: &Path, configuration: Value, weights: Weights, family: Family) -> Self {
+    fn new(path: &Path, configuration: Value, weights: Weights, family: Family) -> Self {
         let (head_tiles, perceptron_tiles) = (family.head_tiles(), family.perceptron_tiles());
         let weights = Arc::new(weights.with_own_parameters(Adapting::is_adapter));
         Self { path: path.to_owned(), configuration, weights, head_tiles, perceptron_tiles, family }
@@ -165,8 +165,8 @@ impl Pretrained {
         let tiles = self.perceptron_tiles;
         self.build_with(
             engine.var_builder(),
-            |vb, layer, config| llama::StreamedBlock::of(engine, config, layer, adapting, tiles, vb),
-            |vb, config| gpt::StreamedBlock::of(engine, config, adapting, tiles, vb),
+            |vb, layer, config| llama::StreamedBlock::from_config(engine, config, layer, adapting, tiles, vb),
+            |vb, config| gpt::StreamedBlock::from_config(engine, config, adapting, tiles, vb),
             |vb, config| {
                 let sizes = (config.hidden, config.vocabulary);
                 let tiled = || TiledLinear::new(engine, sizes, self.head_tiles, false, llama::WEIGHTS, vb);
@@ -213,7 +213,7 @@ impl Pretrained {
     /// # Errors
     /// [`Error::Configuration`] for a target that the model has not, with those that it has.
     pub fn adapting(&self, rank: usize, alpha: f64, targets: &[String]) -> Result<Adapting> {
-        Adapting::of(rank, alpha, targets, self.linear_layers())
+        Adapting::new(rank, alpha, targets, self.linear_layers())
     }
 
     fn linear_layers(&self) -> &'static [&'static str] {

@@ -182,7 +182,7 @@ impl Weights {
     ///
     /// # Errors
     /// [`Error::File`], and [`Error::Weights`] for damaged files and tensors that cannot be read as numbers.
-    pub fn of_folder(folder: &Path, naming: &Naming) -> Result<Self> {
+    pub fn from_folder(folder: &Path, naming: &Naming) -> Result<Self> {
         let mut tensors = HashMap::new();
         for path in files_of(folder)? {
             let file = SafetensorsFile::open(&path)?;
@@ -214,7 +214,7 @@ impl Weights {
     ///
     /// # Errors
     /// [`Error::File`], and [`Error::Weights`] if it is shorter than its table says.
-    pub fn of_gguf(
+    pub fn from_gguf(
         path: &Path,
         content: &gguf_file::Content,
         naming: &Naming,

@@ -119,7 +119,7 @@ pub struct Step {
 
 impl Step {
     /// Of a step's report. `before` is what the run had used after the step before, `usage` what it has used now.
-    pub fn of(report: &StepReport, tokens: u64, before: &Usage, usage: &Usage) -> Self {
+    pub fn new(report: &StepReport, tokens: u64, before: &Usage, usage: &Usage) -> Self {
         let (from_s, until_s) = window(report);
         let busy = Queue::ALL.into_iter().map(|queue| {
             let busy_s = report.trace.busy_within_s(&[queue], from_s, until_s);
@@ -164,7 +164,7 @@ pub struct StepTimeline {
 
 impl StepTimeline {
     /// Of a step's report.
-    pub fn of(report: &StepReport, plan: &Plan) -> Self {
+    pub fn new(report: &StepReport, plan: &Plan) -> Self {
         let (from_s, until_s) = window(report);
         let spans = report.trace.timeline(plan, from_s, until_s);
         let levels = report.trace.occupancy(plan, from_s, until_s);

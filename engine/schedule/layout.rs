@@ -169,7 +169,7 @@ impl Layout {
         });
         let mut found: Vec<(usize, usize, usize)> = entries
             .filter_map(|(group, index, entry)| {
-                let tile = Tile::of(&entry.name);
+                let tile = Tile::from_name(&entry.name);
                 (tile.whole == name).then(|| (tile.cut.as_ref().map_or(0, Cut::first), group, index))
             })
             .collect();
@@ -206,7 +206,7 @@ impl Layout {
     pub fn parameters(&self) -> Vec<(String, Vec<usize>)> {
         let mut all: BTreeMap<String, Vec<usize>> = BTreeMap::new();
         for entry in self.groups.iter().flat_map(|group| &group.table) {
-            let Tile { whole, cut } = Tile::of(&entry.name);
+            let Tile { whole, cut } = Tile::from_name(&entry.name);
             match (all.get_mut(whole.as_ref()), cut.map(|cut| cut.dimension())) {
                 (Some(shape), Some(dimension)) => shape[dimension] += entry.shape[dimension],
                 _ => drop(all.insert(whole.into_owned(), entry.shape.clone())),
@@ -217,7 +217,7 @@ impl Layout {
 
     /// Puts values of a parameter's part from the element `start` of the part on where the whole has them.
     pub(crate) fn put(entry: &TableEntry, start: usize, values: &[f32], put: &mut Put) -> Result<()> {
-        let mut runs = Tile::of(&entry.name).runs(&entry.shape, start, values.len());
+        let mut runs = Tile::from_name(&entry.name).runs(&entry.shape, start, values.len());
         runs.try_for_each(|(first, run)| put(first, &values[run]))
     }
 

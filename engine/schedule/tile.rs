@@ -69,7 +69,7 @@ pub(crate) struct Tile<'a> {
 
 impl<'a> Tile<'a> {
     /// The tile that a parameter of a name is.
-    pub fn of(name: &'a str) -> Self {
+    pub fn from_name(name: &'a str) -> Self {
         let cut = [".rows_", ".columns_"].iter().find_map(|mark| {
             let start = name.rfind(mark)?;
             let (text, kind) = name[start + 1..].split_once('.')?;
@@ -123,13 +123,13 @@ mod tests {
     #[test]
     fn names_say_which_tile_and_of_what() {
         let tile = |name: &'static str| {
-            let Tile { whole, cut } = Tile::of(name);
+            let Tile { whole, cut } = Tile::from_name(name);
             (whole.into_owned(), cut)
         };
         let weight = "h.0.down.weight".to_owned();
         for cut in [Cut::Rows(0..7), Cut::Columns(7..9, 12)] {
             let name = format!("h.0.down.{cut}.weight");
-            let found = Tile::of(&name);
+            let found = Tile::from_name(&name);
             assert_eq!((found.whole.as_ref(), found.cut), (weight.as_str(), Some(cut)));
         }
         assert_eq!(
@@ -156,7 +156,7 @@ mod tests {
             for at_once in [1, 5, elements] {
                 let mut found = vec![0; rows * columns];
                 for (name, shape) in &tiles {
-                    let tile = Tile::of(name);
+                    let tile = Tile::from_name(name);
                     let (row, column) = match &tile.cut {
                         None => (0, 0),
                         Some(Cut::Rows(rows)) => (rows.start, 0),

@@ -468,7 +468,7 @@ impl Trainer {
         };
         tracing::debug!(step = self.step, "commit");
         self.settle()?;
-        let progress = Progress::of(self.step, &self.plan, self.loss_scale);
+        let progress = Progress::new(self.step, &self.plan, self.loss_scale);
         let document = serde_json::json!({ "engine": progress, "user": user });
         let commit = Some(StateCommit { store: store.clone(), document });
         let schedule = self.plan.schedule(|builder| builder.commit(!self.committed));

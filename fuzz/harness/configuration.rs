@@ -17,13 +17,13 @@ pub fn resolve(text: &[u8]) {
 
 /// Reads the text as settings in TOML; answers whether it was accepted.
 pub fn resolve_toml(text: &[u8]) -> bool {
-    of_text(text, "train.toml").is_some()
+    from_text(text, "train.toml").is_some()
 }
 
 /// Reads the text as a configuration of DeepSpeed's; answers whether it was accepted. Where it says how large
 /// a batch is, the settings have as many sequences.
 pub fn resolve_deepspeed(text: &[u8]) -> bool {
-    let Some(settings) = of_text(text, "ds_config.json") else { return false };
+    let Some(settings) = from_text(text, "ds_config.json") else { return false };
     let config = serde_json::from_slice::<serde_json::Value>(text).unwrap_or_default();
     if let Some(batch) = config.get("train_batch_size").and_then(serde_json::Value::as_u64) {
         assert_eq!((settings.run.batch * settings.run.accumulate) as u64, batch);
@@ -34,9 +34,9 @@ pub fn resolve_deepspeed(text: &[u8]) -> bool {
     true
 }
 
-fn of_text(text: &[u8], name: &str) -> Option<TrainSettings> {
+fn from_text(text: &[u8], name: &str) -> Option<TrainSettings> {
     let text = std::str::from_utf8(text).ok()?;
-    match TrainSettings::of_text(text, Path::new(name)) {
+    match TrainSettings::from_text(text, Path::new(name)) {
         Ok(settings) => {
             expect_sound(&settings);
             Some(settings)

@@ -141,11 +141,11 @@ fn family(is_llama: bool, config: Config) -> ferrozero::Result<(Trainer, Model)>
             "rope_theta": 10000.0, "max_position_embeddings": 33, "tie_word_embeddings": true,
         });
         let config = LlamaConfig::from_json(&config, "the test", 33)?;
-        let block = |vb, layer| llama::StreamedBlock::of(&engine, &config, layer, &none, 1, vb);
+        let block = |vb, layer| llama::StreamedBlock::from_config(&engine, &config, layer, &none, 1, vb);
         Model::Llama(Llama::new(&config, engine.var_builder(), block, |_| Ok(None))?)
     } else {
         let config = GptConfig { vocabulary: VOCABULARY, layers: 3, hidden: 64, heads: 4, sequence: 33 };
-        let block = |vb, _| gpt::StreamedBlock::of(&engine, &config, &none, 1, vb);
+        let block = |vb, _| gpt::StreamedBlock::from_config(&engine, &config, &none, 1, vb);
         Model::Gpt(Gpt::new(&config, engine.var_builder(), block)?)
     };
     let adamw = AdamW { learning_rate: 5e-4, ..AdamW::default() };

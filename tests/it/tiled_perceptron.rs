@@ -175,7 +175,7 @@ const WIDE: GptConfig = GptConfig { vocabulary: 64, layers: 3, hidden: 256, head
 fn wide(config: Config, tiles: usize) -> Result<(Trainer, Gpt<StreamedBlock>)> {
     let engine = Engine::new(config)?;
     let none = Adapting::default();
-    let block = |vb, _| StreamedBlock::of(&engine, &WIDE, &none, tiles, vb);
+    let block = |vb, _| StreamedBlock::from_config(&engine, &WIDE, &none, tiles, vb);
     let model = Gpt::new(&WIDE, engine.var_builder(), block)?;
     let plan = engine.plan(AdamW::default(), || wide_loss(&model))?;
     Ok((engine.trainer(plan)?, model))

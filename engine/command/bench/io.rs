@@ -58,7 +58,7 @@ struct Queues {
 }
 
 impl Queues {
-    fn of(swept: &[Swept]) -> Self {
+    fn new(swept: &[Swept]) -> Self {
         let spread_of = |value: fn(&Swept) -> f64| spread(swept.iter().map(value).collect());
         Self {
             sweep_s: spread_of(|swept| swept.sweep_s),
@@ -153,7 +153,7 @@ fn measure_sweep(
     }
     let reference =
         shape.map(|shape| Reference { shape, bytes_per_s: spread(theirs), ratio: spread(ratios) });
-    let queues = (sweep == Sweep::Update).then(|| Queues::of(&rounds));
+    let queues = (sweep == Sweep::Update).then(|| Queues::new(&rounds));
     Ok(Row { sweep, bytes: disk.bytes(), store_bytes_per_s: spread(ours), fio: reference, queues })
 }
 

@@ -356,7 +356,7 @@ impl Model {
                 sequence: arguments.seq,
             };
             let tiles = config.perceptron_tiles();
-            let block = |vb, _| gpt::StreamedBlock::of(engine, &config, &none, tiles, vb);
+            let block = |vb, _| gpt::StreamedBlock::from_config(engine, &config, &none, tiles, vb);
             return Ok(Self::Gpt(Gpt::new(&config, engine.var_builder(), block)?));
         };
         let source = path.display().to_string();
@@ -364,7 +364,7 @@ impl Model {
             std::fs::read_to_string(path).map_err(|error| configuration(format!("{source}: {error}")))?;
         let config = LlamaConfig::from_json(&serde_json::from_str(&text)?, &source, arguments.seq)?;
         let tiles = config.perceptron_tiles();
-        let block = |vb, layer| llama::StreamedBlock::of(engine, &config, layer, &none, tiles, vb);
+        let block = |vb, layer| llama::StreamedBlock::from_config(engine, &config, layer, &none, tiles, vb);
         Ok(Self::Llama(Llama::new(&config, engine.var_builder(), block, |_| Ok(None))?))
     }
 

@@ -41,7 +41,7 @@ impl Sizes {
             sequence: self.sequence,
         };
         let (none, tiles) = (Adapting::default(), config.perceptron_tiles());
-        let block = |vb, _| StreamedBlock::of(engine, &config, &none, tiles, vb);
+        let block = |vb, _| StreamedBlock::from_config(engine, &config, &none, tiles, vb);
         let model = Gpt::new(&config, engine.var_builder(), block)?;
         let workload = Workload { model, sizes: self, random: Stream::new(1, "tokens") };
         let plan = engine.plan(AdamW::default(), || workload.loss(0, 0))?;

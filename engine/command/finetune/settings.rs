@@ -160,7 +160,7 @@ mod tests {
         let path = folder.path().join("finetune.json");
         let of = |text: &str| {
             std::fs::write(&path, text).unwrap();
-            FinetuneSettings::of_file(&path)
+            FinetuneSettings::from_file(&path)
         };
         let found = of(r#"{ "epochs": 2, "memory": "1GiB", "beta1": 0.8, "stripe": ["a"] }"#).unwrap();
         let run = RunSettings {

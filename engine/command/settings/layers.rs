@@ -49,7 +49,7 @@ pub trait Settings: Default + Serialize + DeserializeOwned + schemars::JsonSchem
     ///
     /// # Errors
     /// As [`resolve`].
-    fn of_file(path: &Path) -> Result<Self> {
+    fn from_file(path: &Path) -> Result<Self> {
         resolve(&Value::Null, Some(path), None)
     }
 
@@ -57,7 +57,7 @@ pub trait Settings: Default + Serialize + DeserializeOwned + schemars::JsonSchem
     ///
     /// # Errors
     /// [`Error::Configuration`].
-    fn of_text(text: &str, name: &Path) -> Result<Self> {
+    fn from_text(text: &str, name: &Path) -> Result<Self> {
         resolve(&Value::Null, None, Some(settings_of::<Self>(text, name)?))
     }
 }

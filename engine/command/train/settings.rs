@@ -185,7 +185,7 @@ mod tests {
         let of = |name: &str, text: &str| {
             let path = folder.path().join(name);
             std::fs::write(&path, text).unwrap();
-            TrainSettings::of_file(&path)
+            TrainSettings::from_file(&path)
         };
         let run = RunSettings { batch: 2, lr: 0.5, ..RunSettings::default() };
         let expected = TrainSettings { run: run.clone(), ..TrainSettings::default() };

@@ -136,7 +136,7 @@ impl Search<'_> {
         let layout = &self.layout;
         let resident = layout.resident();
         let mut placements = plan.placements().to_vec();
-        let mut left = Room::of(&self.limits, plan);
+        let mut left = Room::new(&self.limits, plan);
         let mut moved = vec![];
         for stream in self.moving(plan, order) {
             for group in std::iter::once(resident).chain(0..resident) {
@@ -196,7 +196,7 @@ struct Room {
 }
 
 impl Room {
-    fn of(limits: &Limits, plan: &Plan) -> Self {
+    fn new(limits: &Limits, plan: &Plan) -> Self {
         let left = |limit: Option<u64>, used: u64| limit.map_or(u64::MAX, |limit| limit.saturating_sub(used));
         Self {
             memory_bytes: left(limits.memory_bytes, plan.memory_bytes()),
