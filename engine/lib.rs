@@ -81,6 +81,7 @@ pub mod observe;
 pub mod planner;
 mod probe;
 pub mod schedule;
+mod statistics;
 mod sync;
 mod train;
 

@@ -13,6 +13,7 @@ use crate::planner::observed::{KeptGraph, Observed};
 use crate::planner::simulator::{Compute, ComputeTime};
 use crate::schedule::layout::Layout;
 use crate::schedule::operation::Call;
+use crate::statistics::median;
 use crate::sync::lock;
 use candle_core::{DType, Shape, Tensor};
 use std::any::TypeId;
@@ -103,10 +104,11 @@ impl Measured {
 
     /// The median of the warm runs.
     fn typical_s(&self) -> f64 {
-        let mut warm = self.seconds.get(1..).unwrap_or_default().to_vec();
-        warm.sort_by(f64::total_cmp);
-        let typical = warm.get(warm.len() / 2).or(self.seconds.first());
-        typical.copied().unwrap_or_default()
+        match self.seconds.as_slice() {
+            [] => 0.0,
+            [cold] => *cold,
+            [_, warm @ ..] => median(warm.to_vec()),
+        }
     }
 }
 

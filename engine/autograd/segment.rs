@@ -68,7 +68,13 @@ impl<M: Send + Sync + 'static> Segment<M> {
     }
 }
 
-fn call(passes: &Passes, group: usize, kind: TypeId, run: Arc<RunModule>, inputs: &[&Tensor]) -> Result<Tensor> {
+fn call(
+    passes: &Passes,
+    group: usize,
+    kind: TypeId,
+    run: Arc<RunModule>,
+    inputs: &[&Tensor],
+) -> Result<Tensor> {
     if inputs.is_empty() {
         return Err(Error::Unsupported("a segment needs an input".into()));
     }

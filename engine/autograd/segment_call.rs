@@ -6,7 +6,7 @@ use crate::autograd::output::Output;
 use crate::autograd::registry::GroupTensors;
 use crate::autograd::rehearsal::{Rehearsal, Trial};
 use crate::device::compute::{ComputeDevice, Done};
-use crate::device::tensor_storage::{self, TensorStorage, Leaves};
+use crate::device::tensor_storage::{self, Leaves, TensorStorage};
 use crate::error::{Error, Result, internal};
 use crate::execution::executor::{ComputeRequest, Executor, Grant};
 use crate::schedule::layout::Layout;

@@ -64,12 +64,6 @@ fn spread(mut values: Vec<f64>) -> Spread {
     Spread { median: at(values.len() / 2), least: at(0), most: at(values.len().saturating_sub(1)) }
 }
 
-/// The middle of several numbers.
-fn median(mut values: Vec<f64>) -> f64 {
-    values.sort_by(f64::total_cmp);
-    values.get(values.len() / 2).copied().unwrap_or(f64::NAN)
-}
-
 /// An error where what is asked for was not reached, so that the exit code says so.
 fn verdict(passes: bool, asked: &str) -> CommandResult {
     if passes { Ok(()) } else { Err(format!("it was not reached that {asked}").into()) }

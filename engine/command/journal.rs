@@ -7,12 +7,11 @@ use super::settings::Reporting;
 use crate::observe::chrome::ChromeTrace;
 use crate::observe::run_log::{Record, RunLog, Start, Step, StepTimeline, Summary, VERSION};
 use crate::observe::tensorboard::EventFile;
+use crate::statistics::SECONDS_PER_DAY;
 use crate::train::report::Usage;
 use crate::{StepReport, Trainer};
 use serde_json::Value;
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
-
-const SECONDS_PER_DAY: f64 = 86_400.0;
 
 /// The step of a process that is kept as a picture: the first one makes what later ones use again.
 const PICTURED_STEP: u64 = 2;

@@ -10,13 +10,13 @@ use crate::estimate::question::{Answer, Question};
 use crate::planner::catalog::{Description, GPUS};
 use crate::planner::machine::Machine;
 use crate::planner::plan::Bytes;
+use crate::statistics::SECONDS_PER_DAY;
 use ferrozero_offload::Tier;
 use serde_json::json;
 use std::path::{Path, PathBuf};
 
 /// Changes of the machine that make less than this are not worth a line.
 const WORTH_SAYING: f64 = 1.02;
-const SECONDS_PER_DAY: f64 = 86_400.0;
 /// Host memory to device memory of a machine of which nothing is said: as workstations with one card often have it, and less than
 /// servers do.
 const HOST_TO_DEVICE: u64 = 2;

@@ -94,12 +94,6 @@ fn seconds(seconds: f64) -> String {
     }
 }
 
-/// The middle of values; none of nothing.
-fn median(mut values: Vec<f64>) -> Option<f64> {
-    values.sort_by(f64::total_cmp);
-    values.get(values.len() / 2).copied()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -137,7 +137,8 @@ mod tests {
 
     #[test]
     fn what_the_assistant_says_is_learnt_and_the_parts_are_the_chat() {
-        let template = ChatTemplate::from_configuration(&json!({ "chat_template": SMOLLM2 })).unwrap().unwrap();
+        let template =
+            ChatTemplate::from_configuration(&json!({ "chat_template": SMOLLM2 })).unwrap().unwrap();
         let parts = template.parts(&chat()).unwrap();
         let learnt: Vec<&str> = parts.iter().filter(|part| part.1).map(|part| part.0.as_str()).collect();
         assert_eq!(learnt, ["Two.<|im_end|>\n", "Four.<|im_end|>\n"]);

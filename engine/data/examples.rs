@@ -288,7 +288,8 @@ mod tests {
         });
         let tokenizer = Tokenizer::from_json(json.to_string().as_bytes(), Path::new("x.json")).unwrap();
         let tokens = |parts: &[(&str, bool)]| -> Vec<(u32, bool)> {
-            let parts: Vec<TextPart> = parts.iter().map(|(text, learnt)| ((*text).to_owned(), *learnt)).collect();
+            let parts: Vec<TextPart> =
+                parts.iter().map(|(text, learnt)| ((*text).to_owned(), *learnt)).collect();
             let marked = marked_tokens(&tokenizer, &parts).unwrap();
             let text: String = parts.into_iter().map(|(text, _)| text).collect();
             let bare: Vec<u32> = marked.iter().map(|token| token & !COUNTED).collect();

@@ -511,7 +511,12 @@ impl ComputeDevice {
 
     /// The device updates one run of a piece of which all states are at home there.
     #[cfg_attr(not(feature = "cuda"), expect(unused_variables, reason = "only CUDA devices are apart"))]
-    pub fn update(&self, step: &AdamWStep, states: [&mut TensorStorage; 4], range: Range<usize>) -> Result<()> {
+    pub fn update(
+        &self,
+        step: &AdamWStep,
+        states: [&mut TensorStorage; 4],
+        range: Range<usize>,
+    ) -> Result<()> {
         #[cfg(feature = "cuda")]
         if let Some(cuda) = &self.cuda {
             return cuda.update(step, states, range);
@@ -548,7 +553,12 @@ impl ComputeDevice {
     }
 
     /// Elements `range` of a boundary return to the device.
-    pub fn load_boundary(&self, buffer: &Lease, boundary: &mut TensorStorage, range: Range<usize>) -> Result<()> {
+    pub fn load_boundary(
+        &self,
+        buffer: &Lease,
+        boundary: &mut TensorStorage,
+        range: Range<usize>,
+    ) -> Result<()> {
         #[cfg(feature = "cuda")]
         if let Some(cuda) = &self.cuda {
             let run = Run { entry: 0, entry_start: range.start, piece_start: 0, elements: range.len() };

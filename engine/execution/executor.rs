@@ -435,7 +435,10 @@ impl Dispatcher {
                 format!("the forward of {}", self.performer.layout.groups[group].name)
             }
             ComputeRequest::Backward(call) => {
-                format!("the backward of {}", self.performer.layout.groups[self.performer.calls[call].group].name)
+                format!(
+                    "the backward of {}",
+                    self.performer.layout.groups[self.performer.calls[call].group].name
+                )
             }
             ComputeRequest::Attach => "the start of a pass".into(),
             ComputeRequest::Detach => "the end of the pass".into(),

@@ -100,10 +100,12 @@ impl StoredTensor {
         match self.order {
             ElementOrder::Same if count == width => self.read(name, first, out),
             ElementOrder::Same => self.fill_rows(name, columns, first, out, |row| row),
-            ElementOrder::InterleavedHeads { head_rows } => self.fill_rows(name, columns, first, out, |row| {
-                let (head, within, half) = (row / head_rows, row % head_rows, head_rows / 2);
-                head * head_rows + 2 * (within % half) + within / half
-            }),
+            ElementOrder::InterleavedHeads { head_rows } => {
+                self.fill_rows(name, columns, first, out, |row| {
+                    let (head, within, half) = (row / head_rows, row % head_rows, head_rows / 2);
+                    head * head_rows + 2 * (within % half) + within / half
+                })
+            }
             ElementOrder::Transposed => {
                 // A column of the parameter is a row of the file.
                 let rows = self.shape.last().copied().unwrap_or(1);

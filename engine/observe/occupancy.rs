@@ -8,7 +8,7 @@ use crate::planner::plan::Plan;
 use crate::schedule::buffer_plan::BufferUse;
 use crate::schedule::operation::{Extent, Operation, Resource};
 use crate::schedule::trace::Trace;
-use ferrozero_offload::Tier;
+use ferrozero_offload::{Tier, padded_bytes};
 use serde::{Deserialize, Serialize};
 use std::collections::HashMap;
 
@@ -162,7 +162,7 @@ fn memory_of(plan: &Plan, resource: Resource) -> Option<(Tier, u64)> {
 
 /// Bytes of a buffer as the arena gives them.
 fn page(bytes: usize) -> u64 {
-    bytes.next_multiple_of(4096) as u64
+    padded_bytes(bytes) as u64
 }
 
 /// Whether an operation puts something new into a resource that it uses, and does not add to what is there or take it.

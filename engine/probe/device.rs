@@ -1,9 +1,10 @@
 //! What a device does: its matrix products and attention, and the bus and the memory of one that has its own.
 
-use super::{Effort, median};
+use super::Effort;
 use crate::device::compute::ComputeDevice;
 use crate::device::tensor_storage::TensorStorage;
 use crate::error::Result;
+use crate::statistics::median;
 use candle_core::{DType, Device, Tensor};
 use ferrozero_kernels::ops::{Products, causal_attention, linear, with_products};
 use ferrozero_offload::{Budget, Tier};

@@ -7,7 +7,9 @@ use crate::schedule::trace::covered_s;
 use ferrozero_kernels::Pool;
 use ferrozero_kernels::adamw::{AdamWState, adamw};
 use ferrozero_offload::io::{Completion, Verb};
-use ferrozero_offload::{Arena, Budget, ExtentId, ExtentKind, ExtentSpec, Lease, Store, StoreOptions, Tier};
+use ferrozero_offload::{
+    Arena, Budget, ExtentId, ExtentKind, ExtentSpec, Lease, Store, StoreOptions, Tier, padded_bytes,
+};
 use serde::Serialize;
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::{Receiver, Sender, channel};
@@ -175,8 +177,7 @@ impl Disk {
         // As long as the engine's buffers, so that the three streams of a place do not meet in the memory's banks.
         let lease_bytes = piece_bytes + STAGGER_BYTES;
         let gradient_bytes = (stream_bytes.min(GRADIENT_BYTES_MAX) as usize).max(lease_bytes);
-        let page = |bytes: usize| bytes.next_multiple_of(4096);
-        let arena_bytes = STREAMS * places * page(lease_bytes) + page(gradient_bytes);
+        let arena_bytes = STREAMS * places * padded_bytes(lease_bytes) + padded_bytes(gradient_bytes);
         let arena = Arena::new(&Budget::new(Tier::Host, arena_bytes as u64), arena_bytes)?;
         let folder = Folder(directory.join(FOLDER));
         let _ = std::fs::remove_dir_all(&folder.0);

@@ -9,6 +9,7 @@ use crate::device::compute::ComputeDevice;
 use crate::error::{Error, Result};
 use crate::planner::catalog::{BUS_SHARE, PCIE_4};
 use crate::planner::machine::Machine;
+use crate::statistics::median;
 use crate::sync::lock;
 use candle_core::DType;
 use disk::{Disk, Sweep};
@@ -248,11 +249,6 @@ fn disk_bytes_per_s(directory: &Path, bytes: u64, threads: usize, effort: Effort
         *speed = sweep.moved_bytes(disk.bytes()) as f64 / median(times);
     }
     Ok(speeds)
-}
-
-fn median(mut values: Vec<f64>) -> f64 {
-    values.sort_by(f64::total_cmp);
-    values.get(values.len() / 2).copied().unwrap_or(f64::NAN)
 }
 
 /// Seconds that `work` takes: the median of several times, after one that warms up.

@@ -4,7 +4,7 @@ use crate::error::{Error, Result};
 use crate::schedule::buffer_plan::STAGGER_BYTES;
 use ferrozero_kernels::Pool;
 use ferrozero_kernels::adamw::{AdamWState, AdamWStep, adamw};
-use ferrozero_offload::{Arena, Budget, Lease, Tier};
+use ferrozero_offload::{Arena, Budget, Lease, Tier, padded_bytes};
 use std::time::Instant;
 
 /// Bytes that one update moves for each parameter: four runs are read and three written.
@@ -43,7 +43,7 @@ impl Runs {
     /// [`Error::Offload`] without so much memory.
     pub fn new(elements: usize) -> Result<Self> {
         let bytes = 4 * elements + STAGGER_BYTES;
-        let budget = Budget::new(Tier::Host, 4 * bytes.next_multiple_of(4096) as u64);
+        let budget = Budget::new(Tier::Host, 4 * padded_bytes(bytes) as u64);
         let arena = Arena::new(&budget, budget.limit_bytes() as usize)?;
         let lease = |value: f32| -> Result<Lease> {
             let mut lease = arena.lease(bytes)?;

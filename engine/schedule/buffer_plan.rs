@@ -4,7 +4,7 @@
 use crate::schedule::layout::{Group, Layout};
 use crate::schedule::operation::{Buffer, Call, GroupIndex, Slot, Stream};
 use candle_core::DType;
-use ferrozero_offload::Tier;
+use ferrozero_offload::{Tier, padded_bytes};
 use serde::{Deserialize, Serialize};
 use std::collections::HashMap;
 
@@ -469,7 +469,7 @@ impl BufferPlan {
     /// Bytes of all buffers of a tier, each rounded up to a page as the arena does.
     pub fn buffer_bytes(&self, tier: Tier) -> u64 {
         let of_tier = self.runs.iter().filter(|run| run.each.tier == tier);
-        of_tier.map(|run| run.bytes(|bytes| bytes.next_multiple_of(4096) as u64)).sum()
+        of_tier.map(|run| run.bytes(|bytes| padded_bytes(bytes) as u64)).sum()
     }
 
     /// Bytes of all buffers of some uses.

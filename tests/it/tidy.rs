@@ -96,9 +96,10 @@ fn unsafe_code_stays_where_it_is_needed() {
 }
 
 /// The rooms of the engine, files or folders, from the bottom to the top: each may use itself and those before it.
-const ROOMS: [&str; 20] = [
+const ROOMS: [&str; 21] = [
     "error",
     "sync",
+    "statistics",
     "byte_size",
     "data",
     "schedule",

@@ -2,12 +2,13 @@
 //! each really run, in turns, on a slow disk. Plans with the same schedule are one plan, and the chosen one is no other.
 
 use super::super::CommandResult;
+use super::verdict;
 use super::workload::{Sizes, measure, slow_disk};
-use super::{median, verdict};
 use crate::error::Error;
 use crate::planner::plan::Plan;
 use crate::schedule::buffer_plan::GroupPlacement;
 use crate::schedule::operation::Operation;
+use crate::statistics::median;
 use crate::{Config, Placement, Tier};
 use serde::Serialize;
 use std::path::Path;

@@ -9,7 +9,7 @@ use crate::device::tensor_storage::TensorStorage;
 use crate::schedule::buffer_plan::STAGGER_BYTES;
 use candle_core::DType;
 use ferrozero_kernels::ops::Products;
-use ferrozero_offload::{Budget, Lease, Tier};
+use ferrozero_offload::{Budget, Lease, Tier, padded_bytes};
 use serde::Serialize;
 use serde_json::json;
 use std::ops::Range;
@@ -77,8 +77,8 @@ impl Copies {
         let pieces = elements.div_ceil(piece_elements);
         let elements = pieces * piece_elements;
         // As far from one another as the engine's buffers are.
-        let lease_bytes = (4 * piece_elements + STAGGER_BYTES).next_multiple_of(4096);
-        let whole_bytes = if device.is_apart() { (4 * elements).next_multiple_of(4096) } else { 0 };
+        let lease_bytes = padded_bytes(4 * piece_elements + STAGGER_BYTES);
+        let whole_bytes = if device.is_apart() { padded_bytes(4 * elements) } else { 0 };
         let bytes = pieces * lease_bytes + whole_bytes;
         let budget = Budget::new(Tier::Host, bytes as u64);
         let arena = device.host_arena(&budget, bytes)?;

@@ -6,9 +6,10 @@
 
 use super::super::{CommandResult, configuration};
 use super::choice;
+use super::verdict;
 use super::workload::{Sizes, measure, slow_disk};
-use super::{median, verdict};
 use crate::planner::machine::Machine;
+use crate::statistics::median;
 use crate::{Config, Placement, Tier, probe};
 use serde::Serialize;
 use std::path::PathBuf;

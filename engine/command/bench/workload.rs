@@ -1,9 +1,9 @@
 //! A GPT on random tokens, to measure steps with.
 
 use super::super::CommandResult;
-use super::median;
 use crate::models::gpt::{Gpt, GptConfig, StreamedBlock};
 use crate::models::linear::Adapting;
+use crate::statistics::median;
 use crate::{AdamW, Config, Engine, Plan, Throttle};
 use candle_core::{Device, Tensor};
 use ferrozero_kernels::philox::Stream;

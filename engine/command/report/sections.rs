@@ -1,15 +1,16 @@
 //! The parts of a report, from what the log says.
 
 use super::chart::{Along, Series, chart};
-use super::{escaped, median, seconds};
+use super::{escaped, seconds};
 use crate::observe::occupancy::Occupancy;
 use crate::observe::run_log::{History, Step, StepTimeline};
 use crate::planner::plan::Bytes;
 use crate::schedule::operation::Queue;
+use crate::statistics::SECONDS_PER_DAY;
+use crate::statistics::median;
 use serde_json::Value;
 use std::fmt::Display;
 
-const SECONDS_PER_DAY: f64 = 86_400.0;
 const DAYS_PER_YEAR: f64 = 365.25;
 /// Queues that are busy for a smaller share of the step are left out.
 const WORTH_A_ROW: f64 = 1e-3;
@@ -47,7 +48,8 @@ fn measured(history: &History) -> &[Step] {
 }
 
 fn median_of(history: &History, value: impl Fn(&Step) -> f64) -> Option<f64> {
-    median(measured(history).iter().map(value).collect())
+    let values: Vec<f64> = measured(history).iter().map(value).collect();
+    (!values.is_empty()).then(|| median(values))
 }
 
 /// The figures that matter most.

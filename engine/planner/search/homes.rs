@@ -8,7 +8,7 @@ use crate::schedule::buffer_plan::{Depths, GroupPlacement, STAGGER_BYTES};
 use crate::schedule::builder::gradient_passes_through;
 use crate::schedule::layout::Layout;
 use crate::schedule::operation::Stream;
-use ferrozero_offload::Tier;
+use ferrozero_offload::{Tier, padded_bytes};
 
 impl Search<'_> {
     /// Homes where a run can find everything when nothing is brought closer.
@@ -224,7 +224,7 @@ impl Room {
 
 /// Bytes of the buffers that are home to a stream of `elements`.
 fn home_bytes(layout: &Layout, elements: usize) -> u64 {
-    let page = |elements: usize| (4 * elements + STAGGER_BYTES).next_multiple_of(4096) as u64;
+    let page = |elements: usize| padded_bytes(4 * elements + STAGGER_BYTES) as u64;
     let whole = elements / layout.piece_elements;
     let rest = elements % layout.piece_elements;
     whole as u64 * page(layout.piece_elements) + if rest > 0 { page(rest) } else { 0 }
