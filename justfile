@@ -22,7 +22,7 @@ test filter="":
 ci:
     .ci/run
 
-# Runs the CUDA tests on a software CUDA driver: eager, late, random or all.
+# Runs the CUDA tests on the software CUDA driver: eager, late, random, ci or all.
 cuda mode="all":
     scripts/cuda_check {{ mode }}
 

@@ -5,8 +5,8 @@
 pub enum Mode {
     /// Each operation runs when it is enqueued. Finds wrong numbers, bad launches and bad addresses.
     Eager,
-    /// No operation runs before something waits for it. Finds waits that are missing, and buffers that are used again or
-    /// freed too early.
+    /// No operation runs before something waits for it. Finds waits that are missing, and buffers that are
+    /// used again or freed too early.
     Late,
     /// Streams advance at random. Finds what depends on an order that neither extreme has.
     Random {

@@ -1,6 +1,7 @@
 //! Products of matrices, as cuBLAS makes them.
 //!
-//! Sums are made in f32, those of f64 in f64, in an order that depends on the shapes alone: one thread makes each product.
+//! Sums are made in f32, those of f64 in f64, in an order that depends on the shapes alone: one thread makes
+//! each product.
 
 use gemm::Parallelism;
 use half::{bf16, f16};
@@ -167,8 +168,8 @@ impl Gemm {
             if matrix.is_transposed { (1, stride) } else { (stride, 1) }
         };
         let ((a_column, a_row), (b_column, b_row)) = (strides(&self.a), strides(&self.b));
-        // SAFETY: `a` and `b` have all elements of their matrices by these strides, which `span` counts, and `product` has
-        // `rows` times `columns`; nothing else refers to it.
+        // SAFETY: `a` and `b` have all elements of their matrices by these strides, which `span` counts, and
+        // `product` has `rows` times `columns`; nothing else refers to it.
         unsafe {
             gemm::gemm(
                 rows,

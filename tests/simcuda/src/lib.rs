@@ -1,8 +1,8 @@
 //! A software CUDA driver that looks for bugs.
 //!
-//! The shared library stands in for libcuda, libcublas and libcurand. It runs PTX on the CPU, keeps a queue for each
-//! stream, and decides by its [`Configuration`] when the operations of streams run and in which order blocks and warps do.
-//! README.md says what it finds, and what it cannot tell.
+//! The shared library stands in for libcuda, libcublas and libcurand. It runs PTX on the CPU, keeps a queue
+//! for each stream, and decides by its [`Configuration`] when the operations of streams run and in which
+//! order blocks and warps do. README.md says what it finds, and what it cannot tell.
 //!
 //! | module | what it does |
 //! |---|---|
@@ -14,13 +14,14 @@
 //! | `program` | kernels, decoded: a function a step that works on all lanes of a warp |
 //! | `interpreter` | grids, blocks, warps and their lanes |
 //! | `gemm`, `random` | what cuBLAS and cuRAND do |
-//! | `statistics` | what is told when the process ends |
+//! | `exit` | what is told when the process ends |
 //!
 //! Tests choose a device of their own for a thread: see [`Driver::within`].
 
 pub mod api;
 mod configuration;
 mod driver;
+mod exit;
 mod fault;
 mod gemm;
 mod interpreter;
@@ -29,7 +30,6 @@ mod program;
 mod ptx;
 mod races;
 mod random;
-mod statistics;
 
 pub use configuration::{Configuration, Mode, Order};
 pub use driver::Driver;

@@ -1,7 +1,8 @@
 //! Device memory.
 //!
-//! Each allocation has a range of addresses of its own, which no address of the host is in and which is never used
-//! again: so an access out of bounds, after the end of an allocation's life, or with a host's pointer is found at once.
+//! Each allocation has a range of addresses of its own, which no address of the host is in and which is never
+//! used again: so an access out of bounds, after the end of an allocation's life, or with a host's pointer is
+//! found at once.
 
 use crate::fault::{Fault, Result};
 use crate::races::History;

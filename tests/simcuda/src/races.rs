@@ -1,9 +1,10 @@
 //! Finds accesses to the same memory on two streams without an order between them.
 //!
-//! Each stream counts its operations, and each operation knows by a vector clock how much of every stream was done for
-//! certain before it: by its own stream, by events that were waited for, and by what the host had waited for (L. Lamport,
-//! "Time, clocks, and the ordering of events in a distributed system", 1978; C. Fidge and F. Mattern, 1988). What only
-//! happened to be done is not in it, so a missing wait is seen whatever the order was.
+//! Each stream counts its operations, and each operation knows by a vector clock how much of every stream was
+//! done for certain before it: by its own stream, by events that were waited for, and by what the host had
+//! waited for (L. Lamport, "Time, clocks, and the ordering of events in a distributed system", 1978; C. Fidge
+//! and F. Mattern, 1988). What only happened to be done is not in it, so a missing wait is seen whatever the
+//! order was.
 
 use std::sync::Arc;
 
@@ -69,7 +70,8 @@ fn verb(is_write: bool) -> &'static str {
 }
 
 impl History {
-    /// Adds the accesses of an operation. Answers a sentence for each earlier one that is not ordered before it.
+    /// Adds the accesses of an operation. Answers a sentence for each earlier one that is not ordered before
+    /// it.
     pub fn add(&mut self, doing: &Doing<'_>, touched: &Touched) -> Vec<String> {
         let mut races = vec![];
         let accesses = [(false, touched.read), (true, touched.written)];
@@ -79,8 +81,8 @@ impl History {
                 let other = entry.stream != doing.stream && doing.before.of(entry.stream) < entry.number;
                 if overlap && other && (is_write || entry.is_write) {
                     races.push(format!(
-                        "{} {} bytes {} to {} of allocation {} on stream {}, which is not ordered after: {} {} bytes {} to {} \
-                         on stream {}",
+                        "{} {} bytes {} to {} of allocation {} on stream {}, which is not ordered after: \
+                         {} {} bytes {} to {} on stream {}",
                         doing.what,
                         verb(is_write),
                         range.0,

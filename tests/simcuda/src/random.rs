@@ -27,8 +27,8 @@ pub struct Draw {
     pub seed: u64,
 }
 
-/// Numbers from zero up to one (G. L. Steele, D. Lea and C. H. Flood, "Fast splittable pseudorandom number generators",
-/// 2014).
+/// Numbers from zero up to one (G. L. Steele, D. Lea and C. H. Flood, "Fast splittable pseudorandom number
+/// generators", 2014).
 struct Uniform(u64);
 
 impl Uniform {

@@ -64,7 +64,8 @@ pub unsafe extern "C" fn cuDeviceTotalMem_v2(bytes: *mut usize, _device: c_int) 
     0
 }
 
-/// An attribute of the device, by CUDA's number: those of an A100 where the driver has no reason for another one.
+/// An attribute of the device, by CUDA's number: those of an A100 where the driver has no reason for another
+/// one.
 fn attribute(number: c_int) -> c_int {
     match number {
         // Threads of a block, and along each axis.

@@ -106,7 +106,8 @@ pub unsafe extern "C" fn cuMemcpyHtoDAsync_v2(to: u64, from: usize, length: usiz
         if state.is_pinned(from, length) {
             return state.enqueue(stream, Work::UploadPinned { to, from, length });
         }
-        // SAFETY: the caller's memory, see the module. Other than page-locked memory it may be given up when this returns.
+        // SAFETY: the caller's memory, see the module. Other than page-locked memory it may be given up when
+        // this returns.
         let bytes = unsafe { std::slice::from_raw_parts(from as *const u8, length) }.to_vec();
         state.enqueue(stream, Work::Upload { to, bytes })
     })

@@ -1,7 +1,8 @@
-//! The C interface: as much of the driver's, of cuBLAS's and of cuRAND's as programs of candle and cudarc call.
+//! The C interface: as much of the driver's, of cuBLAS's and of cuRAND's as programs of candle and cudarc
+//! call.
 //!
-//! Functions have CUDA's names and arguments, so their documentation is CUDA's. They are `unsafe` as all of them are:
-//! callers promise that pointers are valid for what the function reads or writes there.
+//! Functions have CUDA's names and arguments, so their documentation is CUDA's. They are `unsafe` as all of
+//! them are: callers promise that pointers are valid for what the function reads or writes there.
 #![allow(non_snake_case, reason = "CUDA's names")]
 #![allow(clippy::missing_safety_doc, reason = "see above: the same for all")]
 #![allow(missing_docs, reason = "CUDA documents them")]

@@ -79,7 +79,8 @@ pub unsafe extern "C" fn cuLaunchKernel(
         let program = &function.program;
         let mut parameters = vec![0; program.parameter_bytes];
         for (index, (start, length)) in program.parameters.iter().enumerate() {
-            // SAFETY: the caller gives an address for each parameter of the kernel, of as many bytes as it has.
+            // SAFETY: the caller gives an address for each parameter of the kernel, of as many bytes as it
+            // has.
             let argument = unsafe { std::slice::from_raw_parts(*arguments.add(index), *length) };
             parameters[*start..start + length].copy_from_slice(argument);
         }

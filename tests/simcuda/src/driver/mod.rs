@@ -124,8 +124,8 @@ impl State {
     }
 }
 
-/// A device with everything on it. The functions of CUDA's interface work on the one of the process, which the
-/// environment configures, or on the one that a thread has chosen.
+/// A device with everything on it. The functions of CUDA's interface work on the one of the process, which
+/// the environment configures, or on the one that a thread has chosen.
 #[derive(Clone)]
 pub struct Driver(Arc<Mutex<State>>);
 
@@ -140,7 +140,8 @@ impl Driver {
         Self(Arc::new(Mutex::new(State::new(configuration))))
     }
 
-    /// The device of the process. If its variables are not understood, every call fails, and the first says why.
+    /// The device of the process. If its variables are not understood, every call fails, and the first says
+    /// why.
     pub fn of_process() -> Self {
         let make = || {
             let default = Configuration { mode: Mode::Eager, order: Order::Forward };

@@ -65,8 +65,8 @@ impl State {
         }
     }
 
-    /// A stream that has nothing to do. It takes the place of one that was destroyed, if the host knows that all of its
-    /// operations are done, so that clocks stay short.
+    /// A stream that has nothing to do. It takes the place of one that was destroyed, if the host knows that
+    /// all of its operations are done, so that clocks stay short.
     pub fn new_stream(&mut self) -> usize {
         let host = self.host().clone();
         let known = |(number, stream): (usize, &Stream)| {
@@ -118,7 +118,8 @@ impl State {
         Ok(())
     }
 
-    /// Runs a stream until so many of its operations are done. Waits pull in what they wait for, and nothing else.
+    /// Runs a stream until so many of its operations are done. Waits pull in what they wait for, and nothing
+    /// else.
     pub fn run_until(&mut self, stream: usize, done: u64) -> Result<(), Code> {
         while self.streams[stream].done < done {
             if let Some(Work::Wait { stream: other, number, .. }) =

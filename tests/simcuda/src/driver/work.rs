@@ -87,14 +87,15 @@ impl State {
             Work::Upload { to, bytes } => memory.write(*to, bytes.len(), accesses)?.copy_from_slice(bytes),
             Work::UploadPinned { to, from, length } => {
                 let to = memory.write(*to, *length, accesses)?;
-                // SAFETY: the range was page-locked when the copy was enqueued, and `cuMemFreeHost` runs all work first.
+                // SAFETY: the range was page-locked when the copy was enqueued, and `cuMemFreeHost` runs all
+                // work first.
                 let from = unsafe { std::slice::from_raw_parts(*from as *const u8, *length) };
                 to.copy_from_slice(from);
             }
             Work::Download { to, from, length } => {
                 let from = memory.read(*from, *length, accesses)?;
-                // SAFETY: the caller of the copy promises that so many bytes may be written there until it has waited for
-                // the copy, which is CUDA's own contract.
+                // SAFETY: the caller of the copy promises that so many bytes may be written there until it
+                // has waited for the copy, which is CUDA's own contract.
                 unsafe { std::ptr::copy_nonoverlapping(from.as_ptr(), *to as *mut u8, *length) };
             }
             Work::Copy { to, from, length } => {

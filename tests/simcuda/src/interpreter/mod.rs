@@ -1,4 +1,5 @@
-//! Runs kernels: grids of blocks, one block after another, and each block's warps in turns from barrier to barrier.
+//! Runs kernels: grids of blocks, one block after another, and each block's warps in turns from barrier to
+//! barrier.
 
 mod access;
 pub mod registers;

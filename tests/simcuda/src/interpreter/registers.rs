@@ -61,8 +61,8 @@ impl Registers {
         chunk
     }
 
-    /// Computes the first result of the active lanes from the first operands. The function may be called for other lanes,
-    /// too.
+    /// Computes the first result of the active lanes from the first operands. The function may be called for
+    /// other lanes, too.
     #[inline(always)]
     pub fn map<const N: usize>(&mut self, step: &Step, mask: Mask, compute: impl Fn([u64; N]) -> u64) {
         let result = step.results[0];

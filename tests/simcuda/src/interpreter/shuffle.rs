@@ -26,8 +26,8 @@ fn source(lane: usize, shuffle: Shuffle, operand: u64, limits: u64) -> (usize, b
 }
 
 impl Machine<'_> {
-    /// Exchanges operands once all lanes have come that the instruction names; answers those lanes, or none while some are
-    /// missing.
+    /// Exchanges operands once all lanes have come that the instruction names; answers those lanes, or none
+    /// while some are missing.
     pub fn shuffle(
         &mut self,
         warp: &mut Warp,

@@ -1,5 +1,5 @@
-//! A warp: 32 threads that run one instruction together. Those that branch apart run in groups, of which the one that is
-//! furthest behind goes first, until groups meet again.
+//! A warp: 32 threads that run one instruction together. Those that branch apart run in groups, of which the
+//! one that is furthest behind goes first, until groups meet again.
 
 use super::registers::{LANES, Registers};
 use super::{Launch, Machine, UNWRITTEN};

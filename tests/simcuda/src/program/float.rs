@@ -181,8 +181,9 @@ pub fn compute_pair<T: Float>(instruction: &Instruction) -> Option<Compute> {
     })
 }
 
-/// Results that are rounded down, up or toward zero: the nearest number is corrected by the sign of its error, which is
-/// exact (T. J. Dekker, "A floating-point technique for extending the available precision", 1971).
+/// Results that are rounded down, up or toward zero: the nearest number is corrected by the sign of its
+/// error, which is exact (T. J. Dekker, "A floating-point technique for extending the available precision",
+/// 1971).
 pub mod directed {
     use super::{Compute, Float, Instruction, Opcode, Rounding};
     use crate::ptx::types::Type;
@@ -194,7 +195,8 @@ pub mod directed {
         (sum, (a - (sum - of_b)) + (b - of_b))
     }
 
-    /// Whether a number that is `error` less than the exact result has to be replaced by the next one up or down.
+    /// Whether a number that is `error` less than the exact result has to be replaced by the next one up or
+    /// down.
     fn correction(nearest: f64, error: f64, rounding: Rounding) -> Option<bool> {
         if error == 0.0 || !nearest.is_finite() {
             return None;

@@ -138,8 +138,9 @@ fn test_of_floats<T: Float>(comparison: Comparison) -> Test {
         };
     }
     tests! {
-        Equal NotEqual Less LessOrEqual Greater GreaterOrEqual EqualOrUnordered NotEqualOrUnordered LessOrUnordered
-        LessOrEqualOrUnordered GreaterOrUnordered GreaterOrEqualOrUnordered BothNumbers Unordered
+        Equal NotEqual Less LessOrEqual Greater GreaterOrEqual EqualOrUnordered NotEqualOrUnordered
+        LessOrUnordered LessOrEqualOrUnordered GreaterOrUnordered GreaterOrEqualOrUnordered BothNumbers
+        Unordered
     }
 }
 
@@ -172,7 +173,8 @@ fn test(kind: Type, comparison: Comparison) -> Option<Test> {
     }
 }
 
-/// Sets a predicate by a comparison, and a second one by its contrary; both are combined with a third operand if there is one.
+/// Sets a predicate by a comparison, and a second one by its contrary; both are combined with a third operand
+/// if there is one.
 pub fn compare(instruction: &Instruction) -> Option<Compute> {
     fn set(registers: &mut Registers, step: &Step, mask: Mask) {
         let Some(test) = step.form.test else { return };

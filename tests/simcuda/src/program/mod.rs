@@ -1,8 +1,8 @@
-//! Kernels as the interpreter runs them: decoded once, operands resolved to rows of registers, and a function a step
-//! that works on all lanes of a warp.
+//! Kernels as the interpreter runs them: decoded once, operands resolved to rows of registers, and a function
+//! a step that works on all lanes of a warp.
 //!
-//! Whatever a step reads is a row of 32 numbers: registers, values that a thread knows of itself, constants. So no
-//! step has to find out what its operands are.
+//! Whatever a step reads is a row of 32 numbers: registers, values that a thread knows of itself, constants.
+//! So no step has to find out what its operands are.
 
 mod convert;
 mod float;
@@ -46,7 +46,8 @@ pub enum Action {
     Barrier,
     /// Lanes read each other's operand.
     Shuffle(Shuffle),
-    /// An assertion failed. The text's address is in the thread's own memory at the first operand, if there is one.
+    /// An assertion failed. The text's address is in the thread's own memory at the first operand, if there
+    /// is one.
     Assert(bool),
     /// The kernel stops itself.
     Trap,

@@ -28,8 +28,8 @@ fn belongs_to_word(byte: u8) -> bool {
     byte.is_ascii_alphanumeric() || matches!(byte, b'_' | b'$' | b'%' | b'.')
 }
 
-/// Bytes of the word that starts here, zero where none does. Words have `::` within (`.shared::cta`), but a single colon
-/// ends them; a minus sign before a digit is part of the number.
+/// Bytes of the word that starts here, zero where none does. Words have `::` within (`.shared::cta`), but a
+/// single colon ends them; a minus sign before a digit is part of the number.
 fn word_length(bytes: &[u8]) -> usize {
     let is_negative = bytes.first() == Some(&b'-') && bytes.get(1).is_some_and(u8::is_ascii_digit);
     let mut length = usize::from(is_negative);

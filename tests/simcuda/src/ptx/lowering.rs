@@ -1,5 +1,5 @@
-//! Turns a kernel's statements into instructions: names become registers, addresses and constants, branches become
-//! numbers of instructions, and called functions are written out where they are called.
+//! Turns a kernel's statements into instructions: names become registers, addresses and constants, branches
+//! become numbers of instructions, and called functions are written out where they are called.
 
 use std::collections::HashMap;
 

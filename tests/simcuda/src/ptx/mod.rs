@@ -1,8 +1,9 @@
-//! PTX, the assembly language that CUDA's compiler writes: from text to instructions whose operands are resolved.
+//! PTX, the assembly language that CUDA's compiler writes: from text to instructions whose operands are
+//! resolved.
 //!
-//! [`module::Module`] finds the functions and variables of a text. A kernel that a program asks for is parsed into
-//! statements ([`statement`]) and lowered to instructions ([`lowering`]): names become registers and constants, and
-//! calls of functions are replaced by the functions' instructions.
+//! [`module::Module`] finds the functions and variables of a text. A kernel that a program asks for is parsed
+//! into statements ([`statement`]) and lowered to instructions ([`lowering`]): names become registers and
+//! constants, and calls of functions are replaced by the functions' instructions.
 
 pub mod lexer;
 pub mod lowering;

@@ -1,7 +1,7 @@
 //! The functions and variables of a PTX text.
 //!
-//! Programs load large modules and use few of their kernels, so a function's body is looked at when its kernel is
-//! asked for.
+//! Programs load large modules and use few of their kernels, so a function's body is looked at when its
+//! kernel is asked for.
 
 use std::collections::HashMap;
 use std::ops::Range;

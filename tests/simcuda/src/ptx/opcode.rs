@@ -2,7 +2,8 @@
 
 use super::types::{Combine, Comparison, Instruction, Opcode, Rounding, Shuffle, Space, Type};
 
-/// The instruction that an opcode with its modifiers names, still without operands. The reason, where it is not known.
+/// The instruction that an opcode with its modifiers names, still without operands. The reason, where it is
+/// not known.
 pub fn instruction(text: &str, line: u32) -> Result<Instruction, String> {
     let mut parts = text.split('.');
     let name = parts.next().unwrap_or_default();
@@ -160,8 +161,8 @@ fn combine(modifier: &str) -> Option<Combine> {
     })
 }
 
-/// Modifiers of caches, scopes and memory orders, which one thread after another has no use for, and those that name
-/// what is meant anyway: operands say how long vectors are.
+/// Modifiers of caches, scopes and memory orders, which one thread after another has no use for, and those
+/// that name what is meant anyway: operands say how long vectors are.
 fn changes_nothing(modifier: &str) -> bool {
     matches!(
         modifier,

@@ -75,7 +75,8 @@ impl Type {
 /// Where an address points.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Space {
-    /// Global memory, constants, and addresses of no stated kind, which the interpreter takes for global ones.
+    /// Global memory, constants, and addresses of no stated kind, which the interpreter takes for global
+    /// ones.
     Global,
     /// The memory that a block's threads share.
     Shared,

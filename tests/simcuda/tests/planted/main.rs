@@ -1,4 +1,5 @@
-//! Programs with a fault that the driver must find, each beside its correct twin, which must pass in every mode.
+//! Programs with a fault that the driver must find, each beside its correct twin, which must pass in every
+//! mode.
 
 mod device;
 

@@ -16,8 +16,8 @@ fn table(state: &State, races: usize) -> String {
     let instructions: u64 = kernels.iter().map(|(_, count)| count.lane_instructions).sum();
     let seconds: f64 = kernels.iter().map(|(_, count)| count.seconds).sum();
     let mut text = format!(
-        "simcuda: {} kernels, {launches} launches, {instructions} lane instructions in {seconds:.3} s; {races} races; {} bytes \
-         live\n",
+        "simcuda: {} kernels, {launches} launches, {instructions} lane instructions in {seconds:.3} s; \
+         {races} races; {} bytes live\n",
         kernels.len(),
         state.memory.live_bytes()
     );
