@@ -3,6 +3,8 @@
 //! Instructions that are exact by definition (IEEE 754, one rounding each) are exact here. Approximate ones
 //! (`ex2.approx`, `rsqrt.approx`) give the nearest number: their last bits are those of no chip.
 
+#![expect(clippy::disallowed_methods, reason = "an fma of PTX rounds once")]
+
 use std::ops::{Add, Div, Mul, Neg, Sub};
 
 use half::{bf16, f16};
