@@ -262,7 +262,7 @@ fn wide_lines(text: &str) -> Vec<usize> {
 
 #[test]
 fn lines_fit_beside_each_other() {
-    for extension in ["py", "toml"] {
+    for extension in ["md", "py", "toml"] {
         for path in sources(extension) {
             let wide = wide_lines(&fs::read_to_string(&path).unwrap());
             assert!(wide.is_empty(), "{}:{wide:?}: more than {WIDEST_LINE} columns", path.display());
