@@ -1,4 +1,5 @@
-//! The optimizer's loop against a loop that moves the same bytes: `ferrozero bench adamw`, with the same options.
+//! The optimizer's loop against a loop that moves the same bytes: `ferrozero bench adamw`, with the same
+//! options.
 
 #[path = "../engine/bin/start.rs"]
 mod start;

@@ -1,4 +1,5 @@
-//! Forward and backward of each fused operation against the same composed of candle's own: `ferrozero bench ops`, with the same options.
+//! Forward and backward of each fused operation against the same composed of candle's own:
+//! `ferrozero bench ops`, with the same options.
 
 #[path = "../engine/bin/start.rs"]
 mod start;

@@ -16,25 +16,27 @@ use std::sync::Arc;
 pub struct Config {
     /// The device that computes: the CPU device, or one that [`open_device`](crate::open_device) made.
     pub device: Device,
-    /// The type of parameters, gradients and boundary activations on the device: f32, bf16 or f16. Masters, moments and
-    /// accumulated gradients are f32 always.
+    /// The type of parameters, gradients and boundary activations on the device: f32, bf16 or f16. Masters,
+    /// moments and accumulated gradients are f32 always.
     pub dtype: DType,
-    /// What the model's linear layers and losses multiply matrices of f32 by on the CPU device: f32, or bf16 where the processor has
-    /// matrix tiles for that. It changes bits, and is as fast as bf16 there; everything else is computed in f32.
+    /// What the model's linear layers and losses multiply matrices of f32 by on the CPU device: f32, or bf16
+    /// where the processor has matrix tiles for that. It changes bits, and is as fast as bf16 there;
+    /// everything else is computed in f32.
     pub products: Products,
-    /// Bytes of host memory for everything that the engine uses, and on the CPU device for the model's tensors too.
+    /// Bytes of host memory for everything that the engine uses, and on the CPU device for the model's
+    /// tensors too.
     pub memory_bytes: Option<u64>,
     /// Bytes that may be device memory.
     pub device_memory_bytes: Option<u64>,
-    /// Bytes that the model's own tensors take on a device whose driver does not count them. Where neither is known, no states
-    /// come home to the device by themselves.
+    /// Bytes that the model's own tensors take on a device whose driver does not count them. Where neither is
+    /// known, no states come home to the device by themselves.
     pub working_bytes: Option<u64>,
     /// Folder of the state on disk, which is the checkpoint. Without one there is no disk tier and no commit.
     pub directory: Option<PathBuf>,
     /// More folders, on other disks, that the state is dealt out to. A run that resumes finds its own.
     pub stripes: Vec<PathBuf>,
-    /// Keeps the state on disk once and not twice, which **gives up crash safety**: a run that is killed between two
-    /// commits cannot be resumed. A run that resumes stays as it was made.
+    /// Keeps the state on disk once and not twice, which **gives up crash safety**: a run that is killed
+    /// between two commits cannot be resumed. A run that resumes stays as it was made.
     pub in_place: bool,
     /// Opens the last commit in `directory` instead of starting anew.
     pub resume: bool,
@@ -60,19 +62,21 @@ pub struct Config {
     pub slots: Option<usize>,
     /// Pieces of parameters that may be read ahead of their upload; none: what makes steps shortest.
     pub look_ahead: Option<usize>,
-    /// Pieces that are between disk and optimizer at once, a multiple of four; none: what makes steps shortest.
+    /// Pieces that are between disk and optimizer at once, a multiple of four; none: what makes steps
+    /// shortest.
     pub state_pieces: Option<usize>,
     /// Groups whose gradients may be on the device at once; none: what makes steps shortest.
     pub gradient_sets: Option<usize>,
     /// When updates are made that clipping makes wait for the norm; none: what makes steps shortest.
     pub updates: Option<Updates>,
-    /// Micro-batches that run vertically, all of them through a segment before the next one, so that its parameters cross
-    /// once for all; none: what makes steps shortest.
+    /// Micro-batches that run vertically, all of them through a segment before the next one, so that its
+    /// parameters cross once for all; none: what makes steps shortest.
     pub vertical: Option<usize>,
-    /// Calls of segments that keep the graph of their forward, from the last one on, and are not computed again in the backward;
-    /// none: what makes steps shortest, within the limit of memory.
+    /// Calls of segments that keep the graph of their forward, from the last one on, and are not computed
+    /// again in the backward; none: what makes steps shortest, within the limit of memory.
     pub kept: Option<usize>,
-    /// How fast the machine is, from `ferrozero probe`; none: measured when the plan is made, in less than a second.
+    /// How fast the machine is, from `ferrozero probe`; none: measured when the plan is made, in less than a
+    /// second.
     pub machine: Option<Machine>,
     /// Faults that the disk tier acts out, for tests.
     pub faults: Option<FaultPlan>,

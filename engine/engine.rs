@@ -99,8 +99,8 @@ impl Engine {
         )
     }
 
-    /// Parameters for which `rule` holds (by name and shape) and that are asked for from now on are frozen: they have
-    /// no gradient and no moments.
+    /// Parameters for which `rule` holds (by name and shape) and that are asked for from now on are frozen:
+    /// they have no gradient and no moments.
     ///
     /// # Errors
     /// [`Error::Unsupported`] if a parameter for which the rule holds was asked for before.
@@ -123,9 +123,9 @@ impl Engine {
         Ok(Segment::new(module?, group, self.passes.clone()))
     }
 
-    /// Rehearses `loss` and makes the plan: of those within the limits the one whose steps are shortest, by the machine's
-    /// numbers and the computing time of the rehearsal. Nothing large is allocated for longer than that, and it runs each
-    /// kind of segment a few times, with parameters of zero.
+    /// Rehearses `loss` and makes the plan: of those within the limits the one whose steps are shortest, by
+    /// the machine's numbers and the computing time of the rehearsal. Nothing large is allocated for longer
+    /// than that, and it runs each kind of segment a few times, with parameters of zero.
     ///
     /// # Errors
     /// [`Error::Configuration`] for settings of AdamW that are not numbers in their range,
@@ -206,7 +206,8 @@ impl Engine {
         let away: Vec<Tier> = host.into_iter().chain(disk).collect();
         let is_limited = limits.memory_bytes.is_some() || limits.device_bytes.is_some();
         if is_limited && let Some(&first) = away.first() {
-            // The same computing in the same time: what two rehearsals differ by is chance, which must not choose.
+            // The same computing in the same time: what two rehearsals differ by is chance, which must not
+            // choose.
             let compute = observed[0].1.compute.clone();
             let moved = Observed { compute, ..self.rehearse(layout, tensors, first, loss)? };
             observed.extend(away.into_iter().map(|home| (home, moved.clone())));

@@ -22,8 +22,8 @@ pub enum Error {
     Disk {
         /// Optimizer step, 1-based.
         step: u64,
-        /// Names of the parameters whose states are in the piece that it is about; none where it is about no piece of
-        /// states.
+        /// Names of the parameters whose states are in the piece that it is about; none where it is about no
+        /// piece of states.
         parameters: Vec<String>,
         /// What failed, with file, extent and generation.
         source: ferrozero_offload::Error,
@@ -56,10 +56,10 @@ pub enum Error {
     },
     /// A device with memory of its own has none left.
     #[error(
-        "the device is out of memory ({reason}): the plan counts {planned_bytes} bytes there; {used_bytes} are in use, by this \
-         process and others, and {free_bytes} are free. \
-         The last commit is intact: go on from it with a smaller batch or sequence, with boundaries on host or disk, or with a \
-         lower --device-memory, which leaves more to the model's own tensors"
+        "the device is out of memory ({reason}): the plan counts {planned_bytes} bytes there; {used_bytes} \
+         are in use, by this process and others, and {free_bytes} are free. The last commit is intact: go on \
+         from it with a smaller batch or sequence, with boundaries on host or disk, or with a lower \
+         --device-memory, which leaves more to the model's own tensors"
     )]
     DeviceMemory {
         /// Bytes of the device that the plan counts; 0 where there is none yet.
@@ -95,7 +95,8 @@ pub enum Error {
     },
     /// A segment ran outside of `Trainer::step` and `Trainer::evaluate`.
     #[error(
-        "segment {segment} ran outside of Trainer::step and Trainer::evaluate, where its parameters are in their tiers"
+        "segment {segment} ran outside of Trainer::step and Trainer::evaluate, where its parameters are in \
+         their tiers"
     )]
     OutsideStep {
         /// Name of the segment.
@@ -116,8 +117,8 @@ pub enum Error {
     },
     /// An update made values that are infinite or not a number.
     #[error(
-        "step {step}: {count} values of the state of {group} became infinite or NaN; nothing of that is committed, \
-         and the last commit is intact. A lower learning rate, a warm-up or clipping usually helps"
+        "step {step}: {count} values of the state of {group} became infinite or NaN; nothing of that is \
+         committed, and the last commit is intact. A lower learning rate, a warm-up or clipping usually helps"
     )]
     NonFiniteState {
         /// Group whose parameters or moments are not finite.
@@ -181,7 +182,8 @@ pub enum Error {
     Stopped(String),
     /// A run's log that cannot be read.
     #[error(
-        "{path}, line {line}: {reason}; the run itself does not need the file: where it is damaged, move it away"
+        "{path}, line {line}: {reason}; the run itself does not need the file: where it is damaged, move it \
+         away"
     )]
     RunLog {
         /// The file.
@@ -229,7 +231,8 @@ fn list_names(names: &[String]) -> String {
     }
 }
 
-/// A state that no user can cause: reported as an error all the same, so that the last commit stays reachable.
+/// A state that no user can cause: reported as an error all the same, so that the last commit stays
+/// reachable.
 pub fn internal(what: &str) -> Error {
     Error::Unsupported(format!("internal error: {what}; please report it"))
 }

@@ -1,8 +1,8 @@
 //! ferrozero trains models that are larger than the memory of the machine that trains them.
 //!
-//! Optimizer state, gradients, parameters and boundary activations live where a plan puts them (device memory,
-//! host memory, disk), move just in time, and move while something computes. Where they are never changes what
-//! comes out: losses and weights have the same bits under every placement.
+//! Optimizer state, gradients, parameters and boundary activations live where a plan puts them (device
+//! memory, host memory, disk), move just in time, and move while something computes. Where they are never
+//! changes what comes out: losses and weights have the same bits under every placement.
 //!
 //! ```
 //! use candle_core::{DType, Device, Module, Tensor};
@@ -29,7 +29,7 @@
 //!     Ok(Block { weight: vb.get_with_hints((64, 64), "weight", init)? })
 //! };
 //! let blocks =
-//!     (0..4).map(|i| engine.segment(vb.pp(format!("h.{i}")), block)).collect::<ferrozero::Result<Vec<_>>>()?;
+//!     (0..4).map(|i| engine.segment(vb.pp(format!("h.{i}")), block)).collect::<Result<Vec<_>, _>>()?;
 //! let inputs = Tensor::ones((8, 64), DType::F32, &Device::Cpu)?;
 //! let loss = || {
 //!     let mut xs = inputs.clone();
@@ -38,7 +38,8 @@
 //!     }
 //!     xs.sqr()?.mean_all()
 //! };
-//! let plan = engine.plan(AdamW::default(), loss)?; // one rehearsal of the loss: shapes, order, working memory
+//! // One rehearsal of the loss: shapes, order, working memory.
+//! let plan = engine.plan(AdamW::default(), loss)?;
 //! println!("{plan}");
 //! let mut trainer = engine.trainer(plan)?;
 //! let first = trainer.step(|_| loss())?; // instead of loss.backward() and optimizer.step()
@@ -56,14 +57,14 @@
 //! | host | pieces of state at home, pieces on their way | one arena, made once |
 //! | disk | everything else, in two places of which the last commit holds one | files reserved before the first step |
 //!
-//! What is within a segment is computed again in the backward. Where a limit is granted and leaves room, the last segments keep it
-//! instead ([`Config::kept`]).
+//! What is within a segment is computed again in the backward. Where a limit is granted and leaves room, the
+//! last segments keep it instead ([`Config::kept`]).
 //!
 //! # Modules
 //!
-//! A step is data: [`schedule`] says what operations are and makes lists of them, [`planner`] counts and costs them
-//! before anything is allocated, the executor runs them, and a [trace](schedule::trace) records what happened. [`Segment`] is where
-//! candle's autograd and the schedule meet.
+//! A step is data: [`schedule`] says what operations are and makes lists of them, [`planner`] counts and
+//! costs them before anything is allocated, the executor runs them, and a [trace](schedule::trace) records
+//! what happened. [`Segment`] is where candle's autograd and the schedule meet.
 
 mod autograd;
 pub mod byte_size;

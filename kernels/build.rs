@@ -39,8 +39,8 @@ fn compiler() -> PathBuf {
     toolkit.filter(|compiler| compiler.exists()).unwrap_or_else(|| "nvcc".into())
 }
 
-/// Without fast-math, and without contraction to fused multiply-add: results are those of the CPU's loops where the order of
-/// operations is.
+/// Without fast-math, and without contraction to fused multiply-add: results are those of the CPU's loops
+/// where the order of operations is.
 fn compile(compiler: &Path, source: &Path, output: &Path) -> Result<(), Box<dyn Error>> {
     let capability = env::var("CUDA_COMPUTE_CAP").unwrap_or_else(|_| "80".to_owned());
     let mut command = Command::new(compiler);
@@ -49,8 +49,8 @@ fn compile(compiler: &Path, source: &Path, output: &Path) -> Result<(), Box<dyn 
     command.arg("--output-directory").arg(output).arg(source);
     let result = command.output().map_err(|error| {
         format!(
-            "the feature `cuda` needs the CUDA toolkit's compiler, and {} did not start ({error}): install the toolkit, or set \
-             NVCC or CUDA_HOME",
+            "the feature `cuda` needs the CUDA toolkit's compiler, and {} did not start ({error}): install \
+             the toolkit, or set NVCC or CUDA_HOME",
             compiler.display()
         )
     })?;

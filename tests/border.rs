@@ -1,5 +1,5 @@
-//! Models as anyone may write them. One that cannot be trained ends with an error that says why: it never hangs,
-//! and it never trains on wrong gradients in silence.
+//! Models as anyone may write them. One that cannot be trained ends with an error that says why: it never
+//! hangs, and it never trains on wrong gradients in silence.
 
 use candle_core::{Device, Result, Tensor};
 use candle_nn::{Init, VarBuilder};

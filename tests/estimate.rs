@@ -1,4 +1,5 @@
-//! What the planner estimates of a model, against the model. One test, because the allocator counts the whole process.
+//! What the planner estimates of a model, against the model. One test, because the allocator counts the whole
+//! process.
 
 use candle_core::{DType, Device, Tensor};
 use ferrozero::estimate::model_shape::ModelShape;

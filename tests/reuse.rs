@@ -45,10 +45,12 @@ unsafe impl GlobalAlloc for Asked {
 #[global_allocator]
 static ALLOCATOR: Asked = Asked;
 
-/// Pages that the kernel has given to the process, cleared, without reading a disk: its count of minor faults, as getrusage has it.
+/// Pages that the kernel has given to the process, cleared, without reading a disk: its count of minor
+/// faults, as getrusage has it.
 fn faults() -> u64 {
     let stat = std::fs::read_to_string("/proc/self/stat").unwrap();
-    // The name of the program, in parentheses, may have spaces. Behind it are state, five numbers, flags, and the faults.
+    // The name of the program, in parentheses, may have spaces. Behind it are state, five numbers, flags, and
+    // the faults.
     let (_, fields) = stat.rsplit_once(')').unwrap();
     fields.split_whitespace().nth(7).unwrap().parse().unwrap()
 }

@@ -12,12 +12,13 @@ use std::sync::{Arc, Mutex};
 /// A parameter's gradient as autograd left it, of one micro-batch, before it leaves the device.
 #[derive(Debug, Clone, Copy)]
 pub struct Gradient<'a> {
-    /// Name of the parameter, as in [`Trainer::parameters`](crate::Trainer::parameters); of a layer in tiles, that of a tile.
+    /// Name of the parameter, as in [`Trainer::parameters`](crate::Trainer::parameters); of a layer in tiles,
+    /// that of a tile.
     pub name: &'a str,
     /// Number of the micro-batch in its step, from 0. The step's gradient is the mean over all of them.
     pub micro_batch: usize,
-    /// The gradient, in shape and type of the parameter on the device. Its storage is taken away afterwards: copy what is to be
-    /// kept.
+    /// The gradient, in shape and type of the parameter on the device. Its storage is taken away afterwards:
+    /// copy what is to be kept.
     pub values: &'a Tensor,
     /// What the loss was multiplied with, and so the gradient: 1 but in f16.
     pub loss_scale: f32,

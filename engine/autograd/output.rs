@@ -35,7 +35,8 @@ impl Output {
         Self::new(value, shared, None)
     }
 
-    /// With its graph. The inputs are copied, because candle's graph must not go on beyond them and their storage is others'.
+    /// With its graph. The inputs are copied, because candle's graph must not go on beyond them and their
+    /// storage is others'.
     pub fn with_graph(run: &RunModule, inputs: &[&Tensor]) -> candle_core::Result<Self> {
         let leaves = inputs.iter().map(|input| leaf_of(input)).collect::<candle_core::Result<Vec<_>>>()?;
         let (end, value) = ops::keep(|| run(&leaves))?;

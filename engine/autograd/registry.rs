@@ -94,8 +94,9 @@ impl Registry {
         self.state().building = None;
     }
 
-    /// Lays the groups out. No parameter can be added afterwards. Parameters named in `order`, which is that of a
-    /// checkpoint, come in this order within their groups, all others in the order in which they were asked for.
+    /// Lays the groups out. No parameter can be added afterwards. Parameters named in `order`, which is that
+    /// of a checkpoint, come in this order within their groups, all others in the order in which they were
+    /// asked for.
     pub fn seal(&self, piece_elements: usize, decays: &ParameterRule, order: &[String]) -> Result<Layout> {
         let mut state = self.state();
         state.sealed = true;
@@ -154,8 +155,8 @@ impl Registry {
         let of_engine = state.device.get_or_insert_with(|| (dtype, device.clone()));
         if of_engine.0 != dtype || !of_engine.1.same_device(device) {
             return Err(Error::Unsupported(format!(
-                "parameter {name} was asked for as {dtype:?} on {:?}, and others as {:?} on {:?}: all parameters are \
-                 of the type and on the device of the engine's configuration",
+                "parameter {name} was asked for as {dtype:?} on {:?}, and others as {:?} on {:?}: all \
+                 parameters are of the type and on the device of the engine's configuration",
                 device.location(),
                 of_engine.0,
                 of_engine.1.location()

@@ -1,7 +1,7 @@
-//! The rehearsal: the user's loss is computed and propagated back a few times before the plan is made, first to warm up and then to
-//! be timed. Each kind of segment runs a few times, with parameters of zero; its likes are skipped. That gives the order of the
-//! segments, the shapes of boundaries, the parameters that no gradient reaches, the working memory of the model's own tensors, and
-//! the time of computing.
+//! The rehearsal: the user's loss is computed and propagated back a few times before the plan is made, first
+//! to warm up and then to be timed. Each kind of segment runs a few times, with parameters of zero; its likes
+//! are skipped. That gives the order of the segments, the shapes of boundaries, the parameters that no
+//! gradient reaches, the working memory of the model's own tensors, and the time of computing.
 
 use crate::autograd::gradient::{GradientSink, ResidentGradients};
 use crate::autograd::output::Output;
@@ -36,7 +36,8 @@ enum Pass {
 /// Timed passes at most: a model of few short segments is timed more than once.
 const MOST_TIMED_PASSES: usize = 3;
 
-/// Runs as long as a group's parameters that a trial makes beside its tensors: parameters, gradients, and what both were before.
+/// Runs as long as a group's parameters that a trial makes beside its tensors: parameters, gradients, and
+/// what both were before.
 const OF_A_TRIAL: u64 = 4;
 
 /// What makes two segments alike: code, parameters and inputs.
@@ -248,7 +249,8 @@ impl Rehearsal {
     fn begin(&self, pass: Pass) {
         let mut findings = lock(&self.findings);
         if findings.pass != pass {
-            // In a run parameters and gradients on their way have memory of their own; here they come and go with each trial.
+            // In a run parameters and gradients on their way have memory of their own; here they come and go
+            // with each trial.
             let elements = self.layout.groups.iter().map(|group| group.elements).max().unwrap_or(0);
             let parameter_bytes = (elements * self.device.dtype().size_in_bytes()) as u64;
             self.device.keep_freed(self.base_bytes + findings.peak_bytes + OF_A_TRIAL * parameter_bytes);
@@ -373,7 +375,8 @@ impl Rehearsal {
         Ok(Trial { rehearsal: self.clone(), call, kind, group, boundary_elements, moves, known })
     }
 
-    /// Gradients of zero for the parameters that a segment which is skipped shares with others, where those like it gave some.
+    /// Gradients of zero for the parameters that a segment which is skipped shares with others, where those
+    /// like it gave some.
     fn give_shared(&self, group: usize, reached: &[bool]) -> Result<()> {
         let resident = self.tensors.of(self.layout.resident());
         let mut sums = lock(&self.resident_gradients);
@@ -420,7 +423,8 @@ impl Trial {
         Ok(self.moves.then(zeros).transpose()?)
     }
 
-    /// Runs the first ones of its kind, the very first with its graph kept too; for the others the output's shape is known.
+    /// Runs the first ones of its kind, the very first with its graph kept too; for the others the output's
+    /// shape is known.
     pub fn forward(&mut self, run: impl Fn(bool) -> candle_core::Result<Output>) -> Result<Output> {
         if self.known {
             let output =
@@ -492,7 +496,8 @@ impl Trial {
         Ok(gradients)
     }
 
-    /// Runs something with parameters of zero in place, and measures the bytes that it needs beyond them and its seconds.
+    /// Runs something with parameters of zero in place, and measures the bytes that it needs beyond them and
+    /// its seconds.
     fn measured<T>(&self, run: impl FnOnce() -> candle_core::Result<T>) -> Result<(T, u64, f64)> {
         let trial = self.tried(run)?;
         let mut findings = lock(&self.rehearsal.findings);

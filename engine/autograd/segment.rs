@@ -1,10 +1,12 @@
-//! A segment runs the user's module with parameters that are only there while it runs, inside candle's own autograd.
+//! A segment runs the user's module with parameters that are only there while it runs, inside candle's own
+//! autograd.
 //!
-//! Going forward, a segment waits for its group, lets the module compute, and makes the parameters vacant again: what
-//! stays in candle's graph is one operation with the segment's input. Going back, that operation fetches the group again, computes
-//! the segment once more with a graph, feeds the upstream gradient into it, and hands every parameter's gradient to the
-//! executor (recomputation as in Chen et al., "Training deep nets with sublinear memory cost", arXiv 1604.06174). Where the
-//! schedule says that the forward keeps its graph, the operation holds it until then, and nothing is computed again.
+//! Going forward, a segment waits for its group, lets the module compute, and makes the parameters vacant
+//! again: what stays in candle's graph is one operation with the segment's input. Going back, that operation
+//! fetches the group again, computes the segment once more with a graph, feeds the upstream gradient into it,
+//! and hands every parameter's gradient to the executor (recomputation as in Chen et al., "Training deep nets
+//! with sublinear memory cost", arXiv 1604.06174). Where the schedule says that the forward keeps its graph,
+//! the operation holds it until then, and nothing is computed again.
 
 use crate::autograd::output::{Graph, Output, RunModule, leaf_of};
 use crate::autograd::segment_call::{Backward, Gradients, Passes};
@@ -18,7 +20,8 @@ use ferrozero_kernels::ops;
 use std::any::TypeId;
 use std::sync::{Arc, Mutex};
 
-/// A part of the user's model that is fetched, run and released as one. Made by [`Engine::segment`](crate::Engine::segment).
+/// A part of the user's model that is fetched, run and released as one. Made by
+/// [`Engine::segment`](crate::Engine::segment).
 ///
 /// It is a [`Module`] if the user's part is one; [`Segment::call`] runs parts with more inputs than one.
 pub struct Segment<M> {
@@ -48,11 +51,12 @@ impl<M: Send + Sync + 'static> Segment<M> {
         Self { inner: Arc::new(Inner { module, group, passes }) }
     }
 
-    /// Runs `run` on the segment's module and its inputs, of which up to three may need gradients. It may run again in the backward pass, and must then
-    /// compute the same; what it captures gets no gradient unless it is a parameter.
+    /// Runs `run` on the segment's module and its inputs, of which up to three may need gradients. It may run
+    /// again in the backward pass, and must then compute the same; what it captures gets no gradient unless
+    /// it is a parameter.
     ///
-    /// The first input is the segment's boundary activation. Where the plan keeps boundaries off the device, the
-    /// tensor passed as the first input has no storage any more after the call.
+    /// The first input is the segment's boundary activation. Where the plan keeps boundaries off the device,
+    /// the tensor passed as the first input has no storage any more after the call.
     ///
     /// # Errors
     /// Whatever `run` returns; [`Error::OutsideStep`], [`Error::OrderChanged`], and errors of the tiers.
@@ -80,8 +84,8 @@ fn call(
     }
     if tensor_storage::is_vacant(inputs[0]) {
         return Err(Error::Unsupported(
-            "the input of this segment has left the device as the boundary of an earlier one: a tensor that two \
-             segments read needs boundaries on the device"
+            "the input of this segment has left the device as the boundary of an earlier one: a tensor that \
+             two segments read needs boundaries on the device"
                 .into(),
         ));
     }
@@ -110,7 +114,8 @@ fn call(
     let graph = Mutex::new(graph);
     let operation = SegmentOperation { passes: passes.clone(), group, call, run, inputs, output, graph };
     let node = match tracked.as_slice() {
-        // The parameters are not in the graph, so without a tracked input candle would not come back to this segment.
+        // The parameters are not in the graph, so without a tracked input candle would not come back to this
+        // segment.
         [] => {
             let leaf = TensorStorage::zeros(1, DType::F32, first.device())?;
             leaf.into_tensor(&Shape::from(()), true).apply_op1(operation)

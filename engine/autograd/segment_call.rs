@@ -1,5 +1,5 @@
-//! What a segment does at the moment it is called: nothing outside of a step, a measured trial in the rehearsal, and
-//! what the schedule says in a training step or an evaluation.
+//! What a segment does at the moment it is called: nothing outside of a step, a measured trial in the
+//! rehearsal, and what the schedule says in a training step or an evaluation.
 
 use crate::autograd::gradient::{GradientObserver, GradientSink, Observation, ResidentGradients};
 use crate::autograd::output::Output;
@@ -74,7 +74,8 @@ impl ScheduledPass {
         granted.finish()
     }
 
-    /// Ends a micro-batch with the gradients of the resident parameters. The last one takes the parameters back.
+    /// Ends a micro-batch with the gradients of the resident parameters. The last one takes the parameters
+    /// back.
     pub fn detach(self: &Arc<Self>, gradients: Option<Vec<TensorStorage>>) -> Result<()> {
         let mut granted = Granted::begin(self, ComputeRequest::Detach)?;
         let held = &mut granted.grant()?.held;
@@ -98,7 +99,8 @@ pub struct Stall {
 }
 
 impl Stall {
-    /// Seconds: those of a device that works while the host goes on, where its driver tells, and otherwise the host's.
+    /// Seconds: those of a device that works while the host goes on, where its driver tells, and otherwise
+    /// the host's.
     pub fn seconds(&self) -> f64 {
         let of_device = self.device.iter().map(|(asked, started)| asked.seconds_until(started));
         match of_device.sum::<Option<f64>>() {
@@ -229,7 +231,8 @@ pub struct Granted {
 }
 
 impl Granted {
-    /// Waits for the turn of the micro-batch that asks, and then for a compute operation, which counts as a wait.
+    /// Waits for the turn of the micro-batch that asks, and then for a compute operation, which counts as a
+    /// wait.
     pub fn begin(pass: &Arc<ScheduledPass>, request: ComputeRequest) -> Result<Self> {
         let ScheduledPass { executor, device, stall, baton, .. } = &**pass;
         baton.await_turn()?;

@@ -30,10 +30,11 @@ pub enum Bench {
     Scale(Box<scale::ScaleArguments>),
     /// Training steps of a GPT under a placement, in turns with another placement.
     Step(step::StepArguments),
-    /// What plans predict against what is measured, and with --choice the planner's choice against all others.
+    /// What plans predict against what is measured, and with --choice the planner's choice against all
+    /// others.
     ///
-    /// Ends with PASS where predictions are off by 10 % at most in the median and by 20 % at worst, and where the choice reaches 0.95 of
-    /// the best for each budget; else with FAIL and the exit code 1.
+    /// Ends with PASS where predictions are off by 10 % at most in the median and by 20 % at worst, and where
+    /// the choice reaches 0.95 of the best for each budget; else with FAIL and the exit code 1.
     Predict(predict::PredictArguments),
 }
 

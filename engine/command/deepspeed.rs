@@ -1,6 +1,6 @@
-//! A DeepSpeed configuration read as settings of a run: each key sets something here, is not needed for a reason that is
-//! told, or is refused by its path. Keys after <https://www.deepspeed.ai/docs/config-json/>, schedulers after
-//! <https://deepspeed.readthedocs.io/en/latest/schedulers.html>.
+//! A DeepSpeed configuration read as settings of a run: each key sets something here, is not needed for a
+//! reason that is told, or is refused by its path. Keys after <https://www.deepspeed.ai/docs/config-json/>,
+//! schedulers after <https://deepspeed.readthedocs.io/en/latest/schedulers.html>.
 
 use super::configuration;
 use crate::error::Result;
@@ -141,7 +141,8 @@ pub fn map(config: &Value) -> Result<Mapping> {
         let meaning = match treatment(path, value) {
             Treatment::Unknown => {
                 return Err(configuration(format!(
-                    "{path}: ferrozero has no equivalent of this key: leave it out if training does not depend on it"
+                    "{path}: ferrozero has no equivalent of this key: leave it out if training does not \
+                     depend on it"
                 )));
             }
             _ if *value == "auto" => "auto: left to the default, or to the command line".to_owned(),
@@ -176,7 +177,8 @@ fn flatten(path: &str, value: &Value, leaves: &mut Vec<(String, Value)>) -> Resu
                 let path = if path.is_empty() { key.clone() } else { format!("{path}.{key}") };
                 if key.contains('.') {
                     return Err(configuration(format!(
-                        "{path}: a dot within a key makes no section, and DeepSpeed does not read it: nest the key"
+                        "{path}: a dot within a key makes no section, and DeepSpeed does not read it: nest \
+                         the key"
                     )));
                 }
                 flatten(&path, value, leaves)?;
@@ -193,8 +195,8 @@ fn named(config: &Value) -> Result<()> {
         config.get(section).is_some_and(|value| value.get("params").is_some() && value.get("type").is_none())
     }) {
         Some(section) => Err(configuration(format!(
-            "{section}.type: not there, and without it DeepSpeed does not read {section}.params: name the {section}, or leave \
-             the section out"
+            "{section}.type: not there, and without it DeepSpeed does not read {section}.params: name the \
+             {section}, or leave the section out"
         ))),
         None => Ok(()),
     }
@@ -299,8 +301,8 @@ fn schedule(config: &Value, mapping: &mut Mapping) -> Result<()> {
     }
     if scheduler.is_some() && config.pointer("/scheduler/params/warmup_type").is_none() {
         return Err(configuration(
-            "scheduler.params.warmup_type: without it DeepSpeed raises the rate along a logarithm; here it rises linearly: \
-             set it to linear"
+            "scheduler.params.warmup_type: without it DeepSpeed raises the rate along a logarithm; here it \
+             rises linearly: set it to linear"
                 .into(),
         ));
     }
@@ -365,7 +367,8 @@ mod tests {
         assert!(is_deepspeed(&config));
         let Mapping { settings, notes } = map(&config).unwrap();
         let expected = json!({
-            "batch": 2, "accumulate": 8, "clip": 0.5, "dtype": "bf16", "lr": 3e-4, "beta1": 0.9, "beta2": 0.95,
+            "batch": 2, "accumulate": 8, "clip": 0.5, "dtype": "bf16", "lr": 3e-4,
+            "beta1": 0.9, "beta2": 0.95,
             "epsilon": 1e-8, "weight_decay": 0.05, "warmup": 5, "steps": 50, "lr_floor": 0.0001,
             "dir": "/mnt/fast/ferrozero-run",
         });

@@ -1,8 +1,8 @@
 //! What `--help` tells beside the options: examples that can be copied.
 
 pub const EXIT_CODES: &str = "\
-Exit codes: 0 done, 1 an error that is told on standard error, 2 a command line that is not understood, 130 ended at once by a
-second Ctrl-C.
+Exit codes: 0 done, 1 an error that is told on standard error, 2 a command line that is not understood,
+130 ended at once by a second Ctrl-C.
 
 FERROZERO_LOG=debug writes on standard error what the engine does, FERROZERO_LOG=trace every operation too.";
 
@@ -74,7 +74,8 @@ Examples:
   ferrozero plan --model llama/config.json --device h100-80g --host 128GiB --nvme nvme-gen4 --json
   ferrozero plan --model gpt2 --device rtx4090-24g --host 64GiB --nvme nvme-gen4 --max-model
 
-Memory and time of computing are estimated from the model's shape. `ferrozero train` measures both before it plans.";
+Memory and time of computing are estimated from the model's shape. `ferrozero train` measures both
+before it plans.";
 
 pub const CONFIG: &str = "\
 Examples:

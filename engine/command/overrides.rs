@@ -1,4 +1,5 @@
-//! What the planner otherwise chooses: options of `train` and `plan`, and the group `overrides` in a file of settings.
+//! What the planner otherwise chooses: options of `train` and `plan`, and the group `overrides` in a file of
+//! settings.
 
 use super::CommandResult;
 use crate::byte_size::ByteSize;
@@ -16,8 +17,8 @@ use std::str::FromStr;
 #[command(next_help_heading = "What the planner otherwise chooses")]
 #[serde(deny_unknown_fields, default)]
 pub struct Overrides {
-    /// Home of all states: device, host or disk; or four of them, of master parameters, first moments, second moments and
-    /// gradients, as disk,disk,disk,host
+    /// Home of all states: device, host or disk; or four of them, of master parameters, first moments, second
+    /// moments and gradients, as disk,disk,disk,host
     #[arg(long, value_name = "TIER")]
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(with = "Option<String>")]
@@ -159,8 +160,8 @@ impl FromStr for Homes {
                 Ok(Self(GroupPlacement { master, first_moment, second_moment, gradient }))
             }
             _ => Err(format!(
-                "{text:?} is no home: write device, host or disk, or four of them for master parameters, first moments, second \
-                 moments and gradients, as disk,disk,disk,host"
+                "{text:?} is no home: write device, host or disk, or four of them for master parameters, \
+                 first moments, second moments and gradients, as disk,disk,disk,host"
             )),
         }
     }
@@ -197,7 +198,8 @@ mod tests {
 
     #[test]
     fn options_are_those_of_the_command_line() {
-        let settings = r#"{ "placement": "disk,disk,disk,host", "look_ahead": 2, "updates": "at-once", "piece": "8KiB" }"#;
+        let settings = r#"{ "placement": "disk,disk,disk,host", "look_ahead": 2, "updates": "at-once",
+            "piece": "8KiB" }"#;
         let overrides: Overrides = serde_json::from_str(settings).unwrap();
         let options = overrides.as_options().unwrap();
         let command = Overrides::augment_args(clap::Command::new("train"));

@@ -17,8 +17,8 @@ use std::path::{Path, PathBuf};
 
 /// Changes of the machine that make less than this are not worth a line.
 const WORTH_SAYING: f64 = 1.02;
-/// Host memory to device memory of a machine of which nothing is said: as workstations with one card often have it, and less than
-/// servers do.
+/// Host memory to device memory of a machine of which nothing is said: as workstations with one card often
+/// have it, and less than servers do.
 const HOST_TO_DEVICE: u64 = 2;
 /// Tokens without a tokenizer.
 const BYTES: usize = 256;
@@ -45,9 +45,11 @@ pub struct PlanArguments {
 /// A model, a machine, and what is fixed.
 #[derive(Debug, Clone, clap::Args)]
 pub struct QuestionArguments {
-    /// Model: gpt2, gpt2-medium, gpt2-large, gpt2-xl, gpt3-6.7b, gpt3-13b, gpt-100b, gpt3-175b, gpt-1t, or the path of a
-    /// Hugging Face config.json of GPT-2's or Llama's family, as Mistral and Qwen [default: a GPT of the sizes below]
-    #[arg(long, value_name = "NAME or config.json", conflicts_with_all = ["layers", "hidden", "heads", "vocabulary"])]
+    /// Model: gpt2, gpt2-medium, gpt2-large, gpt2-xl, gpt3-6.7b, gpt3-13b, gpt-100b, gpt3-175b, gpt-1t, or
+    /// the path of a Hugging Face config.json of GPT-2's or Llama's family, as Mistral and Qwen [default: a
+    /// GPT of the sizes below]
+    #[arg(long, value_name = "NAME or \
+                              config.json", conflicts_with_all = ["layers", "hidden", "heads", "vocabulary"])]
     model: Option<String>,
     /// Transformer blocks
     #[arg(long, default_value_t = 12)]
@@ -80,7 +82,8 @@ pub struct QuestionArguments {
     /// What ferrozero probe wrote; or a name as for --device
     #[arg(long, value_name = "FILE.json", conflicts_with = "device", default_value = "machine.json")]
     machine: PathBuf,
-    /// Describe the machine instead: v100-32g, a100-40g, a100-80g, h100-80g, h200-141g, rtx3090-24g or rtx4090-24g
+    /// Describe the machine instead: v100-32g, a100-40g, a100-80g, h100-80g, h200-141g, rtx3090-24g or
+    /// rtx4090-24g
     #[arg(long, value_name = "NAME")]
     device: Option<String>,
     /// Host memory of the described machine [default: twice the device's]
@@ -101,11 +104,12 @@ pub struct QuestionArguments {
     /// Keep states once and not twice on disk
     #[arg(long)]
     in_place: bool,
-    /// Plan for one of so many ranks that share the states, with this machine each. What a run does with ranks is not built
-    /// yet; this tells whether they would help
+    /// Plan for one of so many ranks that share the states, with this machine each. What a run does with
+    /// ranks is not built yet; this tells whether they would help
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..))]
     ranks: u16,
-    /// Segments of one size that a block is made of; 1: as the models here, which have a wide perceptron in tiles
+    /// Segments of one size that a block is made of; 1: as the models here, which have a wide perceptron in
+    /// tiles
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=64))]
     segments_per_block: u16,
     /// What matrices are multiplied as on a machine without a GPU; one with a GPU multiplies bf16
@@ -188,7 +192,8 @@ pub fn run(arguments: PlanArguments) -> CommandResult {
     Ok(())
 }
 
-/// The question as it was answered, and the answer; with a number of sequences, for the split of them that is fastest.
+/// The question as it was answered, and the answer; with a number of sequences, for the split of them that is
+/// fastest.
 pub(in crate::command) fn answer(
     question: Question,
     sequences: Option<u16>,
@@ -250,7 +255,8 @@ pub(in crate::command) fn question(
         None if !arguments.machine.exists() => {
             let known: Vec<_> = GPUS.iter().map(|gpu| gpu.name).collect();
             return Err(configuration(format!(
-                "{} is not there: make it with ferrozero probe, or describe a machine with --device, which is one of {}",
+                "{} is not there: make it with ferrozero probe, or describe a machine with --device, which \
+                 is one of {}",
                 arguments.machine.display(),
                 known.join(", ")
             ))
@@ -263,8 +269,8 @@ pub(in crate::command) fn question(
     }
     if let Some(memory) = arguments.device_memory {
         if !machine.is_apart() {
-            let text = "--device-memory is for a device that has memory of its own, and on this machine the processor \
-                        computes: leave it out, and say --memory";
+            let text = "--device-memory is for a device that has memory of its own, and on this machine the \
+                        processor computes: leave it out, and say --memory";
             return Err(configuration(text.into()).into());
         }
         machine.device_memory_bytes = Some(memory.0);
@@ -324,7 +330,8 @@ fn print(question: &Question, answer: &Answer, advice: &[(String, f64)]) {
     let Question { shape, batch, sequence, accumulate, machine, .. } = question;
     let parameters = shape.parameters() as f64 / 1e9;
     println!(
-        "model: {parameters:.3} G parameters, {} blocks of width {}; a step is {accumulate} × {batch} × {sequence} tokens",
+        "model: {parameters:.3} G parameters, {} blocks of width {}; a step is {accumulate} × {batch} × \
+         {sequence} tokens",
         shape.layers, shape.hidden
     );
     println!("machine: {}", machine.name);
@@ -387,6 +394,9 @@ fn object(question: &Question, answer: &Answer, advice: &[(String, f64)]) -> ser
         "kept": answer.depths.kept,
         "forecast": answer.forecast,
         "tokens_per_s": answer.tokens_per_s,
-        "advice": advice.iter().map(|(text, times)| json!({ "with": text, "times": times })).collect::<Vec<_>>(),
+        "advice": advice
+            .iter()
+            .map(|(text, times)| json!({ "with": text, "times": times }))
+            .collect::<Vec<_>>(),
     })
 }

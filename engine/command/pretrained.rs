@@ -1,4 +1,5 @@
-//! `ferrozero generate`: text from a model that others have trained, whose weights stream by the schedule of an evaluation.
+//! `ferrozero generate`: text from a model that others have trained, whose weights stream by the schedule of
+//! an evaluation.
 
 use super::settings::{ComputeType, ProductType};
 use super::{CommandResult, configuration};
@@ -22,10 +23,12 @@ use std::time::Instant;
 pub struct GenerateArguments {
     /// Hugging Face folder, or GGUF file
     model: PathBuf,
-    /// Text that is continued, or with --chat answered; several are continued together, each as it would be alone
+    /// Text that is continued, or with --chat answered; several are continued together, each as it would be
+    /// alone
     #[arg(long, required = true)]
     prompt: Vec<String>,
-    /// Take the prompt as a user's message and write the answer: by the model's own chat template, until its turn ends
+    /// Take the prompt as a user's message and write the answer: by the model's own chat template, until its
+    /// turn ends
     #[arg(long)]
     chat: bool,
     /// What is said to the model before the message
@@ -52,7 +55,8 @@ pub struct GenerateArguments {
     /// Type of parameters and activations on the device
     #[arg(long, value_enum, default_value_t)]
     dtype: ComputeType,
-    /// What matrices are multiplied as on the CPU device; bf16 is faster where the processor has matrix tiles (AMX), and less exact
+    /// What matrices are multiplied as on the CPU device; bf16 is faster where the processor has matrix tiles
+    /// (AMX), and less exact
     #[arg(long, value_enum, default_value_t)]
     products: ProductType,
     /// Memory of the host for everything, on the CPU device in all, as 600MiB
@@ -61,7 +65,8 @@ pub struct GenerateArguments {
     /// Memory that the device may use [default: on a CUDA device nine tenths of what is free]
     #[arg(long, value_name = "SIZE")]
     device_memory: Option<ByteSize>,
-    /// Folder in which the weights that do not fit into memory lie meanwhile [default: the system's for temporary files]
+    /// Folder in which the weights that do not fit into memory lie meanwhile [default: the system's for
+    /// temporary files]
     #[arg(long, value_name = "DIR")]
     scratch: Option<PathBuf>,
 }
@@ -122,7 +127,8 @@ pub fn generate(arguments: GenerateArguments) -> CommandResult {
     }
     let sequence = longest + count;
     let pretrained = Pretrained::open(&path, sequence)?;
-    // Keys and values grow beside what the plan counts, and once more while they are copied to grow. Texts are attended to one by one.
+    // Keys and values grow beside what the plan counts, and once more while they are copied to grow. Texts
+    // are attended to one by one.
     let cache_bytes =
         2 * texts.len() as u64 * pretrained.cache_bytes(sequence) + pretrained.scores_bytes(sequence);
     let scratch = match &arguments.scratch {

@@ -43,8 +43,8 @@ fn explain(error: Error, dir: &dyn Display) -> Error {
     match error {
         Error::File { path, source } if source.kind() == std::io::ErrorKind::NotFound => {
             configuration(format!(
-                "{} is not there: ferrozero train and finetune write it into the folder of a run, and {dir} is none or has \
-                 not been trained in",
+                "{} is not there: ferrozero train and finetune write it into the folder of a run, and {dir} \
+                 is none or has not been trained in",
                 path.display()
             ))
         }

@@ -12,7 +12,8 @@ pub struct ChatTemplate {
 
 const NAME: &str = "chat template";
 
-/// A part of a chat's text, and whether it is to be learnt: what the assistant says is, all else is its prompt.
+/// A part of a chat's text, and whether it is to be learnt: what the assistant says is, all else is its
+/// prompt.
 pub type TextPart = (String, bool);
 
 impl ChatTemplate {
@@ -51,7 +52,8 @@ impl ChatTemplate {
         Ok(Some(Self { environment, special_tokens }))
     }
 
-    /// The text of a list of messages, each with a `role` and a `content`; `answers` begins an answer of the assistant's after them.
+    /// The text of a list of messages, each with a `role` and a `content`; `answers` begins an answer of the
+    /// assistant's after them.
     ///
     /// # Errors
     /// What the template says of the messages.
@@ -62,7 +64,8 @@ impl ChatTemplate {
         template.render(values).map_err(|error| describe(&error))
     }
 
-    /// The token with which the template ends what the assistant says, if it ends it with one that is no text.
+    /// The token with which the template ends what the assistant says, if it ends it with one that is no
+    /// text.
     ///
     /// # Errors
     /// What the template says of a question and an answer.
@@ -79,8 +82,9 @@ impl ChatTemplate {
     /// The text of a chat in parts, of which those of the assistant are to be learnt.
     ///
     /// # Errors
-    /// What the template says of the messages; a chat in which the assistant says nothing; a template whose text for the first
-    /// messages changes with those that follow, so that the assistant's parts cannot be told from the rest.
+    /// What the template says of the messages; a chat in which the assistant says nothing; a template whose
+    /// text for the first messages changes with those that follow, so that the assistant's parts cannot be
+    /// told from the rest.
     pub fn parts(&self, messages: &[Value]) -> Result<Vec<TextPart>, String> {
         let mut parts = vec![];
         let mut known = String::new();
@@ -123,7 +127,11 @@ mod tests {
     use super::*;
 
     /// The template of SmolLM2's instruct models.
-    const SMOLLM2: &str = "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n' }}{% endif %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}";
+    const SMOLLM2: &str = "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' \
+                           %}{{ '<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by \
+                           Hugging Face<|im_end|>\n' }}{% endif %}{{'<|im_start|>' + message['role'] + '\n' \
+                           + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}{% if \
+                           add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}";
 
     fn chat() -> Vec<Value> {
         let message = |role: &str, content: &str| json!({ "role": role, "content": content });
@@ -149,7 +157,8 @@ mod tests {
 
     #[test]
     fn templates_use_special_tokens_methods_of_strings_and_exceptions() {
-        let source = "{{ bos_token }}{% for m in messages %}\n    {% if m.role == 'tool' %}{{ raise_exception('no tools') }}{% endif %}\n{{ m.content.strip() | upper }}{% endfor %}";
+        let source = "{{ bos_token }}{% for m in messages %}\n    {% if m.role == 'tool' %}{{ \
+                      raise_exception('no tools') }}{% endif %}\n{{ m.content.strip() | upper }}{% endfor %}";
         let configuration = json!({ "bos_token": { "content": "<s>" }, "chat_template": source });
         let template = ChatTemplate::from_configuration(&configuration).unwrap().unwrap();
         let render = |role: &str| template.render(&[json!({ "role": role, "content": " a " })], false);

@@ -1,5 +1,5 @@
-//! Text for training: where it comes from, how it becomes tokens, and which tokens a step sees. Neither text nor tokens are ever
-//! in memory as a whole: text goes by documents, and tokens lie in a file.
+//! Text for training: where it comes from, how it becomes tokens, and which tokens a step sees. Neither text
+//! nor tokens are ever in memory as a whole: text goes by documents, and tokens lie in a file.
 
 use crate::data::error::DataError;
 use crate::data::tokenizer::Tokenizer;
@@ -21,8 +21,8 @@ const TOKEN_BYTES: u64 = 4;
 const DEFAULT_CORPUS_BYTES: usize = 32 << 20;
 /// Of how many tokens one is kept for validation.
 const VALIDATION_SHARE: usize = 50;
-/// The data is cut into this many parts, or fewer if it is short, and the end of each is kept for validation: what is validated
-/// is then of all kinds that there are.
+/// The data is cut into this many parts, or fewer if it is short, and the end of each is kept for validation:
+/// what is validated is then of all kinds that there are.
 const PARTS: usize = 64;
 
 /// Text, document by document.
@@ -36,7 +36,8 @@ pub struct Corpus {
 }
 
 impl Corpus {
-    /// The sources and documents of the packages that cargo has fetched: every machine that built this program has them.
+    /// The sources and documents of the packages that cargo has fetched: every machine that built this
+    /// program has them.
     ///
     /// # Errors
     /// [`DataError::Empty`] if there are none.
@@ -175,7 +176,8 @@ pub struct Batch {
     pub targets: Tensor,
 }
 
-/// A file of tokens that no folder lists, so that nothing is left of it when it is closed, however that happens.
+/// A file of tokens that no folder lists, so that nothing is left of it when it is closed, however that
+/// happens.
 pub struct TokenFile {
     file: File,
     /// Folder of the run, for messages.
@@ -250,8 +252,8 @@ impl TokenWriter {
     }
 }
 
-/// Tokens for training and validation. What a step sees is a function of seed and step alone, so that a resumed run needs nothing
-/// else to go on.
+/// Tokens for training and validation. What a step sees is a function of seed and step alone, so that a
+/// resumed run needs nothing else to go on.
 pub struct Dataset {
     tokens: TokenFile,
     parts: usize,

@@ -1,5 +1,5 @@
-//! Examples for fine-tuning: prompts with answers, or texts, packed into sequences of one length. What is not to be learnt, such
-//! as prompts, is seen and not counted.
+//! Examples for fine-tuning: prompts with answers, or texts, packed into sequences of one length. What is not
+//! to be learnt, such as prompts, is seen and not counted.
 
 use crate::data::chat::{ChatTemplate, TextPart};
 use crate::data::corpus::{TokenFile, TokenWriter};
@@ -39,9 +39,9 @@ pub struct Examples {
 }
 
 impl Examples {
-    /// Reads a text file, or for `*.jsonl` one object a line: `{"prompt": …, "completion": …}`, `{"text": …}`, or
-    /// `{"messages": […]}`, which is written as `chat` says. What the tokenizer puts before a text is before each example and `end`
-    /// behind it, but for messages, whose template writes both.
+    /// Reads a text file, or for `*.jsonl` one object a line: `{"prompt": …, "completion": …}`,
+    /// `{"text": …}`, or `{"messages": […]}`, which is written as `chat` says. What the tokenizer puts before
+    /// a text is before each example and `end` behind it, but for messages, whose template writes both.
     /// `folder` is that of the run.
     ///
     /// # Errors
@@ -115,7 +115,8 @@ impl Examples {
         self.validation.div_ceil(self.batch)
     }
 
-    /// Micro-batch `number` since the beginning: every sequence once an epoch, in an order that is the epoch's own.
+    /// Micro-batch `number` since the beginning: every sequence once an epoch, in an order that is the
+    /// epoch's own.
     ///
     /// # Errors
     /// What candle says.
@@ -166,9 +167,10 @@ impl Examples {
     }
 }
 
-/// Tokens of the text that the parts are together, cut as the model will see it cut: what a tokenizer makes of a text depends on what is
-/// before and behind it. Those that stand for something of a part that is to be learnt are marked, as transformers' masks of the
-/// assistant's tokens are made; of a token over the border of two parts, the whole is learnt.
+/// Tokens of the text that the parts are together, cut as the model will see it cut: what a tokenizer makes
+/// of a text depends on what is before and behind it. Those that stand for something of a part that is to be
+/// learnt are marked, as transformers' masks of the assistant's tokens are made; of a token over the border
+/// of two parts, the whole is learnt.
 fn marked_tokens(tokenizer: &Tokenizer, parts: &[TextPart]) -> Result<Vec<u32>, DataError> {
     let mut text = String::new();
     let mut learnt = vec![];
@@ -191,15 +193,19 @@ fn parts_of(value: &Value, chat: Option<&ChatTemplate>) -> Result<(Vec<TextPart>
     let text = |key: &str| value.get(key).and_then(Value::as_str).map(str::to_owned);
     let messages = value.get("messages").and_then(Value::as_array);
     match (text("prompt"), text("completion"), text("text"), messages) {
-        (Some(prompt), Some(completion), None, None) => Ok((vec![(prompt, false), (completion, true)], false)),
+        (Some(prompt), Some(completion), None, None) => {
+            Ok((vec![(prompt, false), (completion, true)], false))
+        }
         (None, None, Some(text), None) => Ok((vec![(text, true)], false)),
         (None, None, None, Some(messages)) => {
             let chat = chat.ok_or("the model has no chat template, which messages need")?;
             Ok((chat.parts(messages)?, true))
         }
-        _ => Err("expected an object with \"prompt\" and \"completion\", with \"text\", all of them strings, or with \
-                  a list of \"messages\""
-            .into()),
+        _ => {
+            Err("expected an object with \"prompt\" and \"completion\", with \"text\", all of them strings, \
+                  or with a list of \"messages\""
+                .into())
+        }
     }
 }
 
@@ -243,8 +249,14 @@ mod tests {
             "pre_tokenizer": { "type": "Whitespace" },
             "post_processor": {
                 "type": "TemplateProcessing",
-                "single": [{ "SpecialToken": { "id": "^", "type_id": 0 } }, { "Sequence": { "id": "A", "type_id": 0 } }],
-                "pair": [{ "Sequence": { "id": "A", "type_id": 0 } }, { "Sequence": { "id": "B", "type_id": 0 } }],
+                "single": [
+                    { "SpecialToken": { "id": "^", "type_id": 0 } },
+                    { "Sequence": { "id": "A", "type_id": 0 } },
+                ],
+                "pair": [
+                    { "Sequence": { "id": "A", "type_id": 0 } },
+                    { "Sequence": { "id": "B", "type_id": 0 } },
+                ],
                 "special_tokens": { "^": { "id": "^", "ids": [7], "tokens": ["^"] } },
             },
             "model": { "type": "WordLevel", "vocab": { "?": 0, "a": 1, "b": 2, "^": 7 }, "unk_token": "?" },

@@ -12,7 +12,8 @@ pub struct Sampling {
     pub seed: u64,
 }
 
-/// Extends `prompt` by `count` tokens. `next_logits` is given tokens [1, T] with T at most `sequence`, and answers logits [1, V].
+/// Extends `prompt` by `count` tokens. `next_logits` is given tokens [1, T] with T at most `sequence`, and
+/// answers logits [1, V].
 ///
 /// # Errors
 /// What `next_logits` and candle say.
@@ -34,8 +35,8 @@ pub fn generate(
     Ok(tokens)
 }
 
-/// The token at which the cumulative probability passes `uniform`, among the most likely ones that have the probability `top_p`
-/// together (Holtzman et al., arXiv 1904.09751).
+/// The token at which the cumulative probability passes `uniform`, among the most likely ones that have the
+/// probability `top_p` together (Holtzman et al., arXiv 1904.09751).
 pub fn choose(logits: &[f32], temperature: f64, top_p: f64, uniform: f64) -> u32 {
     let largest = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
     if temperature <= 0.0 {

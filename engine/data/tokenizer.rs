@@ -80,8 +80,8 @@ impl Tokenizer {
         }
     }
 
-    /// The tokens that [`Self::encode`] finds in a text, each with the bytes of the text that it stands for. A token that stands for a part of
-    /// a character has the whole character's.
+    /// The tokens that [`Self::encode`] finds in a text, each with the bytes of the text that it stands for.
+    /// A token that stands for a part of a character has the whole character's.
     ///
     /// # Errors
     /// As [`Self::encode`].
@@ -100,7 +100,8 @@ impl Tokenizer {
         Ok(tokens)
     }
 
-    /// Tokens that the tokenizer puts before a text, as Llama's puts the beginning of one; [`Self::encode`] leaves them out.
+    /// Tokens that the tokenizer puts before a text, as Llama's puts the beginning of one; [`Self::encode`]
+    /// leaves them out.
     ///
     /// # Errors
     /// As [`Self::encode`].

@@ -1,6 +1,6 @@
-//! The device that computes, as the queues see it: what crosses between its memory and the host's, and what has to be
-//! waited for. On the CPU device a crossing is a copy, done when it returns. On a CUDA device every queue has a stream,
-//! and what one queue leaves for another comes with a [`Done`].
+//! The device that computes, as the queues see it: what crosses between its memory and the host's, and what
+//! has to be waited for. On the CPU device a crossing is a copy, done when it returns. On a CUDA device every
+//! queue has a stream, and what one queue leaves for another comes with a [`Done`].
 
 mod counts;
 #[cfg(feature = "cuda")]
@@ -49,8 +49,8 @@ pub enum CudaFault {}
 /// Opens a device by its name: `cpu`, or `cuda:0` and the like.
 ///
 /// # Errors
-/// [`Error::Configuration`] for an unknown name and for CUDA in a program that was built without it; [`Error::Candle`]
-/// where there is no such device.
+/// [`Error::Configuration`] for an unknown name and for CUDA in a program that was built without it;
+/// [`Error::Candle`] where there is no such device.
 pub fn open(name: &str) -> Result<Device> {
     let number = match name.strip_prefix("cuda") {
         None if name == "cpu" => return Ok(Device::Cpu),
@@ -65,8 +65,8 @@ pub fn open(name: &str) -> Result<Device> {
     };
     if !candle_core::utils::cuda_is_available() {
         return Err(Error::Configuration(
-            "this program was built without CUDA: build it with `cargo build --release --features cuda` on a machine \
-             with the CUDA toolkit"
+            "this program was built without CUDA: build it with `cargo build --release --features cuda` on a \
+             machine with the CUDA toolkit"
                 .into(),
         ));
     }
@@ -112,15 +112,15 @@ fn check_products(device: &Device, dtype: DType, products: Products) -> Result<(
     }
     if !device.is_cpu() || dtype != DType::F32 {
         return Err(Error::Configuration(
-            "products of bf16 are for f32 on the CPU device: with another dtype, as on a CUDA device with --dtype bf16, matrices \
-             are multiplied in that type anyway; use products of f32 (--products f32)"
+            "products of bf16 are for f32 on the CPU device: with another dtype, as on a CUDA device with \
+             --dtype bf16, matrices are multiplied in that type anyway; use products of f32 (--products f32)"
                 .into(),
         ));
     }
     if !products.is_native() {
         return Err(Error::Configuration(
-            "this processor has no matrix tiles for bf16 (Intel's AMX), or the system does not grant them: products of bf16 would be \
-             slower than those of f32; use products of f32 (--products f32)"
+            "this processor has no matrix tiles for bf16 (Intel's AMX), or the system does not grant them: \
+             products of bf16 would be slower than those of f32; use products of f32 (--products f32)"
                 .into(),
         ));
     }
@@ -138,7 +138,8 @@ pub struct ComputeDevice {
 }
 
 impl ComputeDevice {
-    /// Around candle's device; `dtype` is f32, bf16 or f16, and `products` are what it multiplies matrices of f32 by.
+    /// Around candle's device; `dtype` is f32, bf16 or f16, and `products` are what it multiplies matrices of
+    /// f32 by.
     ///
     /// # Errors
     /// [`Error::Configuration`] for other devices and types, and errors of the driver.
@@ -271,8 +272,8 @@ impl ComputeDevice {
         memory::reset_peak();
     }
 
-    /// Keeps freed tensors for later ones while they and what is in use are at most `limit_bytes`; 0 keeps none. A device
-    /// with memory of its own keeps them anyway.
+    /// Keeps freed tensors for later ones while they and what is in use are at most `limit_bytes`; 0 keeps
+    /// none. A device with memory of its own keeps them anyway.
     pub fn keep_freed(&self, limit_bytes: u64) {
         if !self.is_apart() {
             memory::set_cache_limit_bytes(limit_bytes);
@@ -301,8 +302,8 @@ impl ComputeDevice {
         Ok(None)
     }
 
-    /// Bytes that a run may use of the memory of a device that has its own, if nobody says how many: what is free, less a
-    /// tenth for the driver's own and for what lies between blocks.
+    /// Bytes that a run may use of the memory of a device that has its own, if nobody says how many: what is
+    /// free, less a tenth for the driver's own and for what lies between blocks.
     ///
     /// # Errors
     /// Errors of the driver.
@@ -364,8 +365,8 @@ impl ComputeDevice {
         Ok(())
     }
 
-    /// Parameters in f32 go up into their tensors' storage, in the device's type. `staging` holds them in that type
-    /// where it is another one and the device is apart.
+    /// Parameters in f32 go up into their tensors' storage, in the device's type. `staging` holds them in
+    /// that type where it is another one and the device is apart.
     pub fn upload(
         &self,
         pool: &Pool,
@@ -402,8 +403,8 @@ impl ComputeDevice {
         Ok(())
     }
 
-    /// Brings gradients of a piece to `staging`, in the device's type, each at the place that it has in the piece. On
-    /// the CPU device they are there already.
+    /// Brings gradients of a piece to `staging`, in the device's type, each at the place that it has in the
+    /// piece. On the CPU device they are there already.
     #[cfg_attr(
         not(feature = "cuda"),
         expect(unused_variables, reason = "gradients are copied on CUDA devices only")
@@ -447,8 +448,8 @@ impl ComputeDevice {
         }
     }
 
-    /// Storage that `queue` is going to fill. It belongs to the compute queue, which may be using that memory for
-    /// something that is over for candle, so `queue` waits for what is enqueued there.
+    /// Storage that `queue` is going to fill. It belongs to the compute queue, which may be using that memory
+    /// for something that is over for candle, so `queue` waits for what is enqueued there.
     pub fn storage_for(&self, queue: Queue, elements: usize) -> Result<TensorStorage> {
         let storage = self.allocate(elements, self.dtype)?;
         let made = self.record(Queue::Compute)?;
@@ -456,7 +457,8 @@ impl ComputeDevice {
         Ok(storage)
     }
 
-    /// `elements` of a piece go from the host to their home on the device, or back: the home is of the device.
+    /// `elements` of a piece go from the host to their home on the device, or back: the home is of the
+    /// device.
     #[cfg_attr(not(feature = "cuda"), expect(unused_variables, reason = "only CUDA devices are apart"))]
     pub fn copy_up(&self, lease: &Lease, home: &mut BufferMemory, elements: usize) -> Result<()> {
         #[cfg(feature = "cuda")]
@@ -491,8 +493,8 @@ impl ComputeDevice {
         Err(internal("masters at home on a device that has no memory of its own"))
     }
 
-    /// Gradients of a piece are scaled and put into, or added to, a buffer of the device. Answers what they measure,
-    /// continuing from the piece before unless this is the `first`.
+    /// Gradients of a piece are scaled and put into, or added to, a buffer of the device. Answers what they
+    /// measure, continuing from the piece before unless this is the `first`.
     #[cfg_attr(not(feature = "cuda"), expect(unused_variables, reason = "only CUDA devices are apart"))]
     pub fn accumulate(
         &self,

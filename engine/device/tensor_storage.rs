@@ -1,7 +1,7 @@
 //! Moving storage in and out of tensors that candle's graph already knows.
 //!
-//! A vacant tensor keeps its identity, shape and type while its storage lies in a tier. Its place is held by a
-//! storage of a type that no operation accepts, so using it is an error and never a wrong number.
+//! A vacant tensor keeps its identity, shape and type while its storage lies in a tier. Its place is held by
+//! a storage of a type that no operation accepts, so using it is an error and never a wrong number.
 
 use candle_core::backend::{BackendDevice, BackendStorage};
 use candle_core::cpu_backend::CpuDevice;
@@ -18,8 +18,8 @@ const VACANT: DType = DType::F6E2M3;
 #[derive(Debug)]
 pub struct TensorStorage {
     storage: Storage,
-    /// A tensor of ours alone that the storage is taken from, and returns to when it is let go. A tensor frees what it holds, so
-    /// one that is let go vacant would take its placeholder with it.
+    /// A tensor of ours alone that the storage is taken from, and returns to when it is let go. A tensor
+    /// frees what it holds, so one that is let go vacant would take its placeholder with it.
     lender: Option<Tensor>,
 }
 
@@ -284,7 +284,8 @@ fn keep_placeholder(placeholder: Storage) {
     drop(placeholder);
 }
 
-/// Takes the storage out of a tensor that is nobody else's. When it is let go it goes back, and the tensor with it.
+/// Takes the storage out of a tensor that is nobody else's. When it is let go it goes back, and the tensor
+/// with it.
 fn lend(tensor: Tensor) -> Result<TensorStorage> {
     let mut run = take(&tensor)?;
     // The tensor, and not what it was computed from.
@@ -292,7 +293,8 @@ fn lend(tensor: Tensor) -> Result<TensorStorage> {
     Ok(run)
 }
 
-/// Leaves of segments' own graphs that are vacant at the moment. A leaf that is used again keeps its placeholder.
+/// Leaves of segments' own graphs that are vacant at the moment. A leaf that is used again keeps its
+/// placeholder.
 #[derive(Debug, Default)]
 pub struct Leaves(Mutex<Vec<Tensor>>);
 
@@ -333,7 +335,8 @@ pub fn is_vacant(tensor: &Tensor) -> bool {
     storage_dtype(&storage) == VACANT && tensor.dtype() != VACANT
 }
 
-/// Whether the whole storage of a tensor is its own elements in order, so that it can be taken and given back.
+/// Whether the whole storage of a tensor is its own elements in order, so that it can be taken and given
+/// back.
 pub fn owns_plain_storage(tensor: &Tensor) -> bool {
     let (storage, layout) = tensor.storage_and_layout();
     layout.is_contiguous()
@@ -353,7 +356,8 @@ pub fn copy(tensor: &Tensor) -> Result<TensorStorage> {
     take(&tensor.detach().force_contiguous()?)
 }
 
-/// Takes the elements of a tensor that is nobody else's out as one run, copying only where they are not already one.
+/// Takes the elements of a tensor that is nobody else's out as one run, copying only where they are not
+/// already one.
 pub fn into_run(tensor: Tensor) -> Result<TensorStorage> {
     if owns_plain_storage(&tensor) { lend(tensor) } else { lend(tensor.detach().force_contiguous()?) }
 }

@@ -11,8 +11,9 @@ use ferrozero_offload::{
 };
 use std::path::Path;
 
-/// Makes a checkpoint of a safetensors file: its tensors are the parameters, the moments are zero, and no step is made. Parameters under a
-/// name with a number, as `h.3.` or `model.layers.3.`, are the group of that prefix, all others are resident.
+/// Makes a checkpoint of a safetensors file: its tensors are the parameters, the moments are zero, and no
+/// step is made. Parameters under a name with a number, as `h.3.` or `model.layers.3.`, are the group of that
+/// prefix, all others are resident.
 ///
 /// # Errors
 /// [`Error::File`], [`Error::Safetensors`], [`Error::CheckpointExists`] and errors of the disk tier.
@@ -67,8 +68,8 @@ impl Making {
         Ok(Self { layout, rows, store })
     }
 
-    /// Writes all states, with master parameters as `fill` gives them, by name and from an element on, and moments of zero, and
-    /// commits. In memory is a piece at a time.
+    /// Writes all states, with master parameters as `fill` gives them, by name and from an element on, and
+    /// moments of zero, and commits. In memory is a piece at a time.
     pub(crate) fn finish(self, fill: impl Fn(&str, usize, &mut [f32]) -> Result<()>) -> Result<()> {
         let bytes = padded_bytes(self.store.piece_bytes());
         let budget = Budget::new(Tier::Host, bytes as u64);

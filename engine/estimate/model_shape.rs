@@ -1,5 +1,5 @@
-//! The shape of a model that need not exist: its groups, its activations and its arithmetic, for plans made before
-//! anything is built. B: batch, T: tokens of a sequence, C: hidden width, V: vocabulary.
+//! The shape of a model that need not exist: its groups, its activations and its arithmetic, for plans made
+//! before anything is built. B: batch, T: tokens of a sequence, C: hidden width, V: vocabulary.
 
 use crate::error::{Error, Result};
 use crate::models::block::Units;
@@ -12,19 +12,22 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use std::path::Path;
 
-/// Tensors of a block's backward, in numbers a token and width: what the graph of candle keeps of the recomputed forward,
-/// and the gradients that are under way beside it. Counted over the engine's own blocks, whose attention keeps no scores.
+/// Tensors of a block's backward, in numbers a token and width: what the graph of candle keeps of the
+/// recomputed forward, and the gradients that are under way beside it. Counted over the engine's own blocks,
+/// whose attention keeps no scores.
 const WORKING_WIDTHS: u64 = 34;
 
-/// The same of a block's attention alone, and of a tile of its perceptron beside what its units take: what tiles read and the sum so far,
-/// taken apart and put together again, and their gradients.
+/// The same of a block's attention alone, and of a tile of its perceptron beside what its units take: what
+/// tiles read and the sum so far, taken apart and put together again, and their gradients.
 const ATTENTION_WIDTHS: u64 = 18;
 const TILE_WIDTHS: u64 = 14;
 
-/// The same of a perceptron, in numbers a token and unit: what its activation reads and gives, and the gradients of both.
+/// The same of a perceptron, in numbers a token and unit: what its activation reads and gives, and the
+/// gradients of both.
 const UNIT_NUMBERS: u64 = 4;
 
-/// Tensors of a block's graph of the model's width that stay until the backward: input, norms and the sum between them.
+/// Tensors of a block's graph of the model's width that stay until the backward: input, norms and the sum
+/// between them.
 const KEPT_WIDTHS: u64 = 4;
 
 /// Rows whose logits the engine's cross-entropy on the CPU device has at once.
@@ -34,9 +37,11 @@ const LOGIT_ROWS: u64 = 256;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Family {
-    /// GPT-2: learned positions, layer norms, biases, a perceptron of two layers, the head tied to the embedding.
+    /// GPT-2: learned positions, layer norms, biases, a perceptron of two layers, the head tied to the
+    /// embedding.
     Gpt,
-    /// Llama's and those like it, as Mistral and Qwen: rotary positions, RMS norms, a gated perceptron of three matrices.
+    /// Llama's and those like it, as Mistral and Qwen: rotary positions, RMS norms, a gated perceptron of
+    /// three matrices.
     Llama,
 }
 
@@ -84,8 +89,8 @@ pub struct ModelShape {
     pub positions: usize,
     /// Whether the head is the token embedding.
     pub tied: bool,
-    /// Segments of one size that a block is made of: more of them need less of the device. One: as the models here have it, which
-    /// are one segment, or one of attention and one for each of the perceptron's tiles.
+    /// Segments of one size that a block is made of: more of them need less of the device. One: as the models
+    /// here have it, which are one segment, or one of attention and one for each of the perceptron's tiles.
     pub segments_per_block: usize,
     /// Tiles of a block's perceptron; by its size, as in the models here.
     pub perceptron_tiles: usize,
@@ -94,8 +99,9 @@ pub struct ModelShape {
 /// A parameter's name and shape.
 type Shape = (String, Vec<usize>);
 
-/// Models by name: layers, width, heads. GPT-2 after Radford et al. 2019, GPT-3 after Brown et al. (arXiv 2005.14165,
-/// table 2.1, its 13B with the width of 5120 that 40 heads of 128 make), 1t after ZeRO-Infinity (arXiv 2104.07857, table 1).
+/// Models by name: layers, width, heads. GPT-2 after Radford et al. 2019, GPT-3 after Brown et al. (arXiv
+/// 2005.14165, table 2.1, its 13B with the width of 5120 that 40 heads of 128 make), 1t after ZeRO-Infinity
+/// (arXiv 2104.07857, table 1).
 pub const NAMED: [(&str, usize, usize, usize); 9] = [
     ("gpt2", 12, 768, 12),
     ("gpt2-medium", 24, 1024, 16),
@@ -110,7 +116,8 @@ pub const NAMED: [(&str, usize, usize, usize); 9] = [
 
 /// Tokens of GPT-2's vocabulary.
 const GPT2_VOCABULARY: usize = 50257;
-/// Width of a head, and layers to width, in the shapes that [`ModelShape::grown`] makes: those of GPT-3's larger models.
+/// Width of a head, and layers to width, in the shapes that [`ModelShape::grown`] makes: those of GPT-3's
+/// larger models.
 const GROWN_HEAD: usize = 128;
 
 /// What is read of GPT-2's `config.json`.
@@ -164,11 +171,12 @@ impl ModelShape {
         Ok(Self::gpt(GPT2_VOCABULARY, layers, hidden, heads, positions))
     }
 
-    /// The model of a Hugging Face `config.json` of GPT-2's or Llama's family, for sequences of so many tokens. Those like Llama
-    /// are read as models are.
+    /// The model of a Hugging Face `config.json` of GPT-2's or Llama's family, for sequences of so many
+    /// tokens. Those like Llama are read as models are.
     ///
     /// # Errors
-    /// [`Error::File`], [`Error::Configuration`] for sizes that are missing or wrong, [`Error::Unsupported`] for other families.
+    /// [`Error::File`], [`Error::Configuration`] for sizes that are missing or wrong, [`Error::Unsupported`]
+    /// for other families.
     pub fn from_hugging_face(path: &Path, sequence: usize) -> Result<Self> {
         let text =
             std::fs::read_to_string(path).map_err(|source| Error::File { path: path.to_owned(), source })?;
@@ -224,8 +232,8 @@ impl ModelShape {
         }
     }
 
-    /// A larger or smaller model of the same family: a GPT of `layers` blocks and a width of 128 a block, as GPT-3 has it;
-    /// for Llama the same block `layers` times.
+    /// A larger or smaller model of the same family: a GPT of `layers` blocks and a width of 128 a block, as
+    /// GPT-3 has it; for Llama the same block `layers` times.
     pub fn grown(&self, layers: usize) -> Self {
         match self.family {
             Family::Llama => {
@@ -311,7 +319,8 @@ impl ModelShape {
         (self.segments_per_block == 1 && tiles.len() > 1).then_some(tiles)
     }
 
-    /// Names and shapes of the parameters of each segment of a block; where all are of one size those of the block, for each.
+    /// Names and shapes of the parameters of each segment of a block; where all are of one size those of the
+    /// block, for each.
     fn parts(&self) -> Vec<Vec<Shape>> {
         let block: Vec<Shape> =
             self.block().into_iter().map(|(name, shape)| (name.to_owned(), shape)).collect();
@@ -346,7 +355,8 @@ impl ModelShape {
         self.layers * self.segments_of_block()
     }
 
-    /// Groups as the engine lays them out, in pieces of `piece_elements`; of `ranks` that share the states, those of one.
+    /// Groups as the engine lays them out, in pieces of `piece_elements`; of `ranks` that share the states,
+    /// those of one.
     pub fn layout(&self, piece_elements: usize, ranks: usize) -> Layout {
         let share = self.segments_per_block * ranks;
         let group = |name: String, shapes: &[Shape], share: usize, resident: bool| {
@@ -381,9 +391,9 @@ impl ModelShape {
         calls.collect()
     }
 
-    /// Bytes of the model's own tensors at their peak, boundaries apart: the backward of a block, or the loss, whichever is
-    /// more. Of a gated perceptron's backward more is kept than of a plain one's. The loss has all logits of B·T `tokens`
-    /// and their gradients where `logits` says so, else those of some rows.
+    /// Bytes of the model's own tensors at their peak, boundaries apart: the backward of a block, or the
+    /// loss, whichever is more. Of a gated perceptron's backward more is kept than of a plain one's. The loss
+    /// has all logits of B·T `tokens` and their gradients where `logits` says so, else those of some rows.
     pub fn working_bytes(&self, tokens: usize, element_bytes: usize, logits: bool) -> u64 {
         // Heads may be wider together than the model is.
         let c = self.hidden.max(self.heads * self.head_width) as u64;
@@ -406,7 +416,8 @@ impl ModelShape {
         block.max(loss) * element_bytes as u64
     }
 
-    /// Bytes that the graph of each segment holds from its forward to its backward, over B·T `tokens`, with a copy of its input.
+    /// Bytes that the graph of each segment holds from its forward to its backward, over B·T `tokens`, with a
+    /// copy of its input.
     pub fn kept_bytes(&self, tokens: usize, element_bytes: usize) -> Vec<u64> {
         let (tokens, c, f) = (tokens as u64, self.hidden as u64, self.feed_forward as u64);
         let (q, kv) =
@@ -418,7 +429,8 @@ impl ModelShape {
         };
         let attention = KEPT_WIDTHS * c + 2 * (q + kv);
         let parts = match self.tiles() {
-            // Attention has what the first tile reads beside its own, and tiles take that apart and put it together again.
+            // Attention has what the first tile reads beside its own, and tiles take that apart and put it
+            // together again.
             Some(tiles) => {
                 let tiles =
                     tiles.iter().map(|units| 2 * KEPT_WIDTHS * c + of_unit * units.range.len() as u64);
@@ -430,19 +442,21 @@ impl ModelShape {
         parts.cycle().take(self.segments()).collect()
     }
 
-    /// Bytes of the model's own tensors that a micro-batch of B·T `tokens` holds between two segments, boundaries apart: the
-    /// gradient of the head, which comes with the loss, and some activations; with `logits`, those and their gradients too.
+    /// Bytes of the model's own tensors that a micro-batch of B·T `tokens` holds between two segments,
+    /// boundaries apart: the gradient of the head, which comes with the loss, and some activations; with
+    /// `logits`, those and their gradients too.
     pub fn parked_bytes(&self, tokens: usize, element_bytes: usize, logits: bool) -> u64 {
         let (tokens, c, v) = (tokens as u64, self.hidden as u64, self.vocabulary as u64);
         let logits = if logits { 2 * tokens * v } else { 0 };
         (4 * tokens * c + v * c + logits) * element_bytes as u64
     }
 
-    /// Floating-point operations of one token's forward: of the matrices of each segment of a block, of the attention of each block, and of the
-    /// head.
+    /// Floating-point operations of one token's forward: of the matrices of each segment of a block, of the
+    /// attention of each block, and of the head.
     ///
-    /// Two a parameter of a matrix, and 4·T·H·D a block for attention's scores and their product with the values, which with a
-    /// backward of twice the forward are 6·P + 12·L·T·C a token (Chowdhery et al., arXiv 2204.02311, appendix B).
+    /// Two a parameter of a matrix, and 4·T·H·D a block for attention's scores and their product with the
+    /// values, which with a backward of twice the forward are 6·P + 12·L·T·C a token (Chowdhery et al., arXiv
+    /// 2204.02311, appendix B).
     fn forward_flop(&self, sequence: usize, spares_windows: bool) -> (Vec<f64>, Vec<f64>, f64) {
         let matrices = self.parts().into_iter().map(|parameters| {
             let matrices = parameters.into_iter().filter(|(_, shape)| shape.len() > 1);
@@ -458,8 +472,8 @@ impl ModelShape {
         (matrices.collect(), attention.collect(), head)
     }
 
-    /// How long computing takes for `batch` sequences on a device of these `speeds`. A backward is a forward again, which is
-    /// the recomputation, and twice as much for the gradients.
+    /// How long computing takes for `batch` sequences on a device of these `speeds`. A backward is a forward
+    /// again, which is the recomputation, and twice as much for the gradients.
     pub fn compute(&self, batch: usize, sequence: usize, speeds: Speeds) -> Compute {
         let tokens = (batch * sequence) as f64;
         let (matrices, attention, head) = self.forward_flop(sequence, speeds.spares_windows);
@@ -488,7 +502,8 @@ impl ModelShape {
     }
 }
 
-/// Which share of the tokens before them the tokens of a sequence see through a window: T·W - W·(W - 1)/2 of T·(T + 1)/2.
+/// Which share of the tokens before them the tokens of a sequence see through a window: T·W - W·(W - 1)/2 of
+/// T·(T + 1)/2.
 fn share_seen(sequence: f64, window: f64) -> f64 {
     let window = window.min(sequence);
     (sequence * window - window * (window - 1.0) / 2.0) / (sequence * (sequence + 1.0) / 2.0)

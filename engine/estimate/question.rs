@@ -1,5 +1,6 @@
-//! Plans for a model that need not exist, on a machine that need not be here: the search of runs, over numbers that are
-//! estimated where a run measures them: the model's own tensors and its computing time, see [`ModelShape`].
+//! Plans for a model that need not exist, on a machine that need not be here: the search of runs, over
+//! numbers that are estimated where a run measures them: the model's own tensors and its computing time, see
+//! [`ModelShape`].
 
 use crate::error::{Error, Result, internal};
 use crate::estimate::model_shape::{ModelShape, Speeds};
@@ -17,7 +18,8 @@ use ferrozero_kernels::ops::Products;
 use ferrozero_offload::Tier;
 use std::sync::Arc;
 
-/// Memory of a device that its driver and libraries take: CUDA's context and the workspace of its matrix products.
+/// Memory of a device that its driver and libraries take: CUDA's context and the workspace of its matrix
+/// products.
 const DEVICE_RESERVE_BYTES: u64 = 1 << 30;
 
 /// A model, a step and a machine.
@@ -138,8 +140,8 @@ impl Question {
     /// The plan that takes the least time of those that fit.
     ///
     /// # Errors
-    /// [`Error::BudgetTooSmall`] with what is missing, and [`Error::Configuration`] for a disk that is too small or a machine
-    /// whose speed of computing is not known.
+    /// [`Error::BudgetTooSmall`] with what is missing, and [`Error::Configuration`] for a disk that is too
+    /// small or a machine whose speed of computing is not known.
     pub fn answer(&self) -> Result<Answer> {
         let Machine { matmul_bf16_flop_per_s, attention_bf16_flop_per_s, .. } = self.machine;
         let Machine { matmul_f32_flop_per_s, attention_f32_flop_per_s, .. } = self.machine;
@@ -151,7 +153,8 @@ impl Question {
         };
         let matmul = matmul.ok_or_else(|| {
             Error::Configuration(format!(
-                "the machine's file does not say how fast {which} are: make one with ferrozero probe, on a machine that has them"
+                "the machine's file does not say how fast {which} are: make one with ferrozero probe, on a \
+                 machine that has them"
             ))
         })?;
         // On a device of its own what lies outside of a window is computed and masked.
@@ -172,9 +175,9 @@ impl Question {
         })
     }
 
-    /// This question for the split of a step's sequences into micro-batches that is fastest, and its answer. A larger
-    /// micro-batch needs more memory for activations, which leaves less for states; more micro-batches move parameters and
-    /// gradients more often.
+    /// This question for the split of a step's sequences into micro-batches that is fastest, and its answer.
+    /// A larger micro-batch needs more memory for activations, which leaves less for states; more
+    /// micro-batches move parameters and gradients more often.
     ///
     /// # Errors
     /// As [`Self::answer`], where no split has a plan.
@@ -208,7 +211,8 @@ impl Question {
         self.search(&compute, |search| search.fitting(true).map(drop)).is_ok()
     }
 
-    /// Bytes of files: with a disk all states are on it, twice unless in place, and what has its home there alone.
+    /// Bytes of files: with a disk all states are on it, twice unless in place, and what has its home there
+    /// alone.
     fn disk_bytes(&self, plan: &Plan) -> u64 {
         if !self.has_disk() {
             return 0;
@@ -225,8 +229,8 @@ impl Question {
         let needed = self.disk_bytes(plan);
         match self.machine.disk_bytes {
             Some(limit) if needed > limit => Err(Error::Configuration(format!(
-                "the disk must hold {} and may hold {}: states are kept twice so that a kill loses nothing (--in-place keeps \
-                 them once), or make the model smaller",
+                "the disk must hold {} and may hold {}: states are kept twice so that a kill loses nothing \
+                 (--in-place keeps them once), or make the model smaller",
                 Bytes(needed),
                 Bytes(limit)
             ))),
@@ -359,8 +363,9 @@ mod tests {
         })
     }
 
-    /// All homes by stream and number of groups, slots, graphs that are kept, homes of boundaries and moments of the update, each
-    /// costed in full; for three budgets, on a disk that is what a step waits for and on one that is about as busy as computing.
+    /// All homes by stream and number of groups, slots, graphs that are kept, homes of boundaries and moments
+    /// of the update, each costed in full; for three budgets, on a disk that is what a step waits for and on
+    /// one that is about as busy as computing.
     #[test]
     fn the_choice_is_as_good_as_the_best_of_all_that_fit() {
         for disk_bytes_per_s in [2e8, 1e9] {

@@ -1,4 +1,5 @@
-//! The times of a device that works while the host goes on: by its own clock, from the events between its work.
+//! The times of a device that works while the host goes on: by its own clock, from the events between its
+//! work.
 
 use crate::device::compute::Done;
 use crate::schedule::operation::Queue;
@@ -16,14 +17,16 @@ pub struct Moments {
     pub done: Done,
 }
 
-/// Events that are measured again from a later moment after so many seconds: the driver tells 24 bits of a time.
+/// Events that are measured again from a later moment after so many seconds: the driver tells 24 bits of a
+/// time.
 const ORIGIN_AGES_S: f64 = 60.0;
 /// So many operations may be pending before it is looked whether they are done.
 const PENDING: usize = 256;
 
 /// Puts operations into a trace once the device has done them.
 pub struct DeviceClock {
-    /// A moment, and when it was in seconds since the executor was started. None without a device of that kind.
+    /// A moment, and when it was in seconds since the executor was started. None without a device of that
+    /// kind.
     origin: Option<(Done, f64)>,
     /// When the last operation of each queue ended.
     last_s: [f64; Queue::ALL.len()],

@@ -1,5 +1,6 @@
-//! Runs schedules. One dispatcher thread owns all leases, slots and gradient sets that nobody uses at the moment; it
-//! hands them to the queues as dependencies allow and takes them back. Queues never share memory, they pass it on.
+//! Runs schedules. One dispatcher thread owns all leases, slots and gradient sets that nobody uses at the
+//! moment; it hands them to the queues as dependencies allow and takes them back. Queues never share memory,
+//! they pass it on.
 
 use crate::device::compute::{BufferMemory, Done};
 use crate::device::tensor_storage::TensorStorage;
@@ -278,13 +279,14 @@ impl Dispatcher {
             self.advance();
             self.answer();
         }
-        // A commit that was asked for is made. All that it waits for was asked for before it, and needs no compute.
+        // A commit that was asked for is made. All that it waits for was asked for before it, and needs no
+        // compute.
         while self.stopped.is_none() && self.order.contains(Operation::Commit) {
             self.advance();
             self.take_finished();
         }
-        // Transfers in flight own their buffers; they end before the memory goes. So does what the device is doing, and if
-        // that failed, an earlier operation has said so.
+        // Transfers in flight own their buffers; they end before the memory goes. So does what the device is
+        // doing, and if that failed, an earlier operation has said so.
         while self.in_flight_outside() > 0 {
             self.take_finished();
         }
@@ -313,8 +315,8 @@ impl Dispatcher {
             }
             Event::Finished { id, held, result } => self.finished(id, *held, result),
             Event::TakeTrace { reply } => {
-                // A failure of the device's is that of an operation. Nobody is there to take the trace only when the training
-                // thread is gone.
+                // A failure of the device's is that of an operation. Nobody is there to take the trace only
+                // when the training thread is gone.
                 let _ = self.performer.device.synchronize();
                 self.clock.settle_all(&mut self.trace);
                 let _ = reply.send(Ok(std::mem::take(&mut self.trace)));

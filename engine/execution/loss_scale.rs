@@ -1,6 +1,7 @@
-//! Keeps the gradients of f16 in the range that f16 has: the loss is multiplied by a scale before it is propagated back, and
-//! gradients are divided by it in f32 (Micikevicius et al., "Mixed precision training", arXiv 1710.03740). A step whose
-//! gradients overflow is skipped and halves the scale; many without an overflow double it.
+//! Keeps the gradients of f16 in the range that f16 has: the loss is multiplied by a scale before it is
+//! propagated back, and gradients are divided by it in f32 (Micikevicius et al., "Mixed precision training",
+//! arXiv 1710.03740). A step whose gradients overflow is skipped and halves the scale; many without an
+//! overflow double it.
 
 use serde::{Deserialize, Serialize};
 

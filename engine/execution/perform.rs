@@ -1,4 +1,5 @@
-//! What each operation does to the memory that it holds. One function, run on the thread of the operation's queue.
+//! What each operation does to the memory that it holds. One function, run on the thread of the operation's
+//! queue.
 
 use crate::device::compute::{BufferMemory, ComputeDevice, Done, Gradient};
 use crate::device::tensor_storage::TensorStorage;
@@ -161,7 +162,8 @@ impl Performer {
             Operation::CopyUp { .. } => self.copy(operation, held),
             Operation::CopyDown { group, .. } => {
                 self.copy(operation, held)?;
-                // Updates on the device do not look at what they write; what a commit keeps goes by way of the host.
+                // Updates on the device do not look at what they write; what a commit keeps goes by way of
+                // the host.
                 let elements = operation.elements(&self.layout, &self.calls);
                 let values = &held.buffers[0].host()?.as_f32()[..elements];
                 self.check_finite(group, context.adamw.step, &[values])
@@ -188,8 +190,8 @@ impl Performer {
         }
     }
 
-    /// Does an operation on the thread of its queue: after what others have enqueued on the device with its memory, and
-    /// noting what it has enqueued itself.
+    /// Does an operation on the thread of its queue: after what others have enqueued on the device with its
+    /// memory, and noting what it has enqueued itself.
     pub fn perform_on(
         &self,
         queue: Queue,

@@ -1,9 +1,11 @@
-//! A transformer block of any family, in halves: attention, and the perceptron behind it. An engine streams it as one segment, or
-//! where the perceptron is wide as one of the attention and one for each tile of the perceptron.
+//! A transformer block of any family, in halves: attention, and the perceptron behind it. An engine streams
+//! it as one segment, or where the perceptron is wide as one of the attention and one for each tile of the
+//! perceptron.
 //!
-//! A tile has some of the perceptron's units: their rows of the matrices into the perceptron and their columns of the one out of it. Tiles
-//! add up what they make, one after another, so what lies between two of them is what all tiles read, the normed hidden states, beside the
-//! sum so far: [2, B, T, C]. B: batch, T: tokens of a sequence, C: hidden width.
+//! A tile has some of the perceptron's units: their rows of the matrices into the perceptron and their
+//! columns of the one out of it. Tiles add up what they make, one after another, so what lies between two of
+//! them is what all tiles read, the normed hidden states, beside the sum so far: [2, B, T, C]. B: batch, T:
+//! tokens of a sequence, C: hidden width.
 
 use super::cache::{Cache, LayerCache};
 use crate::autograd::segment::Segment;
@@ -14,18 +16,20 @@ use candle_nn::VarBuilder;
 use std::ops::Range;
 use std::sync::Arc;
 
-/// Elements of a perceptron's matrices from which on it runs in tiles: more than 1 GiB in f32. A number of the design and not of a machine:
-/// how many tiles there are changes how sums are rounded, and memory must not.
+/// Elements of a perceptron's matrices from which on it runs in tiles: more than 1 GiB in f32. A number of
+/// the design and not of a machine: how many tiles there are changes how sums are rounded, and memory must
+/// not.
 const LARGEST_WHOLE_ELEMENTS: usize = 256 << 20;
 
-/// Tiles of a perceptron of so many elements in its matrices, behind attention of so many. As many as make none of them larger than the
-/// attention, which is fetched as one, or if that is small than what runs whole: each tile has a boundary of its own, so more would cost and
-/// spare nothing.
+/// Tiles of a perceptron of so many elements in its matrices, behind attention of so many. As many as make
+/// none of them larger than the attention, which is fetched as one, or if that is small than what runs whole:
+/// each tile has a boundary of its own, so more would cost and spare nothing.
 pub fn perceptron_tiles(elements: usize, attention_elements: usize) -> usize {
     elements.div_ceil(LARGEST_WHOLE_ELEMENTS.max(attention_elements)).max(1)
 }
 
-/// Units that tiles have together, so that files' blocks of numbers and matrix products are not cut where they need not be.
+/// Units that tiles have together, so that files' blocks of numbers and matrix products are not cut where
+/// they need not be.
 const UNITS_TOGETHER: usize = 256;
 
 /// Some units of a perceptron.
@@ -63,8 +67,8 @@ impl Units {
 
 /// The first half of a block.
 pub trait Attend: Send + Sync + 'static {
-    /// Hidden states `xs` [B, T, C] after attention, and normed as the perceptron reads them. With a cache, of the tokens that follow those in
-    /// it, without gradients.
+    /// Hidden states `xs` [B, T, C] after attention, and normed as the perceptron reads them. With a cache,
+    /// of the tokens that follow those in it, without gradients.
     ///
     /// # Errors
     /// What candle says.
@@ -98,7 +102,8 @@ impl<A: Attend, P: Perceive> Block<A, P> {
         self.perceptron.close(&residual, &normed)
     }
 
-    /// As the module's forward for the tokens that follow those in `cache`, without gradients. `xs` [B, T, C].
+    /// As the module's forward for the tokens that follow those in `cache`, without gradients. `xs` [B, T,
+    /// C].
     ///
     /// # Errors
     /// What candle says.
@@ -183,8 +188,8 @@ impl<A: Attend, P: Perceive> StreamedBlock<A, P> {
         Ok(Self::Tiled { attention, tiles, last: tile(last)? })
     }
 
-    /// Runs the block of a number for each text on its own: the bits of one do not depend on those beside it. `xs` [1, N, C] are the new
-    /// tokens of all texts.
+    /// Runs the block of a number for each text on its own: the bits of one do not depend on those beside it.
+    /// `xs` [1, N, C] are the new tokens of all texts.
     pub(super) fn forward_each(
         &self,
         number: usize,
@@ -245,8 +250,8 @@ pub(super) struct Rows {
     pub cache: Cache,
 }
 
-/// Runs each text's rows of `xs`, which has all of them along dimension `dimension`, on their own; they lie along the last but one of what `run`
-/// answers.
+/// Runs each text's rows of `xs`, which has all of them along dimension `dimension`, on their own; they lie
+/// along the last but one of what `run` answers.
 fn each(
     texts: &[Rows],
     xs: &Tensor,

@@ -8,8 +8,9 @@ use std::sync::{Arc, Mutex};
 /// Scores that exist together while a prompt is attended to, if one row of all heads has not more.
 const SCORES: usize = 1 << 20;
 
-/// Bytes in f32 that [`LayerCache::attend`] takes at most beside its arguments, its result and the keys and values: the scores of some
-/// query rows for `tokens` keys in each of `heads` query heads, the weights that they become, and what these attend to.
+/// Bytes in f32 that [`LayerCache::attend`] takes at most beside its arguments, its result and the keys and
+/// values: the scores of some query rows for `tokens` keys in each of `heads` query heads, the weights that
+/// they become, and what these attend to.
 pub fn scores_bytes(heads: usize, tokens: usize) -> u64 {
     3 * 4 * SCORES.max(heads * tokens) as u64
 }
@@ -47,9 +48,10 @@ impl LayerCache {
         Ok(())
     }
 
-    /// Attention of `queries` [B, H, T, D] of the tokens that follow, with their `keys` and `values` [B, K, T, D], over all
-    /// tokens or the last ones of a `window`, which is the same at every call: [B, T, H·D]. H is a multiple of K. Query rows run some at a
-    /// time, with the keys that they see, so that memory does not grow with T·S.
+    /// Attention of `queries` [B, H, T, D] of the tokens that follow, with their `keys` and `values` [B, K,
+    /// T, D], over all tokens or the last ones of a `window`, which is the same at every call: [B, T, H·D]. H
+    /// is a multiple of K. Query rows run some at a time, with the keys that they see, so that memory does
+    /// not grow with T·S.
     ///
     /// # Errors
     /// What candle says.
@@ -76,7 +78,8 @@ impl LayerCache {
             let queries = queries.narrow(2, first, rows)?.reshape((b, k, shared * rows, d))?;
             let scores = queries.matmul(&keys?.t()?)?.reshape((b, k, shared, rows, seen))?;
             let weights = ops::causal_softmax(&scores, 1.0 / (d as f32).sqrt(), window)?;
-            let attended = weights.reshape((b, k, shared * rows, seen))?.matmul(&values?)?; // [B, K, H/K·rows, D]
+            // [B, K, H/K·rows, D]
+            let attended = weights.reshape((b, k, shared * rows, seen))?.matmul(&values?)?;
             attended.reshape((b, h, rows, d))?.transpose(1, 2)?.reshape((b, rows, h * d))
         });
         let attended = Tensor::cat(&attended.collect::<Result<Vec<_>>>()?, 1)?; // [B, T, H·D]

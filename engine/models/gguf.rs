@@ -24,7 +24,8 @@ pub(super) fn read(path: &Path) -> Result<Content> {
 /// Metadata of a GGUF file as Hugging Face's configuration says the same.
 ///
 /// # Errors
-/// [`Error::Weights`] for metadata that are missing, [`Error::Unsupported`] for an architecture that is not implemented.
+/// [`Error::Weights`] for metadata that are missing, [`Error::Unsupported`] for an architecture that is not
+/// implemented.
 pub(super) fn configuration(path: &Path, content: &Content) -> Result<Value> {
     let damaged = |reason: String| Error::Weights { path: path.to_owned(), reason };
     let architecture = content.metadata.get("general.architecture").and_then(|value| value.to_string().ok());
@@ -174,7 +175,8 @@ fn window(path: &Path, content: &Content, architecture: &str) -> Result<Option<W
     }
 }
 
-/// What the frequency of each pair of a head is divided by: how the converter of Llama 3.1 and later keeps their stretched angles.
+/// What the frequency of each pair of a head is divided by: how the converter of Llama 3.1 and later keeps
+/// their stretched angles.
 const FREQUENCY_FACTORS: &str = "rope_freqs.weight";
 
 /// More than any head has pairs.
@@ -221,7 +223,8 @@ pub(super) fn tokenizer_configuration(content: &Content) -> Value {
     configuration
 }
 
-/// How a family's tensors are called in GGUF files and in Hugging Face's checkpoints, without `.weight` and `.bias`.
+/// How a family's tensors are called in GGUF files and in Hugging Face's checkpoints, without `.weight` and
+/// `.bias`.
 pub(super) struct Names {
     /// Outside layers.
     outside: &'static [(&'static str, &'static str)],
@@ -289,8 +292,9 @@ impl Names {
     }
 }
 
-/// The name of a tensor of a GGUF file of GPT-2's in its Hugging Face checkpoints, or none for what is no parameter. Matrices lie
-/// as [out, in], which is the transpose of those checkpoints' and as the model has them.
+/// The name of a tensor of a GGUF file of GPT-2's in its Hugging Face checkpoints, or none for what is no
+/// parameter. Matrices lie as [out, in], which is the transpose of those checkpoints' and as the model has
+/// them.
 pub(super) fn gpt2_parameter_name(stored: &str) -> Option<(String, ElementOrder)> {
     // The head is the token embedding, which some files have twice.
     if stored == "output.weight" {

@@ -1,5 +1,6 @@
-//! The tokenizer that a GGUF file carries, made into the same as a Hugging Face `tokenizer.json`. Two kinds are known: merges of
-//! bytes with the name of a way of cutting text into words (`gpt2`), and SentencePiece's pieces with scores (`llama`).
+//! The tokenizer that a GGUF file carries, made into the same as a Hugging Face `tokenizer.json`. Two kinds
+//! are known: merges of bytes with the name of a way of cutting text into words (`gpt2`), and SentencePiece's
+//! pieces with scores (`llama`).
 
 use super::gguf;
 use crate::data::error::DataError;
@@ -16,9 +17,15 @@ const CONTROL: i64 = 3;
 const USER_DEFINED: i64 = 4;
 
 /// Words of Llama 3, of which a number has at most three digits, as its `tokenizer.json` says.
-const LLAMA3_WORDS: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
+const LLAMA3_WORDS: &str = concat!(
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|",
+    r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+);
 /// Words of Qwen 2, of which each digit is one.
-const QWEN2_WORDS: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
+const QWEN2_WORDS: &str = concat!(
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}|",
+    r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+);
 
 /// What SentencePiece writes for a space.
 const SPACE: &str = "▁";
@@ -99,8 +106,8 @@ fn tokenizer_json(keys: &Keys) -> Result<Value, String> {
         "llama" => sentence_piece(keys, &tokens, &kinds)?,
         model => {
             return Err(format!(
-                "tokenizer.ggml.model is {model:?}; of GGUF files \"gpt2\", merges of bytes, and \"llama\", SentencePiece's \
-                 pieces, are read: {OTHER}"
+                "tokenizer.ggml.model is {model:?}; of GGUF files \"gpt2\", merges of bytes, and \"llama\", \
+                 SentencePiece's pieces, are read: {OTHER}"
             ));
         }
     };
@@ -190,11 +197,15 @@ fn bytes(use_regex: bool) -> Value {
     json!({ "type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": use_regex })
 }
 
-/// How text is cut into words: a normalizer, a pre-tokenizer, and whether a word that is a token is not cut further.
+/// How text is cut into words: a normalizer, a pre-tokenizer, and whether a word that is a token is not cut
+/// further.
 fn words(name: &str) -> Option<(Value, Value, bool)> {
     let sequence =
         |first: Value, second: Value| json!({ "type": "Sequence", "pretokenizers": [first, second] });
-    let by = |pattern: &str| json!({ "type": "Split", "pattern": { "Regex": pattern }, "behavior": "Isolated", "invert": false });
+    let by = |pattern: &str| {
+        let pattern = json!({ "Regex": pattern });
+        json!({ "type": "Split", "pattern": pattern, "behavior": "Isolated", "invert": false })
+    };
     match name {
         "gpt-2" => Some((Value::Null, bytes(true), false)),
         "smollm" => {
@@ -207,8 +218,9 @@ fn words(name: &str) -> Option<(Value, Value, bool)> {
     }
 }
 
-/// SentencePiece's pieces (Kudo and Richardson, arXiv 1808.06226): of all pairs of neighbours that make a piece together, the one
-/// whose piece has the highest score is joined first. A character that is no piece is written as its bytes.
+/// SentencePiece's pieces (Kudo and Richardson, arXiv 1808.06226): of all pairs of neighbours that make a
+/// piece together, the one whose piece has the highest score is joined first. A character that is no piece is
+/// written as its bytes.
 fn sentence_piece(keys: &Keys, tokens: &[&str], kinds: &[i64]) -> Result<Parts, String> {
     let scores = keys.list("scores", Metadata::to_f32)?;
     if scores.len() != tokens.len() {
@@ -229,14 +241,15 @@ fn sentence_piece(keys: &Keys, tokens: &[&str], kinds: &[i64]) -> Result<Parts, 
         pre_tokenizer: Value::Null,
         decoder: json!({ "type": "Sequence", "decoders": decoders }),
         model: json!({
-            "unk_token": unknown, "fuse_unk": true, "byte_fallback": true, "merges": merges(tokens, kinds, &scores),
+            "unk_token": unknown, "fuse_unk": true, "byte_fallback": true,
+            "merges": merges(tokens, kinds, &scores),
         }),
         begins: true,
     })
 }
 
-/// Every way to make a piece of two others, best pieces first. Pieces that no text is made of, such as those that mark its
-/// beginning, are left out.
+/// Every way to make a piece of two others, best pieces first. Pieces that no text is made of, such as those
+/// that mark its beginning, are left out.
 fn merges<'a>(tokens: &[&'a str], kinds: &[i64], scores: &[f32]) -> Vec<(&'a str, &'a str)> {
     let pieces = || tokens.iter().zip(scores).zip(kinds).filter(|(_, kind)| **kind == NORMAL);
     let known: HashMap<&str, f32> = pieces().map(|((token, score), _)| (*token, *score)).collect();

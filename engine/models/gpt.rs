@@ -1,5 +1,5 @@
-//! The GPT-2 architecture (Radford et al., "Language models are unsupervised multitask learners", 2019) as plain candle
-//! modules. B: batch, T: tokens of a sequence, C: hidden width, V: vocabulary.
+//! The GPT-2 architecture (Radford et al., "Language models are unsupervised multitask learners", 2019) as
+//! plain candle modules. B: batch, T: tokens of a sequence, C: hidden width, V: vocabulary.
 
 use super::block::{self, Attend, Perceive, Units, perceptron_tiles};
 use super::cache::LayerCache;
@@ -42,14 +42,15 @@ impl GptConfig {
         tiles_of_width(self.hidden)
     }
 
-    /// Deviation of the initial weights of a residual branch's last layer. Branches add up over the layers; GPT-2 scales
-    /// their last layers down accordingly.
+    /// Deviation of the initial weights of a residual branch's last layer. Branches add up over the layers;
+    /// GPT-2 scales their last layers down accordingly.
     fn residual_stdev(&self) -> f64 {
         0.02 / (2.0 * self.layers as f64).sqrt()
     }
 }
 
-/// Tiles of the perceptron of a block of the width `hidden`: of four squares of it in attention, and twice as many behind it.
+/// Tiles of the perceptron of a block of the width `hidden`: of four squares of it in attention, and twice as
+/// many behind it.
 pub(crate) fn tiles_of_width(hidden: usize) -> usize {
     let square = hidden.saturating_mul(hidden);
     perceptron_tiles(square.saturating_mul(8), square.saturating_mul(4))
@@ -108,7 +109,8 @@ impl NormedAttention {
     /// Of the tokens behind those in a cache, `qkv` [B, T, 3C]: [B, T, C].
     fn attend_cached(&self, qkv: &Tensor, cache: &mut LayerCache) -> Result<Tensor> {
         let (b, t, c) = qkv.dims3()?;
-        let qkv = qkv.reshape((b, t, 3, self.heads, c / 3 / self.heads))?.permute((2, 0, 3, 1, 4))?; // [3, B, H, T, D]
+        let qkv = qkv.reshape((b, t, 3, self.heads, c / 3 / self.heads))?;
+        let qkv = qkv.permute((2, 0, 3, 1, 4))?; // [3, B, H, T, D]
         let [q, k, v] = [0, 1, 2].map(|part| qkv.get(part)?.contiguous());
         cache.attend(&q?, &k?, &v?, None)
     }
@@ -155,7 +157,8 @@ impl Perceive for Perceptron {
     }
 }
 
-/// One transformer block: attention and a two-layer perceptron, each with a norm before and a residual around it.
+/// One transformer block: attention and a two-layer perceptron, each with a norm before and a residual around
+/// it.
 pub type Block = block::Block<NormedAttention, Perceptron>;
 
 /// One transformer block as an engine streams it.
@@ -176,8 +179,8 @@ impl Block {
 }
 
 impl StreamedBlock {
-    /// The block in segments of `engine`, with adapters beside the linear layers that get one, and the perceptron in `tiles`:
-    /// [`GptConfig::perceptron_tiles`], or more.
+    /// The block in segments of `engine`, with adapters beside the linear layers that get one, and the
+    /// perceptron in `tiles`: [`GptConfig::perceptron_tiles`], or more.
     ///
     /// # Errors
     /// What the engine says.
@@ -228,7 +231,8 @@ impl<B> Gpt<B> {
         })
     }
 
-    /// Hidden states [B, T, C] of tokens [B, T] at `positions` [B, T], both of u32; `run` runs the block of a number.
+    /// Hidden states [B, T, C] of tokens [B, T] at `positions` [B, T], both of u32; `run` runs the block of a
+    /// number.
     ///
     /// # Errors
     /// For positions that the sequence has not, and what `run` says.

@@ -34,7 +34,8 @@ impl Adapting {
         self.rank > 0 && self.targets.iter().any(|target| is_named(layer, target))
     }
 
-    /// Adapters for those of a model's linear `layers` that `targets` name, or for all of them if none is named.
+    /// Adapters for those of a model's linear `layers` that `targets` name, or for all of them if none is
+    /// named.
     ///
     /// # Errors
     /// [`Error::Configuration`] for a target that names no layer.
@@ -51,7 +52,8 @@ impl Adapting {
         Ok(Self { rank, alpha, targets: if targets.is_empty() { all() } else { targets.to_vec() } })
     }
 
-    /// Names of the adapter's two matrices [rank, in] and [out, rank] beside the weight of a name, if it is a weight.
+    /// Names of the adapter's two matrices [rank, in] and [out, rank] beside the weight of a name, if it is a
+    /// weight.
     pub fn adapter_of(weight: &str) -> Option<[String; 2]> {
         let layer = weight.strip_suffix("weight")?;
         Some([LORA_A, LORA_B].map(|name| format!("{layer}{name}")))
@@ -77,7 +79,8 @@ pub struct Linear {
 }
 
 impl Linear {
-    /// A layer with a weight [out, in]. The second matrix of an adapter starts at zero: at first it changes nothing.
+    /// A layer with a weight [out, in]. The second matrix of an adapter starts at zero: at first it changes
+    /// nothing.
     ///
     /// # Errors
     /// What the `VarBuilder` says.
@@ -92,7 +95,8 @@ impl Linear {
         Self::cut(inputs, outputs, bias, init, adapting, None, vb)
     }
 
-    /// Some outputs, which are rows of the weight, of a layer of `inputs`. Of an adapter the first matrix is that of all of them.
+    /// Some outputs, which are rows of the weight, of a layer of `inputs`. Of an adapter the first matrix is
+    /// that of all of them.
     ///
     /// # Errors
     /// What the `VarBuilder` says.
@@ -108,8 +112,9 @@ impl Linear {
         Self::cut(inputs, outputs.range.len(), bias, init, adapting, cut, vb)
     }
 
-    /// Some inputs, which are columns of the weight, of a layer with `outputs`: a part of each output's sum. The bias, if there is one, is added by
-    /// the last part. Of an adapter the second matrix is that of all of them.
+    /// Some inputs, which are columns of the weight, of a layer with `outputs`: a part of each output's sum.
+    /// The bias, if there is one, is added by the last part. Of an adapter the second matrix is that of all
+    /// of them.
     ///
     /// # Errors
     /// What the `VarBuilder` says.

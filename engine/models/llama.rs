@@ -1,8 +1,9 @@
-//! The Llama architecture (Touvron et al., arXiv 2302.13971) and those that differ from it in details: Llama 2 and 3, Mistral,
-//! Qwen2, Qwen2.5 and Qwen3, SmolLM2. Plain candle modules with the tensor names of Hugging Face's checkpoints.
+//! The Llama architecture (Touvron et al., arXiv 2302.13971) and those that differ from it in details: Llama
+//! 2 and 3, Mistral, Qwen2, Qwen2.5 and Qwen3, SmolLM2. Plain candle modules with the tensor names of Hugging
+//! Face's checkpoints.
 //!
-//! B: batch, T: tokens of a sequence, C: hidden width, H: query heads, K: key and value heads, D: width of a head, F: width of
-//! the perceptron, V: vocabulary.
+//! B: batch, T: tokens of a sequence, C: hidden width, H: query heads, K: key and value heads, D: width of a
+//! head, F: width of the perceptron, V: vocabulary.
 
 use super::block::{self, Attend, Perceive, Units};
 use super::cache::LayerCache;
@@ -138,7 +139,8 @@ impl Attention {
         self.angles.rotate(&xs.transpose(1, 2)?.contiguous()?, position)
     }
 
-    /// As [`Self::heads`] from the first position on, with the heads side by side as they were: [B, T, heads·D].
+    /// As [`Self::heads`] from the first position on, with the heads side by side as they were: [B, T,
+    /// heads·D].
     fn side_by_side(&self, xs: &Tensor, heads: usize, norm: Option<&Norm>) -> Result<Tensor> {
         let normed = match norm {
             Some(norm) => {
@@ -255,7 +257,8 @@ impl Block {
 }
 
 impl StreamedBlock {
-    /// The layer of a number in segments of `engine`, with the perceptron in `tiles`: [`LlamaConfig::perceptron_tiles`], or more.
+    /// The layer of a number in segments of `engine`, with the perceptron in `tiles`:
+    /// [`LlamaConfig::perceptron_tiles`], or more.
     ///
     /// # Errors
     /// What the engine says.
@@ -277,8 +280,8 @@ impl StreamedBlock {
     }
 }
 
-/// The whole model, generic over what a layer is wrapped in: nothing for plain candle, a [`Segment`](crate::Segment) for the
-/// engine.
+/// The whole model, generic over what a layer is wrapped in: nothing for plain candle, a
+/// [`Segment`](crate::Segment) for the engine.
 pub struct Llama<B> {
     embed_tokens: Tensor,
     layers: Vec<B>,
@@ -296,8 +299,8 @@ enum Head {
 }
 
 impl<B> Llama<B> {
-    /// The model; `make_block` is given the builder and the number of each layer, and `make_head` that of an untied head, which is whole where
-    /// it answers none.
+    /// The model; `make_block` is given the builder and the number of each layer, and `make_head` that of an
+    /// untied head, which is whole where it answers none.
     ///
     /// # Errors
     /// What the `VarBuilder`, `make_block` or `make_head` says.

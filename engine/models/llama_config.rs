@@ -44,10 +44,12 @@ pub struct LlamaConfig {
 }
 
 impl LlamaConfig {
-    /// Reads Hugging Face's configuration. `source` names it in messages; `sequence` is the longest sequence that is wanted.
+    /// Reads Hugging Face's configuration. `source` names it in messages; `sequence` is the longest sequence
+    /// that is wanted.
     ///
     /// # Errors
-    /// [`Error::Configuration`] for members that are missing or wrong, [`Error::Unsupported`] for what is not implemented.
+    /// [`Error::Configuration`] for members that are missing or wrong, [`Error::Unsupported`] for what is not
+    /// implemented.
     pub fn from_json(value: &Value, source: &str, sequence: usize) -> Result<Self> {
         let reader = Reader { value, source };
         let unsupported = |what: String| Err(Error::Unsupported(format!("{source}: {what}")));
@@ -96,8 +98,8 @@ impl LlamaConfig {
         let longest = reader.size("max_position_embeddings", Some(2048))?;
         if sequence > longest {
             return Err(Error::Configuration(format!(
-                "{source}: sequences of {sequence} tokens are longer than the {longest} that the model is made for: \
-                 choose a shorter --seq"
+                "{source}: sequences of {sequence} tokens are longer than the {longest} that the model is \
+                 made for: choose a shorter --seq"
             )));
         }
         config.checked(source)
@@ -135,15 +137,17 @@ impl LlamaConfig {
         }
         if heads % key_value_heads != 0 || head_width % 2 != 0 {
             return Err(Error::Configuration(format!(
-                "{source}: {heads} query heads must be a multiple of {key_value_heads} key heads, and their width {head_width} even"
+                "{source}: {heads} query heads must be a multiple of {key_value_heads} key heads, and their \
+                 width {head_width} even"
             )));
         }
         Ok(self)
     }
 }
 
-/// The windows of the layers, as transformers reads them: of all of Mistral's, and of those of Qwen's that `layer_types` names, or
-/// else from `max_window_layers` on. Other families have none, whatever their configuration says.
+/// The windows of the layers, as transformers reads them: of all of Mistral's, and of those of Qwen's that
+/// `layer_types` names, or else from `max_window_layers` on. Other families have none, whatever their
+/// configuration says.
 fn windows(reader: &Reader, kind: &str, layers: usize) -> Result<Vec<Option<usize>>> {
     let qwen = matches!(kind, "qwen2" | "qwen3");
     let has_window = kind == "mistral" || (qwen && reader.flag("use_sliding_window", false)?);
@@ -168,7 +172,8 @@ fn windows(reader: &Reader, kind: &str, layers: usize) -> Result<Vec<Option<usiz
         Some("full_attention") => Ok(None),
         Some("sliding_attention") if window.is_some() => Ok(window),
         Some("sliding_attention") => Err(Error::Configuration(format!(
-            "{}: layer_types has \"sliding_attention\", but use_sliding_window and sliding_window give no window",
+            "{}: layer_types has \"sliding_attention\", but use_sliding_window and sliding_window give no \
+             window",
             reader.source
         ))),
         _ => Err(wrong()),
@@ -184,7 +189,8 @@ mod tests {
     /// A configuration of four layers with some members more.
     fn read(kind: &str, members: Value, sequence: usize) -> Result<LlamaConfig> {
         let mut value = json!({
-            "model_type": kind, "vocab_size": 8, "hidden_size": 8, "num_hidden_layers": 4, "intermediate_size": 8,
+            "model_type": kind, "vocab_size": 8, "hidden_size": 8, "num_hidden_layers": 4,
+            "intermediate_size": 8,
             "num_attention_heads": 2, "max_position_embeddings": 8192,
         });
         for (key, member) in members.as_object().into_iter().flatten() {
@@ -222,7 +228,8 @@ mod tests {
             assert_eq!(qwen(json!({ "sliding_window": null, "max_window_layers": 0 }), 8000), full);
             assert_eq!(qwen(json!({ "max_window_layers": 0 }), 8000), [Some(4096); 4]);
             let (one, other) = ("sliding_attention", "full_attention");
-            let named = json!({ "sliding_window": 16, "max_window_layers": 0, "layer_types": [one, other, other, one] });
+            let types = [one, other, other, one];
+            let named = json!({ "sliding_window": 16, "max_window_layers": 0, "layer_types": types });
             assert_eq!(qwen(named, 64), [window, None, None, window]);
         }
     }

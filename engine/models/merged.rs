@@ -1,4 +1,5 @@
-//! The weights of a model that was trained further, as transformers loads them: adapters merged, matrices transposed where they lie so.
+//! The weights of a model that was trained further, as transformers loads them: adapters merged, matrices
+//! transposed where they lie so.
 
 use super::linear::Adapting;
 use super::pretrained::Pretrained;
@@ -9,8 +10,9 @@ use crate::train::trainer::Trainer;
 use std::path::Path;
 
 impl Pretrained {
-    /// Writes a safetensors file as transformers loads it, with what adapters add to the matrices beside them. But adapters nothing is in memory as
-    /// a whole: a few pieces are, and up to 4 MiB of a matrix that is transposed.
+    /// Writes a safetensors file as transformers loads it, with what adapters add to the matrices beside
+    /// them. But adapters nothing is in memory as a whole: a few pieces are, and up to 4 MiB of a matrix that
+    /// is transposed.
     ///
     /// # Errors
     /// [`Error::File`](crate::Error::File) and errors of the tiers.
@@ -73,7 +75,8 @@ impl Merge {
         Ok(Some(Self { a, b, inputs: *inputs, rank: adapting.rank, scale: adapting.scale() as f32 }))
     }
 
-    /// Adds it to values from the element `first` on. The sums do not depend on how many values come at a time.
+    /// Adds it to values from the element `first` on. The sums do not depend on how many values come at a
+    /// time.
     fn add(&self, first: usize, values: &mut [f32]) {
         let (mut place, mut rest) = (first, values);
         while !rest.is_empty() {
@@ -103,7 +106,8 @@ struct Run {
     end: usize,
 }
 
-/// A matrix [rows, columns] that comes in runs and is put as its transpose, many runs at a time: below one another they are runs there.
+/// A matrix [rows, columns] that comes in runs and is put as its transpose, many runs at a time: below one
+/// another they are runs there.
 struct Transposing {
     rows: usize,
     columns: usize,

@@ -67,8 +67,8 @@ pub struct Pretrained {
     pub configuration: Value,
     /// The weights.
     pub weights: Arc<Weights>,
-    /// Tiles of an untied head in an engine. As many as make none of them larger than a layer: by the shape alone, so that
-    /// memory changes no number.
+    /// Tiles of an untied head in an engine. As many as make none of them larger than a layer: by the shape
+    /// alone, so that memory changes no number.
     pub head_tiles: usize,
     /// Tiles of the perceptron of each block in an engine, likewise by the shape alone.
     pub perceptron_tiles: usize,
@@ -76,8 +76,8 @@ pub struct Pretrained {
 }
 
 impl Pretrained {
-    /// Opens a Hugging Face folder (`config.json` and safetensors files) or a GGUF file. Nothing of the weights is read.
-    /// `sequence` is the longest sequence of tokens that the model is used for.
+    /// Opens a Hugging Face folder (`config.json` and safetensors files) or a GGUF file. Nothing of the
+    /// weights is read. `sequence` is the longest sequence of tokens that the model is used for.
     ///
     /// # Errors
     /// [`Error::Configuration`], [`Error::Unsupported`], [`Error::Weights`] and [`Error::File`].
@@ -104,7 +104,8 @@ impl Pretrained {
         let content = gguf::read(path)?;
         let configuration = gguf::configuration(path, &content)?;
         let family = Family::from_configuration(&configuration, &path.display().to_string(), sequence)?;
-        // The converter of Llama's checkpoints turns rows for another form of rotation; those of other families are as they were.
+        // The converter of Llama's checkpoints turns rows for another form of rotation; those of other
+        // families are as they were.
         let interleaved = matches!(configuration["model_type"].as_str(), Some("llama" | "mistral"));
         let naming = |name: &str| match &family {
             Family::Llama(config) => {
@@ -126,10 +127,12 @@ impl Pretrained {
         Self { path: path.to_owned(), configuration, weights, head_tiles, perceptron_tiles, family }
     }
 
-    /// The tokenizer of a file, or else the model's own: `tokenizer.json` in its folder, or what the metadata of a GGUF file say.
+    /// The tokenizer of a file, or else the model's own: `tokenizer.json` in its folder, or what the metadata
+    /// of a GGUF file say.
     ///
     /// # Errors
-    /// [`DataError::Tokenizer`] for a file that is missing or damaged, and for a kind of GGUF's that is not implemented.
+    /// [`DataError::Tokenizer`] for a file that is missing or damaged, and for a kind of GGUF's that is not
+    /// implemented.
     pub fn tokenizer(&self, file: Option<&Path>) -> std::result::Result<Tokenizer, DataError> {
         match file {
             Some(file) => Tokenizer::from_file(file),
@@ -138,7 +141,8 @@ impl Pretrained {
         }
     }
 
-    /// `tokenizer_config.json` of the folder, or the same of a GGUF file's metadata; null where there is none.
+    /// `tokenizer_config.json` of the folder, or the same of a GGUF file's metadata; null where there is
+    /// none.
     ///
     /// # Errors
     /// [`Error::Configuration`] for JSON that is damaged, [`Error::File`], [`Error::Weights`].
@@ -157,7 +161,8 @@ impl Pretrained {
         Ok(configuration)
     }
 
-    /// The model with its blocks as segments of an engine, whose configuration has [`Self::weights`] as initial values.
+    /// The model with its blocks as segments of an engine, whose configuration has [`Self::weights`] as
+    /// initial values.
     ///
     /// # Errors
     /// What the engine says of parameters and segments.
@@ -207,8 +212,8 @@ impl Pretrained {
         }
     }
 
-    /// Adapters of a rank and a factor beside the layers that `targets` name by the ends of their names, or beside all linear layers of
-    /// the blocks if there are none.
+    /// Adapters of a rank and a factor beside the layers that `targets` name by the ends of their names, or
+    /// beside all linear layers of the blocks if there are none.
     ///
     /// # Errors
     /// [`Error::Configuration`] for a target that the model has not, with those that it has.
@@ -223,7 +228,8 @@ impl Pretrained {
         }
     }
 
-    /// Whether linear layers lie as [in, out] in the file that transformers loads, which PEFT calls `fan_in_fan_out`.
+    /// Whether linear layers lie as [in, out] in the file that transformers loads, which PEFT calls
+    /// `fan_in_fan_out`.
     pub fn is_transposed(&self) -> bool {
         matches!(self.family, Family::Gpt2(_))
     }
@@ -236,7 +242,8 @@ impl Pretrained {
         }
     }
 
-    /// Bytes that attention takes beside what a plan counts, while a text of so many tokens is continued, in f32.
+    /// Bytes that attention takes beside what a plan counts, while a text of so many tokens is continued, in
+    /// f32.
     pub fn scores_bytes(&self, tokens: usize) -> u64 {
         let heads = match &self.family {
             Family::Llama(config) => config.heads,
@@ -329,7 +336,8 @@ impl<L: Module, G: Module> LanguageModel<L, G> {
         }
     }
 
-    /// Mean cross-entropy of `targets` after `tokens`, both [B, T], at the places `counted` [N], numbers below B·T, or at all.
+    /// Mean cross-entropy of `targets` after `tokens`, both [B, T], at the places `counted` [N], numbers
+    /// below B·T, or at all.
     ///
     /// # Errors
     /// What the model says.
@@ -378,8 +386,9 @@ pub struct Continued<'a> {
 pub type StreamedModel = LanguageModel<llama::StreamedBlock, gpt::StreamedBlock>;
 
 impl StreamedModel {
-    /// Logits [N, V] of the token after the last one of each of N texts, of which only those tokens are computed that their caches
-    /// have not yet. Weights are fetched once for all texts, and each gets the bits that it gets alone.
+    /// Logits [N, V] of the token after the last one of each of N texts, of which only those tokens are
+    /// computed that their caches have not yet. Weights are fetched once for all texts, and each gets the
+    /// bits that it gets alone.
     ///
     /// # Errors
     /// For a text without a new token, and what the model says.

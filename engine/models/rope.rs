@@ -1,5 +1,5 @@
-//! The angles by which queries and keys are turned at each position (Su et al., arXiv 2104.09864), and how they are stretched for
-//! longer sequences than a model was first trained on.
+//! The angles by which queries and keys are turned at each position (Su et al., arXiv 2104.09864), and how
+//! they are stretched for longer sequences than a model was first trained on.
 
 use super::reader::Reader;
 use crate::error::{Error, Result};
@@ -36,7 +36,8 @@ pub enum RopeScaling {
         /// Sequence of the first training.
         original: f64,
     },
-    /// Slow ones by a factor, fast ones not, those between in part along the pairs (YaRN, Peng et al., arXiv 2309.00071).
+    /// Slow ones by a factor, fast ones not, those between in part along the pairs (YaRN, Peng et al., arXiv
+    /// 2309.00071).
     Yarn {
         /// Factor of the slow ones.
         factor: f64,
@@ -48,10 +49,12 @@ pub enum RopeScaling {
         truncate: bool,
         /// Sequence of the first training.
         original: f64,
-        /// Factor on cosines and sines: the square root of the paper's temperature, over which attention is made.
+        /// Factor on cosines and sines: the square root of the paper's temperature, over which attention is
+        /// made.
         attention: f64,
     },
-    /// Each pair by a factor of its own, which LongRoPE has two sets of, for short and for long sequences (Ding et al., arXiv 2402.13753).
+    /// Each pair by a factor of its own, which LongRoPE has two sets of, for short and for long sequences
+    /// (Ding et al., arXiv 2402.13753).
     Factors {
         /// The factor of each pair.
         factors: Vec<f64>,
@@ -61,9 +64,9 @@ pub enum RopeScaling {
 }
 
 impl Rope {
-    /// Reads it for sequences of so many tokens, at most those that the model is made for: where the stretch depends on the length, as
-    /// transformers stretches a text of that length. Newer configurations keep everything of the angles in one object, older ones
-    /// beside it.
+    /// Reads it for sequences of so many tokens, at most those that the model is made for: where the stretch
+    /// depends on the length, as transformers stretches a text of that length. Newer configurations keep
+    /// everything of the angles in one object, older ones beside it.
     pub(super) fn read(reader: &Reader, sequence: usize) -> Result<Self> {
         let value = ["rope_parameters", "rope_scaling"].iter().find_map(|key| reader.present(key));
         let rope = value.map(|value| Reader { value, source: reader.source });
@@ -132,7 +135,8 @@ fn scaling(rope: &Reader, model: &Reader, sequence: usize) -> Result<RopeScaling
     let kind = rope.present("rope_type").or_else(|| rope.present("type")).and_then(Value::as_str);
     match kind.unwrap_or("default") {
         "default" => Ok(RopeScaling::None),
-        // It begins to stretch behind the length that the model is made for, beyond which no sequence here goes.
+        // It begins to stretch behind the length that the model is made for, beyond which no sequence here
+        // goes.
         "dynamic" => Ok(RopeScaling::None),
         "linear" => Ok(RopeScaling::Linear { factor: rope.number("factor", None)? }),
         "llama3" => Ok(RopeScaling::Llama3 {
@@ -183,7 +187,8 @@ fn scaling(rope: &Reader, model: &Reader, sequence: usize) -> Result<RopeScaling
             })
         }
         other => Err(Error::Unsupported(format!(
-            "{}: rope type {other:?} is not implemented; default, linear, dynamic, llama3, yarn and longrope are",
+            "{}: rope type {other:?} is not implemented; default, linear, dynamic, llama3, yarn and longrope \
+             are",
             rope.source
         ))),
     }

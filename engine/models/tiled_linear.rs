@@ -1,5 +1,6 @@
-//! Memory-centric tiling (Rajbhandari et al., "ZeRO-Infinity", arXiv 2104.07857, section 5.1.3): a linear layer that is too large to
-//! be on the device as a whole runs in tiles, each a segment with some rows of the weight.
+//! Memory-centric tiling (Rajbhandari et al., "ZeRO-Infinity", arXiv 2104.07857, section 5.1.3): a linear
+//! layer that is too large to be on the device as a whole runs in tiles, each a segment with some rows of the
+//! weight.
 
 use crate::autograd::segment::Segment;
 use crate::engine::Engine;
@@ -16,8 +17,9 @@ struct Tile {
     bias: Option<Tensor>,
 }
 
-/// A linear layer in tiles that are fetched, run and released one after another. The product is that of the whole layer;
-/// gradients of its input are summed over the tiles, and differ from those of the whole layer by rounding.
+/// A linear layer in tiles that are fetched, run and released one after another. The product is that of the
+/// whole layer; gradients of its input are summed over the tiles, and differ from those of the whole layer by
+/// rounding.
 pub struct TiledLinear {
     tiles: Vec<(Range<usize>, Segment<Tile>)>,
     /// First input of every tile: what they all read is none's boundary, which could leave the device.
@@ -25,8 +27,8 @@ pub struct TiledLinear {
 }
 
 impl TiledLinear {
-    /// A layer with a weight [outputs, inputs] in `tiles` tiles of as many rows each, the last one fewer. More tiles than
-    /// outputs are as many as there are outputs.
+    /// A layer with a weight [outputs, inputs] in `tiles` tiles of as many rows each, the last one fewer.
+    /// More tiles than outputs are as many as there are outputs.
     ///
     /// # Errors
     /// [`Error::Configuration`] for no tiles or no outputs, and what [`Engine::segment`] says.
@@ -78,7 +80,8 @@ impl TiledLinear {
         Tensor::cat(&outputs?, D::Minus1)
     }
 
-    /// As [`Self::forward`] of `xs` [N, inputs], row by row: the bits of a row do not depend on those beside it.
+    /// As [`Self::forward`] of `xs` [N, inputs], row by row: the bits of a row do not depend on those beside
+    /// it.
     ///
     /// # Errors
     /// As [`Segment::call`].
@@ -91,8 +94,8 @@ impl TiledLinear {
         Tensor::cat(&outputs.collect::<candle_core::Result<Vec<_>>>()?, D::Minus1)
     }
 
-    /// Mean cross-entropy of `targets` [N] of u32 for `hidden` [N, inputs] by way of logits, of which only a part of a tile's exists
-    /// at a time: the log-sums of the tiles are summed. There must be no bias.
+    /// Mean cross-entropy of `targets` [N] of u32 for `hidden` [N, inputs] by way of logits, of which only a
+    /// part of a tile's exists at a time: the log-sums of the tiles are summed. There must be no bias.
     ///
     /// # Errors
     /// As [`Segment::call`], and for a target that is none of the outputs.

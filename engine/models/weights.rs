@@ -1,5 +1,5 @@
-//! Weights of a model that others have trained, read from their files a piece at a time: a Hugging Face folder with safetensors
-//! files, or a GGUF file, whose blocks are turned into numbers as they are read.
+//! Weights of a model that others have trained, read from their files a piece at a time: a Hugging Face
+//! folder with safetensors files, or a GGUF file, whose blocks are turned into numbers as they are read.
 
 use crate::disk::safetensors::{SafetensorsFile, decode, number_type};
 use crate::error::{Error, Result};
@@ -211,8 +211,8 @@ impl Weights {
         Ok(Self { source: folder.to_owned(), stored_name: None, own: None, tensors })
     }
 
-    /// Opens a GGUF file, of which `content` is the table of contents, and `stored_name` says for messages what `naming` says the
-    /// other way round.
+    /// Opens a GGUF file, of which `content` is the table of contents, and `stored_name` says for messages
+    /// what `naming` says the other way round.
     ///
     /// # Errors
     /// [`Error::File`], and [`Error::Weights`] if it is shorter than its table says.
@@ -227,7 +227,8 @@ impl Weights {
         let file_bytes = file.metadata().map_err(failed)?.len();
         let shared: Arc<Path> = path.into();
         let mut tensors = HashMap::new();
-        // In the order of the file, so that of a file that was cut short the first tensor that is lost is named.
+        // In the order of the file, so that of a file that was cut short the first tensor that is lost is
+        // named.
         let mut infos: Vec<_> = content.tensor_infos.iter().collect();
         infos.sort_by_key(|(stored, info)| (info.offset, *stored));
         for (stored, info) in infos {
@@ -273,8 +274,8 @@ impl Weights {
         Ok(Self { source: path.to_owned(), stored_name: Some(stored_name), own: None, tensors })
     }
 
-    /// The same weights for a model that has parameters of its own beside them, those of whose names `own` holds: they start with random
-    /// numbers.
+    /// The same weights for a model that has parameters of its own beside them, those of whose names `own`
+    /// holds: they start with random numbers.
     pub fn with_own_parameters(self, own: fn(&str) -> bool) -> Self {
         Self { own: Some(own), ..self }
     }
@@ -308,7 +309,8 @@ fn files_of(folder: &Path) -> Result<Vec<PathBuf>> {
     let map = map.ok_or_else(|| wrong("it has no weight_map".into()))?;
     let names: Option<HashSet<&str>> = map.values().map(Value::as_str).collect();
     let names = names.ok_or_else(|| wrong("its weight_map names something that is no file".into()))?;
-    // A name is that of a file beside the index: nothing else on this machine is read by what a download says.
+    // A name is that of a file beside the index: nothing else on this machine is read by what a download
+    // says.
     if let Some(name) = names.iter().find(|name| name.contains(['/', '\\'])) {
         return Err(wrong(format!("its weight_map names {name}, which is not in its folder")));
     }

@@ -1,5 +1,5 @@
-//! A trace as a file that chrome://tracing and Perfetto show: one track a queue, one event an operation, and a counter a tier of the
-//! bytes that hold something.
+//! A trace as a file that chrome://tracing and Perfetto show: one track a queue, one event an operation, and
+//! a counter a tier of the bytes that hold something.
 
 use crate::error::{Error, Result};
 use crate::observe::occupancy::Occupancy;
@@ -11,8 +11,8 @@ use std::fs::File;
 use std::io::{BufWriter, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 
-/// What closes the array. It is written behind every step and overwritten by the next one, so the file is valid JSON
-/// after every step, however the run ends.
+/// What closes the array. It is written behind every step and overwritten by the next one, so the file is
+/// valid JSON after every step, however the run ends.
 const END: &str = "\n]\n";
 
 /// Tracks of one queue have numbers from this multiple on.
@@ -25,7 +25,8 @@ pub struct ChromeTrace {
     /// Bytes before [`END`].
     length_bytes: u64,
     plan: Plan,
-    /// When the last operation of each track ended, by queue. Operations of a disk queue overlap, those of a track do not.
+    /// When the last operation of each track ended, by queue. Operations of a disk queue overlap, those of a
+    /// track do not.
     tracks: [Vec<f64>; Queue::ALL.len()],
     /// Until when the counters are written, and what they were last.
     counted: Option<Occupancy>,
@@ -125,8 +126,9 @@ impl ChromeTrace {
         Ok(())
     }
 
-    /// The number of a track of `queue` on which nothing overlaps with the operation. Operations come in the order in which
-    /// they end; taking the track that was free for the shortest time needs no more tracks than the queue is deep.
+    /// The number of a track of `queue` on which nothing overlaps with the operation. Operations come in the
+    /// order in which they end; taking the track that was free for the shortest time needs no more tracks
+    /// than the queue is deep.
     fn track(&mut self, queue: Queue, start_s: f64, end_s: f64) -> std::io::Result<usize> {
         let tracks = &self.tracks[queue as usize];
         let free = (0..tracks.len()).filter(|&track| tracks[track] <= start_s);

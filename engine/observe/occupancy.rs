@@ -1,8 +1,9 @@
 //! How many bytes of each tier hold something, moment by moment.
 //!
-//! A buffer, slot, gradient set, passage or boundary on disk holds something from the operation that fills it to the last one that
-//! uses it before the next that fills it; a home always does. A plan has room for all of them at once, so none of these
-//! numbers is above the plan's. The model's own tensors are not the engine's and not counted.
+//! A buffer, slot, gradient set, passage or boundary on disk holds something from the operation that fills it
+//! to the last one that uses it before the next that fills it; a home always does. A plan has room for all of
+//! them at once, so none of these numbers is above the plan's. The model's own tensors are not the engine's
+//! and not counted.
 
 use crate::planner::plan::Plan;
 use crate::schedule::buffer_plan::BufferUse;
@@ -71,7 +72,8 @@ impl Trace {
         levels
     }
 
-    /// In the order of their moments. What goes does so before anything comes at the same moment, because the memory is the same.
+    /// In the order of their moments. What goes does so before anything comes at the same moment, because the
+    /// memory is the same.
     fn changes(&self, plan: &Plan) -> Vec<Change> {
         let mut events: Vec<_> = self.events.iter().collect();
         events.sort_by(|a, b| a.start_s.total_cmp(&b.start_s));
@@ -96,8 +98,9 @@ impl Trace {
     }
 }
 
-/// From when to when a resource holds something, of its uses in their order. What is used before it was filled was there from
-/// before; then steps are alike, and what is in it at the end is there until the next one.
+/// From when to when a resource holds something, of its uses in their order. What is used before it was
+/// filled was there from before; then steps are alike, and what is in it at the end is there until the next
+/// one.
 fn lives(uses: &[Use]) -> Vec<(f64, f64)> {
     let mut lives: Vec<(f64, f64)> = vec![];
     for this in uses {
@@ -141,7 +144,8 @@ fn masters(plan: &Plan) -> impl Iterator<Item = usize> {
     homes.filter_map(|group| buffer_plan.slots_of[group].first().map(|slot| slot.0))
 }
 
-/// Tier and bytes of a resource that does not hold something always; none for those that do, and for those without memory.
+/// Tier and bytes of a resource that does not hold something always; none for those that do, and for those
+/// without memory.
 fn memory_of(plan: &Plan, resource: Resource) -> Option<(Tier, u64)> {
     let boundary = |call: usize| plan.calls().get(call).map_or(0, |call| call.boundary_elements);
     match resource {
@@ -165,7 +169,8 @@ fn page(bytes: usize) -> u64 {
     padded_bytes(bytes) as u64
 }
 
-/// Whether an operation puts something new into a resource that it uses, and does not add to what is there or take it.
+/// Whether an operation puts something new into a resource that it uses, and does not add to what is there or
+/// take it.
 fn fills(operation: &Operation, resource: Resource) -> bool {
     match (*operation, resource) {
         (
@@ -188,8 +193,8 @@ fn fills(operation: &Operation, resource: Resource) -> bool {
     }
 }
 
-/// The most that each tier holds in each of `parts` equal parts of the time from `from_s` to `until_s`, which is counted from
-/// its start then: small enough for a picture.
+/// The most that each tier holds in each of `parts` equal parts of the time from `from_s` to `until_s`, which
+/// is counted from its start then: small enough for a picture.
 pub fn highest(levels: &[Occupancy], (from_s, until_s): (f64, f64), parts: usize) -> Vec<Occupancy> {
     let part_s = (until_s - from_s) / parts as f64;
     let mut highest = vec![];

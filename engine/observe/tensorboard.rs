@@ -1,5 +1,5 @@
-//! Event files as TensorBoard reads them: a sequence of records (TFRecord), each an `Event` message of scalars. Both formats
-//! are small, and nothing of them but what is here is needed.
+//! Event files as TensorBoard reads them: a sequence of records (TFRecord), each an `Event` message of
+//! scalars. Both formats are small, and nothing of them but what is here is needed.
 
 use crate::error::{Error, Result};
 use crc_fast::{CrcAlgorithm, checksum};
@@ -41,8 +41,8 @@ pub struct EventFile {
 }
 
 impl EventFile {
-    /// A new file in `directory`, which is made if it is not there. Steps after `after_step` that other files there hold
-    /// count no more.
+    /// A new file in `directory`, which is made if it is not there. Steps after `after_step` that other files
+    /// there hold count no more.
     ///
     /// # Errors
     /// [`Error::File`].
@@ -201,7 +201,8 @@ mod tests {
         let written = [
             ("loss", 1.0e-3),
             (
-                "a name that is longer than the 127 bytes of one byte of a length, which is what a number of seven bits can say at the most",
+                "a name that is longer than the 127 bytes of one byte of a length, which is what a number of \
+                 seven bits can say at the most",
                 -2.5,
             ),
         ];

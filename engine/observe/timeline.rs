@@ -27,8 +27,8 @@ pub struct Span {
 }
 
 impl Trace {
-    /// What the queues did between two moments of the trace, in the order of their starts. Pieces of a group are joined,
-    /// so the length grows with the groups of a model and not with its bytes.
+    /// What the queues did between two moments of the trace, in the order of their starts. Pieces of a group
+    /// are joined, so the length grows with the groups of a model and not with its bytes.
     pub fn timeline(&self, plan: &Plan, from_s: f64, until_s: f64) -> Vec<Span> {
         let layout = plan.layout();
         let gap_s = RESOLUTION * (until_s - from_s);

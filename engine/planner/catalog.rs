@@ -1,7 +1,7 @@
 //! Machines that are described and not measured: well-known devices and drives, each with its source.
 //!
-//! Numbers are those of data sheets; what a training step gets of them is less, and the constants here say how much
-//! less is assumed, and why.
+//! Numbers are those of data sheets; what a training step gets of them is less, and the constants here say
+//! how much less is assumed, and why.
 
 use crate::byte_size::ByteSize;
 use crate::error::{Error, Result};
@@ -32,14 +32,18 @@ const PCIE_3: f64 = 15.75e9;
 pub(crate) const PCIE_4: f64 = 31.5e9;
 const PCIE_5: f64 = 63.0e9;
 
-const V100: &str = "NVIDIA V100 data sheet: https://images.nvidia.com/content/technologies/volta/pdf/volta-v100-datasheet-update-us-1165301-r5.pdf";
-const A100: &str = "NVIDIA A100 data sheet: https://www.nvidia.com/content/dam/en-zz/Solutions/Data-Center/a100/pdf/nvidia-a100-datasheet-us-nvidia-1758950-r4-web.pdf";
+const V100: &str = "NVIDIA V100 data sheet: \
+                    https://images.nvidia.com/content/technologies/volta/pdf/volta-v100-datasheet-update-us-1165301-r5.pdf";
+const A100: &str = "NVIDIA A100 data sheet: \
+                    https://www.nvidia.com/content/dam/en-zz/Solutions/Data-Center/a100/pdf/nvidia-a100-datasheet-us-nvidia-1758950-r4-web.pdf";
 const H100: &str =
     "NVIDIA H100: https://www.nvidia.com/en-us/data-center/h100/ (half of the figure with sparsity)";
 const H200: &str =
     "NVIDIA H200: https://www.nvidia.com/en-us/data-center/h200/ (half of the figure with sparsity)";
-const AMPERE: &str = "NVIDIA GA102 white paper: https://www.nvidia.com/content/PDF/nvidia-ampere-ga-102-gpu-architecture-whitepaper-v2.pdf";
-const ADA: &str = "NVIDIA Ada white paper: https://images.nvidia.com/aem-dam/Solutions/geforce/ada/nvidia-ada-gpu-architecture.pdf";
+const AMPERE: &str = "NVIDIA GA102 white paper: \
+                      https://www.nvidia.com/content/PDF/nvidia-ampere-ga-102-gpu-architecture-whitepaper-v2.pdf";
+const ADA: &str = "NVIDIA Ada white paper: \
+                   https://images.nvidia.com/aem-dam/Solutions/geforce/ada/nvidia-ada-gpu-architecture.pdf";
 
 const fn gpu(
     name: &'static str,
@@ -93,16 +97,16 @@ pub const DRIVES: [Drive; 3] = [
     drive("nvme-gen4", 7.45e9, 6.9e9, GEN_4),
 ];
 
-/// Share of a device's peak that a training step gets. Chowdhery et al. report 46 % for PaLM (arXiv 2204.02311, table 3),
-/// Korthikanti et al. 42 to 56 % on A100 (arXiv 2205.05198, table 5).
+/// Share of a device's peak that a training step gets. Chowdhery et al. report 46 % for PaLM (arXiv
+/// 2204.02311, table 3), Korthikanti et al. 42 to 56 % on A100 (arXiv 2205.05198, table 5).
 pub const UTILISATION: f64 = 0.45;
 
-/// Share of a bus that copies from pinned memory get: 12 of 16 GB/s, which the authors of ZeRO-Infinity state for their
-/// machines (arXiv 2104.07857, section 4).
+/// Share of a bus that copies from pinned memory get: 12 of 16 GB/s, which the authors of ZeRO-Infinity state
+/// for their machines (arXiv 2104.07857, section 4).
 pub const BUS_SHARE: f64 = 0.75;
 
-/// Bytes a second that programs read and write in the host's memory where nothing else is said: two thirds of what two
-/// channels of DDR5-5600 move, 89.6 GB/s (8 bytes a transfer and channel, JEDEC JESD79-5).
+/// Bytes a second that programs read and write in the host's memory where nothing else is said: two thirds of
+/// what two channels of DDR5-5600 move, 89.6 GB/s (8 bytes a transfer and channel, JEDEC JESD79-5).
 pub const HOST_BYTES_PER_S: f64 = 60e9;
 
 /// What a machine is described by.
@@ -143,7 +147,8 @@ impl Description {
             disk_bytes: if self.drive.is_none() { Some(0) } else { self.disk_bytes },
             disk_read_bytes_per_s: read,
             disk_write_bytes_per_s: write,
-            // A drive that reads and writes at once is taken to do both together as fast as the faster one alone.
+            // A drive that reads and writes at once is taken to do both together as fast as the faster one
+            // alone.
             disk_mixed_bytes_per_s: Some(read.max(write)),
             upload_bytes_per_s: crossing,
             download_bytes_per_s: crossing,

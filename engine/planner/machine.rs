@@ -1,4 +1,5 @@
-//! How fast a machine is, and how much it holds: measured by `ferrozero probe`, or described from the catalogue.
+//! How fast a machine is, and how much it holds: measured by `ferrozero probe`, or described from the
+//! catalogue.
 
 use crate::error::{Error, Result};
 use candle_core::Device;
@@ -15,7 +16,8 @@ pub struct Machine {
     /// Folder whose disk was measured; none where the numbers are not a measurement's.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub directory: Option<PathBuf>,
-    /// Processors that computing, copies and the optimizer share; none: a device computes, and nothing is shared.
+    /// Processors that computing, copies and the optimizer share; none: a device computes, and nothing is
+    /// shared.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub processors: Option<usize>,
     /// Bytes of host memory that a run may use.
@@ -52,8 +54,8 @@ pub struct Machine {
     /// Floating-point operations a second of matrix products in bf16.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub matmul_bf16_flop_per_s: Option<f64>,
-    /// Floating-point operations a second of causal attention in f32, counted as 4·T·C a token of a sequence of T tokens and width
-    /// C, with what the mask hides; none: as of matrix products.
+    /// Floating-point operations a second of causal attention in f32, counted as 4·T·C a token of a sequence
+    /// of T tokens and width C, with what the mask hides; none: as of matrix products.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub attention_f32_flop_per_s: Option<f64>,
     /// The same in bf16.
@@ -91,8 +93,8 @@ impl Machine {
         }
     }
 
-    /// What `ferrozero probe` has written to `machine.json` in the current folder, if it measured the disk of `directory`, and with
-    /// a device as this one is.
+    /// What `ferrozero probe` has written to `machine.json` in the current folder, if it measured the disk of
+    /// `directory`, and with a device as this one is.
     pub fn probed(directory: &Path, device: &Device) -> Option<Self> {
         Self::from_file(Path::new("machine.json")).ok().filter(|machine| machine.is_of(directory, device))
     }

@@ -1,4 +1,5 @@
-//! The planner: counts what a schedule needs, costs it on a machine, and searches for the plan whose steps are shortest.
+//! The planner: counts what a schedule needs, costs it on a machine, and searches for the plan whose steps
+//! are shortest.
 
 pub mod catalog;
 pub mod machine;

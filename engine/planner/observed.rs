@@ -1,4 +1,5 @@
-//! What a plan has to know of a model: a rehearsal measures it, and for a model that need not exist it is estimated.
+//! What a plan has to know of a model: a rehearsal measures it, and for a model that need not exist it is
+//! estimated.
 
 use crate::planner::simulator::Compute;
 use crate::schedule::operation::Call;
@@ -19,8 +20,8 @@ pub struct Observed {
     pub calls: Vec<Call>,
     /// Peak of what the model's own tensors take, in bytes; none where memory is not counted.
     pub working_bytes: Option<u64>,
-    /// The most of them, in bytes, that a micro-batch holds between two segments: what each one more takes that runs
-    /// vertically.
+    /// The most of them, in bytes, that a micro-batch holds between two segments: what each one more takes
+    /// that runs vertically.
     pub parked_bytes: u64,
     /// What each call takes where its graph is kept, where memory is counted.
     pub kept: Vec<KeptGraph>,

@@ -1,5 +1,5 @@
-//! The plan: placements, slots, buffers, schedule and predicted bytes, made and printed before anything large is
-//! allocated. What cannot fit is refused here, with the culprit and the least budget that works.
+//! The plan: placements, slots, buffers, schedule and predicted bytes, made and printed before anything large
+//! is allocated. What cannot fit is refused here, with the culprit and the least budget that works.
 
 use crate::error::Error;
 use crate::planner::machine::Machine;
@@ -18,8 +18,8 @@ use std::sync::Arc;
 
 /// What the executor itself, the queues and the disk store need beside buffers and tensors.
 const BOOKKEEPING_BYTES: u64 = 4 << 20;
-/// What a thread that computes for a while needs on the CPU device: matrix products pack their operands into a block as large
-/// as a processor's second cache, which every thread has for itself.
+/// What a thread that computes for a while needs on the CPU device: matrix products pack their operands into
+/// a block as large as a processor's second cache, which every thread has for itself.
 const THREAD_BYTES: u64 = 2 << 20;
 
 /// Which homes the user wants.
@@ -242,7 +242,8 @@ impl Plan {
 
     /// Peak bytes of device memory that is not leased: on the CPU device that is the heap.
     pub(crate) fn heap_bytes(&self) -> u64 {
-        // A device with memory of its own keeps the storage of a boundary that was saved for one that is loaded.
+        // A device with memory of its own keeps the storage of a boundary that was saved for one that is
+        // loaded.
         let boundaries = self.buffer_plan.passages as u64 * if self.limits.device.apart { 2 } else { 1 };
         self.slot_bytes()
             + self.gradient_bytes()
@@ -260,8 +261,8 @@ impl Plan {
         }
     }
 
-    /// Peak bytes of what the model's own tensors take: while one micro-batch computes, the others that run vertically
-    /// with it hold theirs between two segments.
+    /// Peak bytes of what the model's own tensors take: while one micro-batch computes, the others that run
+    /// vertically with it hold theirs between two segments.
     fn activation_bytes(&self) -> Option<u64> {
         let parked = (self.depths.vertical as u64 - 1) * self.parked_bytes;
         self.working_bytes.map(|bytes| bytes + parked)
@@ -362,7 +363,8 @@ impl Plan {
         Simulator { layout, calls, buffer_plan, machine, compute }
     }
 
-    /// Why it was chosen: what a step is to take, by the machine's numbers and the computing time of the rehearsal.
+    /// Why it was chosen: what a step is to take, by the machine's numbers and the computing time of the
+    /// rehearsal.
     pub fn prediction(&self) -> Option<&Prediction> {
         self.prediction.as_ref()
     }
@@ -399,7 +401,8 @@ impl Plan {
     }
 }
 
-/// Most bytes of graphs that are kept, beyond a step in which all is computed again: a call's own is among the working bytes then.
+/// Most bytes of graphs that are kept, beyond a step in which all is computed again: a call's own is among
+/// the working bytes then.
 fn kept_bytes(observed: &Observed, buffer_plan: &BufferPlan) -> u64 {
     let calls = observed.calls.iter().zip(&observed.kept).enumerate();
     let kept: Vec<_> = calls.filter(|(index, _)| buffer_plan.keeps(*index)).map(|(_, kept)| kept).collect();

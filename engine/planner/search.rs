@@ -1,8 +1,10 @@
-//! The search for a plan: homes, slots, look-ahead, homes of boundaries, graphs that are kept, how many micro-batches run vertically, and the moment
-//! of updates, within the limits, each candidate's schedule costed by the simulator. Runs and `ferrozero plan` use it alike; what differs is where the numbers come from.
+//! The search for a plan: homes, slots, look-ahead, homes of boundaries, graphs that are kept, how many
+//! micro-batches run vertically, and the moment of updates, within the limits, each candidate's schedule
+//! costed by the simulator. Runs and `ferrozero plan` use it alike; what differs is where the numbers come
+//! from.
 //!
-//! Bytes are those of the engine's own buffer plan. Schedules are costed in pieces that are as much larger as keeps their
-//! number bounded, so that a trillion parameters take seconds to plan.
+//! Bytes are those of the engine's own buffer plan. Schedules are costed in pieces that are as much larger as
+//! keeps their number bounded, so that a trillion parameters take seconds to plan.
 
 mod homes;
 
@@ -87,7 +89,8 @@ impl Search<'_> {
     /// The plan that takes the least time on `machine`, of those that fit.
     ///
     /// # Errors
-    /// [`Error::BudgetTooSmall`] with what is missing, [`Error::Configuration`] for homes that cannot be, and what `check` says.
+    /// [`Error::BudgetTooSmall`] with what is missing, [`Error::Configuration`] for homes that cannot be, and
+    /// what `check` says.
     pub fn best(&self, machine: &Machine) -> Result<Plan> {
         let fitting = self.fitting(false).map_err(|error| self.with_what_would_fit(error))?;
         let moments: &[bool] = match self.limits.choices.updates {
@@ -169,8 +172,9 @@ impl Search<'_> {
         let whole = device.apart && on_device == Stream::ALL.len();
         if on_device > 0 && !device.holds_masters() && !whole {
             return Err(Error::Configuration(
-                "some state streams have their home on the device, which cannot be alone: on a CUDA device all streams of \
-                 a group are at home or none, and on the CPU device they are apart from parameters in another type than f32"
+                "some state streams have their home on the device, which cannot be alone: on a CUDA device \
+                 all streams of a group are at home or none, and on the CPU device they are apart from \
+                 parameters in another type than f32"
                     .into(),
             ));
         }
@@ -187,8 +191,8 @@ impl Search<'_> {
         }
         if vertical > 1 && self.observed.iter().any(|(_, observed)| !runs_each_once(&observed.calls)) {
             return Err(Error::Configuration(
-                "micro-batches cannot run vertically through a segment that runs twice, because its gradients would be \
-                 summed in another order: leave vertical out"
+                "micro-batches cannot run vertically through a segment that runs twice, because its \
+                 gradients would be summed in another order: leave vertical out"
                     .into(),
             ));
         }
@@ -206,7 +210,8 @@ impl Search<'_> {
         }
         if let Some(pieces) = state_pieces.filter(|&pieces| pieces == 0 || pieces % STREAMS != 0) {
             return wrong(format!(
-                "state_pieces is {pieces}: an update has a piece of each of {STREAMS} streams, so use a multiple of {STREAMS}"
+                "state_pieces is {pieces}: an update has a piece of each of {STREAMS} streams, so use a \
+                 multiple of {STREAMS}"
             ));
         }
         let calls = self.observed.iter().map(|(_, observed)| observed.calls.len()).min().unwrap_or(0);
@@ -215,7 +220,8 @@ impl Search<'_> {
         }
         if updates.is_some() && self.clip.is_none() {
             return wrong(
-                "updates is set, but without clipping a group is updated within its own backward: leave updates out, or clip"
+                "updates is set, but without clipping a group is updated within its own backward: leave \
+                 updates out, or clip"
                     .into(),
             );
         }
@@ -232,22 +238,19 @@ impl Search<'_> {
         let choices = Choices { boundaries, updates, piece_bytes, ..Choices::default() };
         let is_free = choices == self.limits.choices;
         let free = Self { limits: Limits { choices, ..self.limits.clone() }, ..self.clone() };
-        let culprit = match free
-            .fitting(true)
-            .ok()
-            .filter(|_| !is_free)
-            .as_ref()
-            .and_then(|found| found.first())
-        {
-            Some((plan, _)) => {
-                let Depths { slots, look_ahead, state_pieces, gradient_sets, vertical, kept } = plan.depths();
-                format!(
-                    "{culprit}. Without what was fixed it fits, as with slots {slots}, look_ahead {look_ahead}, state_pieces \
-                     {state_pieces}, gradient_sets {gradient_sets}, vertical {vertical}, kept {kept} and homes that are chosen"
-                )
-            }
-            None => culprit,
-        };
+        let culprit =
+            match free.fitting(true).ok().filter(|_| !is_free).as_ref().and_then(|found| found.first()) {
+                Some((plan, _)) => {
+                    let Depths { slots, look_ahead, state_pieces, gradient_sets, vertical, kept } =
+                        plan.depths();
+                    format!(
+                        "{culprit}. Without what was fixed it fits, as with slots {slots}, look_ahead \
+                     {look_ahead}, state_pieces {state_pieces}, gradient_sets {gradient_sets}, vertical \
+                     {vertical}, kept {kept} and homes that are chosen"
+                    )
+                }
+                None => culprit,
+            };
         Error::BudgetTooSmall { tier, needed_bytes, budget_bytes, least_bytes, culprit }
     }
 
@@ -275,8 +278,8 @@ impl Search<'_> {
         if let Some(vertical) = self.limits.choices.vertical {
             return vec![vertical];
         }
-        // What a micro-batch's own tensors take must be known to say how many fit. A segment that runs twice has its gradients
-        // summed in the order of the micro-batches.
+        // What a micro-batch's own tensors take must be known to say how many fit. A segment that runs twice
+        // has its gradients summed in the order of the micro-batches.
         if observed.working_bytes.is_none() || !runs_each_once(&observed.calls) {
             return vec![1];
         }
@@ -359,8 +362,9 @@ fn wear(plan: &Plan, written_bytes: u64) -> (u64, u64) {
     (written_bytes, plan.device_bytes() + plan.host_bytes())
 }
 
-/// Of two refusals, the one that less is missing for. One for the host's memory came of a plan that the device has room
-/// for, so it goes before one for the device's; a disk that is too small is said where memory would be enough.
+/// Of two refusals, the one that less is missing for. One for the host's memory came of a plan that the
+/// device has room for, so it goes before one for the device's; a disk that is too small is said where memory
+/// would be enough.
 fn least(one: Option<Error>, other: Error) -> Error {
     let rank = |error: &Error| match error {
         Error::BudgetTooSmall { tier: Tier::Device, needed_bytes, .. } => (2, *needed_bytes),
@@ -387,7 +391,8 @@ mod tests {
     /// Bytes of one group's parameters in f32.
     const GROUP_BYTES: u64 = 4 * 8 * ALIGNMENT_ELEMENTS as u64;
 
-    /// Searches with `change` to a search whose limits are none, on a machine whose bus, host and disk are what is slow.
+    /// Searches with `change` to a search whose limits are none, on a machine whose bus, host and disk are
+    /// what is slow.
     fn search(working_bytes: Option<u64>, change: impl FnOnce(&mut Search)) -> Result<Plan> {
         let group = |index: usize| {
             let table = vec![(index, format!("p.{index}"), vec![8 * ALIGNMENT_ELEMENTS], true, true)];

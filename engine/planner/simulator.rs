@@ -1,8 +1,9 @@
-//! The schedule's third reader: costs it with a machine's numbers, and tells how long a step will take and which queue is
-//! the busiest.
+//! The schedule's third reader: costs it with a machine's numbers, and tells how long a step will take and
+//! which queue is the busiest.
 //!
-//! The simulator starts operations by the rules of the executor, which are in one place. The disk makes the transfers of a
-//! direction in the order in which they were given to it, and where computing, copies and the optimizer run on the same processors, those are shared.
+//! The simulator starts operations by the rules of the executor, which are in one place. The disk makes the
+//! transfers of a direction in the order in which they were given to it, and where computing, copies and the
+//! optimizer run on the same processors, those are shared.
 
 mod clockwork;
 
@@ -18,8 +19,8 @@ use std::fmt;
 /// Bytes that the optimizer reads and writes a parameter: four runs of f32 are read, three are written.
 const UPDATE_BYTES_PER_ELEMENT: f64 = 28.0;
 const F32_BYTES: f64 = 4.0;
-/// Steps that are costed. The first finds all queues empty, and the second leaves more under way than it found where updates
-/// go on into the next step; from the third on, a step leaves what it finds.
+/// Steps that are costed. The first finds all queues empty, and the second leaves more under way than it
+/// found where updates go on into the next step; from the third on, a step leaves what it finds.
 const STEPS: u64 = 3;
 
 /// Time that one compute operation takes the training thread.
@@ -176,7 +177,8 @@ impl Simulator<'_> {
         moves.sum()
     }
 
-    /// Seconds that a step cannot take less than: what its busiest queue has to do, or the processors where they are shared.
+    /// Seconds that a step cannot take less than: what its busiest queue has to do, or the processors where
+    /// they are shared.
     pub fn least_s(&self, schedule: &[Operation]) -> f64 {
         let mut of_queues = [0.0; Queue::ALL.len()];
         let mut shared_s = 0.0;
@@ -195,12 +197,14 @@ impl Simulator<'_> {
         of_queues.into_iter().chain([shared_s, reads_s]).fold(0.0, f64::max)
     }
 
-    /// When each operation runs. A schedule is submitted when the norm of the one before is known and its computing is done.
+    /// When each operation runs. A schedule is submitted when the norm of the one before is known and its
+    /// computing is done.
     pub fn run(&self, schedules: &[&[Operation]]) -> Trace {
         Clockwork::new(*self).run(schedules)
     }
 
-    /// Seconds that an operation takes when it has the machine for itself, without the user's own code before it.
+    /// Seconds that an operation takes when it has the machine for itself, without the user's own code before
+    /// it.
     pub fn alone_s(&self, operation: &Operation) -> f64 {
         match self.cost(operation) {
             Cost::Seconds { seconds, .. } => seconds,
@@ -264,8 +268,8 @@ impl Simulator<'_> {
         }
     }
 
-    /// Seconds in which `bytes` of f32 state cross. A device with memory of its own gets and gives them in its type, from and to the
-    /// host's memory, which is read and written for that.
+    /// Seconds in which `bytes` of f32 state cross. A device with memory of its own gets and gives them in
+    /// its type, from and to the host's memory, which is read and written for that.
     fn crossing_s(&self, bytes: f64, bytes_per_s: f64) -> f64 {
         let crossing_s = crossing_bytes(self.buffer_plan, bytes) / bytes_per_s;
         match self.machine.memory_bytes_per_s {
@@ -281,7 +285,8 @@ fn crossing_bytes(buffer_plan: &BufferPlan, bytes: f64) -> f64 {
     if device.apart { bytes * device.element_bytes() as f64 / F32_BYTES } else { bytes }
 }
 
-/// Seconds of the last step in which the training thread works: in operations, and in the user's own code between them.
+/// Seconds of the last step in which the training thread works: in operations, and in the user's own code
+/// between them.
 fn computing_s(trace: &Trace, from_s: f64) -> f64 {
     let of_step = trace.events.iter().filter(|event| event.step == STEPS);
     let computing = of_step.filter(|event| event.operation.queue() == Queue::Compute);
@@ -470,15 +475,16 @@ mod tests {
 
     #[test]
     fn computing_copies_and_the_optimizer_share_the_processors_where_they_are_the_same() {
-        // Two processors: the forward wants both from 1 s on, the user's code before it too, and the copy of 2 s
-        // one of them: all have two thirds of their speed.
+        // Two processors: the forward wants both from 1 s on, the user's code before it too, and the copy of
+        // 2 s one of them: all have two thirds of their speed.
         let machine = Machine {
             processors: Some(2),
             upload_bytes_per_s: F32_BYTES * ALIGNMENT_ELEMENTS as f64 / 2.0,
             ..machine()
         };
         let times = times(&machine, &[&[upload(0, 0), forward(Slot(1))]]).remove(0);
-        // When the copy is done 2 of the 4 s of computing are, and the other 2 have the processors for themselves.
+        // When the copy is done 2 of the 4 s of computing are, and the other 2 have the processors for
+        // themselves.
         assert_eq!(times, [(0.0, 3.0), (1.5, 5.0)]);
     }
 

@@ -93,8 +93,8 @@ pub fn bf16_products_flop_per_s(device: &Device) -> Option<f64> {
     Some(2.0 * (SIDE as f64).powi(3) * times_per_s(device, multiply).ok()?)
 }
 
-/// Operations a second of causal attention of a type, counted as plans count them: 4·T·C a token, with what the mask hides; an
-/// error where the device has none.
+/// Operations a second of causal attention of a type, counted as plans count them: 4·T·C a token, with what
+/// the mask hides; an error where the device has none.
 pub fn attention_flop_per_s(device: &Device, dtype: DType) -> candle_core::Result<f64> {
     let batch = if device.is_cpu() { 1 } else { ATTENTION_BATCH };
     let shape = (batch, ATTENTION_TOKENS, 3 * ATTENTION_WIDTH);

@@ -1,5 +1,6 @@
-//! The static part of a plan: which tier is home to each piece, and every buffer, slot, gradient set and passage that a
-//! schedule may use. Nothing else is allocated while steps run, so the bytes of an buffer plan are the bytes of a run.
+//! The static part of a plan: which tier is home to each piece, and every buffer, slot, gradient set and
+//! passage that a schedule may use. Nothing else is allocated while steps run, so the bytes of an buffer plan
+//! are the bytes of a run.
 
 use crate::schedule::layout::{Group, Layout};
 use crate::schedule::operation::{Buffer, Call, GroupIndex, Slot, Stream};
@@ -58,8 +59,8 @@ pub struct DeviceKind {
 }
 
 impl DeviceKind {
-    /// Whether the parameters that it computes with can be the masters that the optimizer updates. If not, the masters
-    /// are a stream of their own, in another tier, and slots hold what they are rounded to.
+    /// Whether the parameters that it computes with can be the masters that the optimizer updates. If not,
+    /// the masters are a stream of their own, in another tier, and slots hold what they are rounded to.
     pub fn holds_masters(self) -> bool {
         !self.apart && self.dtype == DType::F32
     }
@@ -81,15 +82,17 @@ pub struct Depths {
     pub state_pieces: usize,
     /// Groups whose gradients may be on the device at once.
     pub gradient_sets: usize,
-    /// Micro-batches that run vertically: all of them through a segment before the next one, so that its parameters
-    /// cross once for all. With 1 each goes through all segments by itself.
+    /// Micro-batches that run vertically: all of them through a segment before the next one, so that its
+    /// parameters cross once for all. With 1 each goes through all segments by itself.
     pub vertical: usize,
-    /// Calls that keep the graph of their forward, from the last on. The others compute it again in their backward.
+    /// Calls that keep the graph of their forward, from the last on. The others compute it again in their
+    /// backward.
     pub kept: usize,
 }
 
-/// Every buffer is longer by this than what it holds. Buffers lie one after another and most hold a power of two: without it the
-/// runs that the optimizer reads together would start at the same place of the memory's banks, and wait for each other.
+/// Every buffer is longer by this than what it holds. Buffers lie one after another and most hold a power of
+/// two: without it the runs that the optimizer reads together would start at the same place of the memory's
+/// banks, and wait for each other.
 pub const STAGGER_BYTES: usize = 4096;
 
 /// One buffer of a plan.
@@ -121,8 +124,8 @@ impl Buffers {
     }
 }
 
-/// What [`Buffers`] are like. A large model has millions of pieces, and a search makes hundreds of buffer plans, so buffers are
-/// counted and not listed.
+/// What [`Buffers`] are like. A large model has millions of pieces, and a search makes hundreds of buffer
+/// plans, so buffers are counted and not listed.
 #[derive(Debug, Clone, Copy)]
 struct BufferRun {
     buffers: Buffers,
@@ -289,7 +292,8 @@ impl BufferPlan {
         self.homes.get(&(group, stream))?.of_piece(piece)
     }
 
-    /// Whether a call keeps the graph of its forward until its backward; its boundary then stays on the device.
+    /// Whether a call keeps the graph of its forward until its backward; its boundary then stays on the
+    /// device.
     pub fn keeps(&self, call: usize) -> bool {
         call >= self.first_kept
     }
@@ -397,7 +401,8 @@ impl BufferPlan {
                 .max()
                 .unwrap_or(0)
         };
-        // Initial values pass through the fetch pool on their way to a slot or to disk, so there is always one.
+        // Initial values pass through the fetch pool on their way to a slot or to disk, so there is always
+        // one.
         self.fetch_pool = pool(self, depths.look_ahead.max(1), BufferUse::FetchPieces);
         let any_on_disk = self.placements.iter().any(|place| {
             [place.master, place.first_moment, place.second_moment].contains(&Tier::Disk)

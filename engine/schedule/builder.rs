@@ -56,9 +56,9 @@ struct Draft<'a> {
 }
 
 impl<'a> Builder<'a> {
-    /// One training step. With clipping it ends at the norm of its gradients, and its updates are left `pending`: they
-    /// are made by the next schedule, each when that one asks for the group, whose new values then go up from the
-    /// update without being read again.
+    /// One training step. With clipping it ends at the norm of its gradients, and its updates are left
+    /// `pending`: they are made by the next schedule, each when that one asks for the group, whose new values
+    /// then go up from the update without being read again.
     pub fn train(&self, pending: bool) -> Vec<Operation> {
         let mut draft = self.draft();
         draft.pending.fill(pending);
@@ -89,7 +89,8 @@ impl<'a> Builder<'a> {
         draft.operations
     }
 
-    /// The micro-batches of a step, in runs of those that go vertically: each segment runs them all before the next one.
+    /// The micro-batches of a step, in runs of those that go vertically: each segment runs them all before
+    /// the next one.
     pub fn abreast(&self) -> impl Iterator<Item = Range<usize>> + use<> {
         let (count, vertical) = (self.accumulate, self.buffer_plan.vertical);
         (0..count).step_by(vertical).map(move |first| first..(first + vertical).min(count))
@@ -172,8 +173,8 @@ impl<'a> Builder<'a> {
         draft.operations
     }
 
-    /// Writes to disk what a commit needs and has another home, and commits. Frozen parameters change in the first
-    /// commit only.
+    /// Writes to disk what a commit needs and has another home, and commits. Frozen parameters change in the
+    /// first commit only.
     pub fn commit(&self, first: bool) -> Vec<Operation> {
         let mut draft = self.draft();
         for (group, placement) in self.buffer_plan.placements.iter().enumerate() {
@@ -382,16 +383,18 @@ impl Draft<'_> {
         }
     }
 
-    /// Asks for a group while micro-batches still run in `slot`. Each of their boundaries waits for one before it to be used
-    /// up, so behind the last of them its parameters would come too late. Where there is no other slot they have to.
+    /// Asks for a group while micro-batches still run in `slot`. Each of their boundaries waits for one
+    /// before it to be used up, so behind the last of them its parameters would come too late. Where there is
+    /// no other slot they have to.
     fn fetch_beside(&mut self, group: GroupIndex, slot: Slot) {
         if self.builder.buffer_plan.slots_of[group].iter().any(|&other| other != slot) {
             self.fetch(group);
         }
     }
 
-    /// Takes a group's gradients of one of several micro-batches off the device, and updates the group where nothing
-    /// global is awaited. Between the micro-batches a sum whose home is the disk stays in its buffers.
+    /// Takes a group's gradients of one of several micro-batches off the device, and updates the group where
+    /// nothing global is awaited. Between the micro-batches a sum whose home is the disk stays in its
+    /// buffers.
     fn accumulate(
         &mut self,
         group: GroupIndex,
@@ -518,14 +521,14 @@ impl Builder<'_> {
     }
 }
 
-/// Whether each group's gradient is used up within its own backward: all micro-batches run vertically, or there is one,
-/// no clipping, and no segment that runs twice.
+/// Whether each group's gradient is used up within its own backward: all micro-batches run vertically, or
+/// there is one, no clipping, and no segment that runs twice.
 pub fn gradient_passes_through(calls: &[Call], accumulate: usize, vertical: usize, clip: bool) -> bool {
     vertical >= accumulate && !clip && runs_each_once(calls)
 }
 
-/// Whether no segment runs twice. One that does has gradients of each run, which would be summed in another order if
-/// micro-batches ran vertically.
+/// Whether no segment runs twice. One that does has gradients of each run, which would be summed in another
+/// order if micro-batches ran vertically.
 pub fn runs_each_once(calls: &[Call]) -> bool {
     let mut groups: Vec<_> = calls.iter().map(|call| call.group).collect();
     groups.sort_unstable();

@@ -3,8 +3,8 @@
 //!
 //! A run holds the trainable parameters first and the frozen ones after them, so that moments and gradients,
 //! which only trainable parameters have, are a prefix of it. Every tensor starts at a multiple of
-//! [`ALIGNMENT_ELEMENTS`]: direct I/O needs 4 KiB, and the blocks over which squared norms are summed then never
-//! straddle two tensors or two pieces, so a norm has the same bits whatever the piece size.
+//! [`ALIGNMENT_ELEMENTS`]: direct I/O needs 4 KiB, and the blocks over which squared norms are summed then
+//! never straddle two tensors or two pieces, so a norm has the same bits whatever the piece size.
 
 use crate::error::{Error, Result};
 use crate::schedule::tile::{Cut, Tile};
@@ -159,7 +159,8 @@ impl Layout {
         start..(start + self.piece_elements).min(elements)
     }
 
-    /// Groups, and places in their tables, of a parameter: one, or those of its parts from the first row or column on.
+    /// Groups, and places in their tables, of a parameter: one, or those of its parts from the first row or
+    /// column on.
     ///
     /// # Errors
     /// [`Error::Unsupported`] for an unknown name.

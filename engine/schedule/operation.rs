@@ -2,11 +2,13 @@
 //!
 //! Every operation names what it uses: buffers (host or device memory of one piece), slots, gradient sets,
 //! boundaries in passing, pieces on disk. An operation may start when the last earlier one that used any of
-//! these is done. One resource, the states on disk as a whole, is shared by writes and a commit has it for itself. The list is in an order in which it could run one by one, and each queue takes its own operations in
-//! that order, so the earliest unfinished operation can always start: a schedule cannot deadlock.
+//! these is done. One resource, the states on disk as a whole, is shared by writes and a commit has it for
+//! itself. The list is in an order in which it could run one by one, and each queue takes its own operations
+//! in that order, so the earliest unfinished operation can always start: a schedule cannot deadlock.
 //!
-//! [`Builder`](crate::schedule::builder::Builder) makes schedules; the planner counts their bytes, the executor runs them, the
-//! [`simulator`](crate::planner::simulator) costs them and the trace is recorded against them.
+//! [`Builder`](crate::schedule::builder::Builder) makes schedules; the planner counts their bytes, the
+//! executor runs them, the [`simulator`](crate::planner::simulator) costs them and the trace is recorded
+//! against them.
 
 use crate::schedule::layout::{Group, Layout};
 use serde::{Deserialize, Serialize};
@@ -79,8 +81,8 @@ pub struct Passage(pub usize);
 pub struct Call {
     /// The group of the segment.
     pub group: GroupIndex,
-    /// Size of the first input, which is the boundary activation, in elements of f32: half as many as it has where it
-    /// is of a type of two bytes.
+    /// Size of the first input, which is the boundary activation, in elements of f32: half as many as it has
+    /// where it is of a type of two bytes.
     pub boundary_elements: usize,
     /// Whether the boundary can leave the device: plain storage that only this call reads.
     pub boundary_moves: bool,
@@ -91,7 +93,8 @@ pub struct Call {
 pub enum Extent {
     /// A state stream of a group.
     State(GroupIndex, Stream),
-    /// The boundary activation that goes into a call, of the micro-batch in this place of those that run vertically.
+    /// The boundary activation that goes into a call, of the micro-batch in this place of those that run
+    /// vertically.
     Boundary {
         /// The call.
         call: usize,
@@ -156,10 +159,11 @@ pub enum Operation {
     CopyDown { group: GroupIndex, stream: Stream, piece: usize, home: Buffer, buffer: Buffer },
     /// The resident parameters enter their tensors, for all micro-batches.
     Attach { slot: Slot },
-    /// A segment runs; with `passage` its input leaves the device afterwards, and where it `keeps` its graph that stays for the
-    /// backward.
+    /// A segment runs; with `passage` its input leaves the device afterwards, and where it `keeps` its graph
+    /// that stays for the backward.
     Forward { call: usize, micro_batch: usize, slot: Slot, passage: Option<Passage>, keeps: bool },
-    /// A segment propagates back, by the graph that was `kept` or by that of running again; its gradients leave in `gradients`.
+    /// A segment propagates back, by the graph that was `kept` or by that of running again; its gradients
+    /// leave in `gradients`.
     Backward {
         call: usize,
         micro_batch: usize,
@@ -168,15 +172,15 @@ pub enum Operation {
         kept: bool,
         gradients: GradientSet,
     },
-    /// A micro-batch ends: the gradients of resident parameters leave, if it was a training pass, and after the last one
-    /// the parameters leave their tensors for `slot`.
+    /// A micro-batch ends: the gradients of resident parameters leave, if it was a training pass, and after
+    /// the last one the parameters leave their tensors for `slot`.
     Detach { micro_batch: usize, slot: Option<Slot>, gradients: Option<GradientSet> },
     /// A piece of a boundary leaves the device.
     SaveBoundary { call: usize, micro_batch: usize, piece: usize, passage: Passage, buffer: Buffer },
     /// A piece of a boundary returns to the device.
     LoadBoundary { call: usize, micro_batch: usize, piece: usize, passage: Passage, buffer: Buffer },
-    /// Gradients of a piece are scaled and put into, or added to, a buffer; the last time they are measured. Those of a
-    /// device with memory of its own come by way of `staging`.
+    /// Gradients of a piece are scaled and put into, or added to, a buffer; the last time they are measured.
+    /// Those of a device with memory of its own come by way of `staging`.
     Accumulate {
         group: GroupIndex,
         piece: usize,
@@ -200,7 +204,8 @@ pub enum Operation {
     },
     /// A piece of master parameters is handed to the caller, for export and digests.
     Collect { group: GroupIndex, piece: usize, master: MasterPlace },
-    /// What was written of states until here becomes the commit. Later writes of states wait for it, and nothing else.
+    /// What was written of states until here becomes the commit. Later writes of states wait for it, and
+    /// nothing else.
     Commit,
 }
 
@@ -340,7 +345,8 @@ impl Operation {
         }
     }
 
-    /// What the operation uses together with others that share it, but not while an operation has it for itself.
+    /// What the operation uses together with others that share it, but not while an operation has it for
+    /// itself.
     pub fn shared_resource(&self) -> Option<Resource> {
         // No commit keeps gradients.
         let writes_state = matches!(

@@ -1,8 +1,8 @@
-//! Which operation may start: the rules of schedules in one place, for the executor that runs them and for the simulator
-//! that costs them.
+//! Which operation may start: the rules of schedules in one place, for the executor that runs them and for
+//! the simulator that costs them.
 //!
-//! An operation waits for the last earlier one that used any of its resources. Each queue starts its operations in the
-//! order of the list, and has no more of them under way than it is deep.
+//! An operation waits for the last earlier one that used any of its resources. Each queue starts its
+//! operations in the order of the list, and has no more of them under way than it is deep.
 
 use crate::schedule::operation::{Operation, Queue, Resource};
 use std::collections::{HashMap, HashSet, VecDeque};

@@ -1,9 +1,10 @@
-//! Parameters that a model has in tiles, each in a segment of its own, and files as a whole: how tiles are called, and where their
-//! elements lie in the whole.
+//! Parameters that a model has in tiles, each in a segment of its own, and files as a whole: how tiles are
+//! called, and where their elements lie in the whole.
 //!
-//! The rows `a..b` of the weight of `lm_head` are the parameter `lm_head.rows_a_b.weight`, and the columns `a..b` of the `n` of that of
-//! `down_proj` are `down_proj.columns_a_b_of_n.weight`. Files know `lm_head.weight` and `down_proj.weight` only: tiles are read from
-//! there, and [`Trainer::parameters`](crate::Trainer::parameters) and exports give the whole.
+//! The rows `a..b` of the weight of `lm_head` are the parameter `lm_head.rows_a_b.weight`, and the columns
+//! `a..b` of the `n` of that of `down_proj` are `down_proj.columns_a_b_of_n.weight`. Files know
+//! `lm_head.weight` and `down_proj.weight` only: tiles are read from there, and
+//! [`Trainer::parameters`](crate::Trainer::parameters) and exports give the whole.
 
 use std::borrow::Cow;
 use std::fmt;
@@ -81,8 +82,8 @@ impl<'a> Tile<'a> {
         }
     }
 
-    /// Where `count` elements from `start` of the tile, which has the shape `shape`, lie in the whole: the first of each run there, and the
-    /// run among the elements.
+    /// Where `count` elements from `start` of the tile, which has the shape `shape`, lie in the whole: the
+    /// first of each run there, and the run among the elements.
     pub fn runs(
         &self,
         shape: &[usize],

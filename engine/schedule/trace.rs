@@ -13,8 +13,8 @@ pub struct TraceEvent {
     pub start_s: f64,
     /// When it was done, in seconds since the executor was started.
     pub end_s: f64,
-    /// Seconds that the training thread had waited for it when it was started, and on a CUDA device, that the device had nothing
-    /// to compute before it: 0 for all but compute.
+    /// Seconds that the training thread had waited for it when it was started, and on a CUDA device, that the
+    /// device had nothing to compute before it: 0 for all but compute.
     pub waited_s: f64,
 }
 

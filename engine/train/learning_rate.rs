@@ -2,7 +2,8 @@
 
 use std::f64::consts::PI;
 
-/// Linear warm-up to a peak, then half a cosine down to a floor (Loshchilov and Hutter, "SGDR", arXiv 1608.03983).
+/// Linear warm-up to a peak, then half a cosine down to a floor (Loshchilov and Hutter, "SGDR", arXiv
+/// 1608.03983).
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct LearningRate {
     /// Highest rate.

@@ -11,13 +11,15 @@ pub struct StepReport {
     pub loss: f32,
     /// Norm of all gradients before clipping.
     pub gradient_norm: f64,
-    /// Whether the gradients of f16 have overflowed, so that nothing was updated and the scale of the loss was halved.
+    /// Whether the gradients of f16 have overflowed, so that nothing was updated and the scale of the loss
+    /// was halved.
     pub skipped: bool,
     /// Learning rate of the step.
     pub learning_rate: f64,
     /// Seconds from call to return. Updates may go on behind it.
     pub step_s: f64,
-    /// Share of that in which computing waited for a tier, 0 to 1: the training thread, or a CUDA device by its own clock.
+    /// Share of that in which computing waited for a tier, 0 to 1: the training thread, or a CUDA device by
+    /// its own clock.
     pub exposed_stall: f64,
     /// Operations that finished since the last step's report.
     pub trace: Trace,
@@ -30,8 +32,8 @@ pub struct Usage {
     pub peak_host_bytes: u64,
     /// Host bytes of the plan.
     pub planned_host_bytes: u64,
-    /// Peak bytes of device memory: leased, and on the CPU device what the heap held beyond its level at the plan.
-    /// Without the counting allocator only what is leased.
+    /// Peak bytes of device memory: leased, and on the CPU device what the heap held beyond its level at the
+    /// plan. Without the counting allocator only what is leased.
     pub peak_device_bytes: u64,
     /// Device bytes of the plan.
     pub planned_device_bytes: u64,

@@ -8,11 +8,12 @@ use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::{Mutex, PoisonError};
 use std::thread;
 
-/// Stack of a micro-batch's thread: what a main thread has. Candle's backward goes as deep as the graph is long.
+/// Stack of a micro-batch's thread: what a main thread has. Candle's backward goes as deep as the graph is
+/// long.
 const STACK_BYTES: usize = 8 << 20;
 
-/// Runs micro-batches vertically, each in a thread of its own, and answers what they answer, in order. The first that
-/// fails ends the others: its error is the answer, and its panic goes on here.
+/// Runs micro-batches vertically, each in a thread of its own, and answers what they answer, in order. The
+/// first that fails ends the others: its error is the answer, and its panic goes on here.
 pub fn abreast<T: Send>(
     baton: &Baton,
     micro_batches: Range<usize>,
@@ -77,8 +78,8 @@ mod tests {
         Panic,
     }
 
-    /// Runs each micro-batch through its turns, and answers the order in which they came and what came of it. `fails` is the
-    /// number of the turn that fails, from 1.
+    /// Runs each micro-batch through its turns, and answers the order in which they came and what came of it.
+    /// `fails` is the number of the turn that fails, from 1.
     fn run(fails: Option<(usize, End)>) -> (Vec<usize>, thread::Result<Result<Vec<usize>>>) {
         let baton = Baton::new(TURNS.to_vec());
         let order = Mutex::new(vec![]);

@@ -1,4 +1,5 @@
-// GELU, SiLU and SwiGLU with the formulas of kernels/src/ops/activation.rs, in f32 whatever the elements are stored in.
+// GELU, SiLU and SwiGLU with the formulas of kernels/src/ops/activation.rs, in f32 whatever the elements are
+// stored in.
 #include "element.cuh"
 
 constexpr float TWO_SQRT_2_OVER_PI = 1.595769f;
@@ -6,7 +7,9 @@ constexpr float CUBIC = 0.044715f;
 
 __device__ __forceinline__ float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
 
-__device__ __forceinline__ float gelu(float x) { return x * sigmoid(TWO_SQRT_2_OVER_PI * (x + CUBIC * x * x * x)); }
+__device__ __forceinline__ float gelu(float x) {
+    return x * sigmoid(TWO_SQRT_2_OVER_PI * (x + CUBIC * x * x * x));
+}
 
 __device__ __forceinline__ float gelu_slope(float x) {
     float s = sigmoid(TWO_SQRT_2_OVER_PI * (x + CUBIC * x * x * x));
@@ -38,7 +41,8 @@ __device__ __forceinline__ void forward(T *out, const T *xs, unsigned long long 
 }
 
 template <class T, class Slope>
-__device__ __forceinline__ void backward(T *dx, const T *xs, const T *dy, unsigned long long elements, Slope slope) {
+__device__ __forceinline__ void backward(T *dx, const T *xs, const T *dy, unsigned long long elements,
+                                         Slope slope) {
     bool aligned = four_aligned(dx) && four_aligned(xs) && four_aligned(dy);
     for (unsigned long long four = first_index(); 4 * four < elements; four += index_stride()) {
         unsigned long long start = 4 * four;
@@ -56,7 +60,8 @@ __device__ __forceinline__ void backward(T *dx, const T *xs, const T *dy, unsign
 
 // Rows of `width` elements from rows of twice that: gates, then what they let through.
 template <class T>
-__device__ __forceinline__ void swiglu_forward(T *out, const T *xs, unsigned long long elements, unsigned width) {
+__device__ __forceinline__ void swiglu_forward(T *out, const T *xs, unsigned long long elements,
+                                               unsigned width) {
     if (width % 4 == 0 && four_aligned(out) && four_aligned(xs)) {
         for (unsigned long long at = 4 * first_index(); at < elements; at += 4 * index_stride()) {
             unsigned long long gate = at + divide(at, width) * width;
@@ -97,26 +102,28 @@ __device__ __forceinline__ void swiglu_backward(T *dx, const T *xs, const T *dy,
     }
 }
 
-#define ACTIVATIONS(SUFFIX, T)                                                                                         \
-    extern "C" __global__ void gelu_forward_##SUFFIX(T *out, const T *xs, unsigned long long elements) {               \
-        forward(out, xs, elements, gelu);                                                                              \
-    }                                                                                                                  \
-    extern "C" __global__ void gelu_backward_##SUFFIX(T *dx, const T *xs, const T *dy, unsigned long long elements) {  \
-        backward(dx, xs, dy, elements, gelu_slope);                                                                    \
-    }                                                                                                                  \
-    extern "C" __global__ void silu_forward_##SUFFIX(T *out, const T *xs, unsigned long long elements) {               \
-        forward(out, xs, elements, silu);                                                                              \
-    }                                                                                                                  \
-    extern "C" __global__ void silu_backward_##SUFFIX(T *dx, const T *xs, const T *dy, unsigned long long elements) {  \
-        backward(dx, xs, dy, elements, silu_slope);                                                                    \
-    }                                                                                                                  \
-    extern "C" __global__ void swiglu_forward_##SUFFIX(T *out, const T *xs, unsigned long long elements,               \
-                                                       unsigned width) {                                               \
-        swiglu_forward(out, xs, elements, width);                                                                      \
-    }                                                                                                                  \
-    extern "C" __global__ void swiglu_backward_##SUFFIX(T *dx, const T *xs, const T *dy, unsigned long long elements,  \
-                                                        unsigned width) {                                              \
-        swiglu_backward(dx, xs, dy, elements, width);                                                                  \
+#define ACTIVATIONS(SUFFIX, T)                                                                               \
+    extern "C" __global__ void gelu_forward_##SUFFIX(T *out, const T *xs, unsigned long long elements) {     \
+        forward(out, xs, elements, gelu);                                                                    \
+    }                                                                                                        \
+    extern "C" __global__ void gelu_backward_##SUFFIX(T *dx, const T *xs, const T *dy,                       \
+                                                      unsigned long long elements) {                         \
+        backward(dx, xs, dy, elements, gelu_slope);                                                          \
+    }                                                                                                        \
+    extern "C" __global__ void silu_forward_##SUFFIX(T *out, const T *xs, unsigned long long elements) {     \
+        forward(out, xs, elements, silu);                                                                    \
+    }                                                                                                        \
+    extern "C" __global__ void silu_backward_##SUFFIX(T *dx, const T *xs, const T *dy,                       \
+                                                      unsigned long long elements) {                         \
+        backward(dx, xs, dy, elements, silu_slope);                                                          \
+    }                                                                                                        \
+    extern "C" __global__ void swiglu_forward_##SUFFIX(T *out, const T *xs, unsigned long long elements,     \
+                                                       unsigned width) {                                     \
+        swiglu_forward(out, xs, elements, width);                                                            \
+    }                                                                                                        \
+    extern "C" __global__ void swiglu_backward_##SUFFIX(T *dx, const T *xs, const T *dy,                     \
+                                                        unsigned long long elements, unsigned width) {       \
+        swiglu_backward(dx, xs, dy, elements, width);                                                        \
     }
 
 ACTIVATIONS(f32, float)

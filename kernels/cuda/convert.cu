@@ -12,14 +12,15 @@ __device__ __forceinline__ void convert(const From *from, To *to, unsigned long 
             for (int i = 0; i < 4; i++) target.at[i] = narrow<To>(widen(source.at[i]));
             store_four(to + start, target);
         } else {
-            for (unsigned long long at = start; at < elements && at < start + 4; at++) to[at] = narrow<To>(widen(from[at]));
+            for (unsigned long long at = start; at < elements && at < start + 4; at++)
+                to[at] = narrow<To>(widen(from[at]));
         }
     }
 }
 
-#define CONVERT(NAME, FROM, TO)                                                                                        \
-    extern "C" __global__ void NAME(const FROM *from, TO *to, unsigned long long elements) {                           \
-        convert(from, to, elements);                                                                                   \
+#define CONVERT(NAME, FROM, TO)                                                                              \
+    extern "C" __global__ void NAME(const FROM *from, TO *to, unsigned long long elements) {                 \
+        convert(from, to, elements);                                                                         \
     }
 
 CONVERT(narrow_bf16, float, Bf16)

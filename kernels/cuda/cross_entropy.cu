@@ -1,10 +1,11 @@
-// The loss of next-token prediction over tiles of logits, with the formulas of kernels/src/ops/cross_entropy.rs.
+// The loss of next-token prediction over tiles of logits, with the formulas of
+// kernels/src/ops/cross_entropy.rs.
 #include "element.cuh"
 #include "reduce.cuh"
 
-// Adds a tile of logits, `columns` entries of the vocabulary from `first_column` on, to what is known of its rows: largest
-// logit, sum of exponentials relative to it, logit of the target. The first tile finds nothing there. A thread block takes
-// row after row.
+// Adds a tile of logits, `columns` entries of the vocabulary from `first_column` on, to what is known of its
+// rows: largest logit, sum of exponentials relative to it, logit of the target. The first tile finds nothing
+// there. A thread block takes row after row.
 template <class T>
 __device__ __forceinline__ void add_tile(float *maxima, float *sums, float *target_logits, const T *logits,
                                          const unsigned *targets, unsigned rows, unsigned columns,
@@ -80,7 +81,8 @@ __device__ __forceinline__ unsigned up_to_four(unsigned long long at, unsigned l
 
 // Adds a partial product to a sum in f32, or makes it the sum.
 template <class T>
-__device__ __forceinline__ void add_widened(float *sum, const T *part, unsigned long long elements, int first) {
+__device__ __forceinline__ void add_widened(float *sum, const T *part, unsigned long long elements,
+                                            int first) {
     for (unsigned long long at = 4 * first_index(); at < elements; at += 4 * index_stride()) {
         unsigned count = up_to_four(at, elements);
         Four<float> values = widen_four(part + at, count);
@@ -100,23 +102,24 @@ __device__ __forceinline__ void narrow_all(T *out, const float *values, unsigned
     }
 }
 
-#define CROSS_ENTROPY(SUFFIX, T)                                                                                       \
-    extern "C" __global__ void add_tile_##SUFFIX(float *maxima, float *sums, float *target_logits, const T *logits,    \
-                                                 const unsigned *targets, unsigned rows, unsigned columns,             \
-                                                 unsigned first_column) {                                              \
-        add_tile(maxima, sums, target_logits, logits, targets, rows, columns, first_column);                           \
-    }                                                                                                                  \
-    extern "C" __global__ void tile_gradient_##SUFFIX(T *gradients, const T *logits, const float *log_sums,            \
-                                                      const unsigned *targets, const float *upstream, unsigned rows,   \
-                                                      unsigned columns, unsigned first_column) {                       \
-        tile_gradient(gradients, logits, log_sums, targets, upstream, rows, columns, first_column);                    \
-    }                                                                                                                  \
-    extern "C" __global__ void add_widened_##SUFFIX(float *sum, const T *part, unsigned long long elements,            \
-                                                    int first) {                                                       \
-        add_widened(sum, part, elements, first);                                                                       \
-    }                                                                                                                  \
-    extern "C" __global__ void narrow_all_##SUFFIX(T *out, const float *values, unsigned long long elements) {         \
-        narrow_all(out, values, elements);                                                                             \
+#define CROSS_ENTROPY(SUFFIX, T)                                                                             \
+    extern "C" __global__ void add_tile_##SUFFIX(float *maxima, float *sums, float *target_logits,           \
+                                                 const T *logits, const unsigned *targets, unsigned rows,    \
+                                                 unsigned columns, unsigned first_column) {                  \
+        add_tile(maxima, sums, target_logits, logits, targets, rows, columns, first_column);                 \
+    }                                                                                                        \
+    extern "C" __global__ void tile_gradient_##SUFFIX(                                                       \
+        T *gradients, const T *logits, const float *log_sums, const unsigned *targets,                       \
+        const float *upstream, unsigned rows, unsigned columns, unsigned first_column) {                     \
+        tile_gradient(gradients, logits, log_sums, targets, upstream, rows, columns, first_column);          \
+    }                                                                                                        \
+    extern "C" __global__ void add_widened_##SUFFIX(float *sum, const T *part, unsigned long long elements,  \
+                                                    int first) {                                             \
+        add_widened(sum, part, elements, first);                                                             \
+    }                                                                                                        \
+    extern "C" __global__ void narrow_all_##SUFFIX(T *out, const float *values,                              \
+                                                   unsigned long long elements) {                            \
+        narrow_all(out, values, elements);                                                                   \
     }
 
 CROSS_ENTROPY(f32, float)

@@ -21,8 +21,8 @@ __device__ __forceinline__ void embedding_forward(T *out, const T *weight, const
 
 constexpr int THREADS = 256;
 
-// The gradient of each row that a token names, summed in the order of the tokens; other rows are left alone. The thread block of
-// a row's first token sums all of it, so that no two write to one row. 256 threads.
+// The gradient of each row that a token names, summed in the order of the tokens; other rows are left alone.
+// The thread block of a row's first token sums all of it, so that no two write to one row. 256 threads.
 template <class T>
 __device__ __forceinline__ void embedding_backward(T *gradient, const T *dy, const unsigned *tokens,
                                                    unsigned long long count, unsigned width) {
@@ -30,7 +30,8 @@ __device__ __forceinline__ void embedding_backward(T *gradient, const T *dy, con
     for (unsigned long long first = blockIdx.x; first < count; first += gridDim.x) {
         unsigned token = tokens[first];
         int seen = 0;
-        for (unsigned long long at = threadIdx.x; at < first && !seen; at += THREADS) seen = tokens[at] == token;
+        for (unsigned long long at = threadIdx.x; at < first && !seen; at += THREADS)
+            seen = tokens[at] == token;
         if (block_any(seen)) continue;
         // Four columns a thread at once.
         for (unsigned start = 0; start < width; start += 4 * THREADS) {
@@ -56,14 +57,14 @@ __device__ __forceinline__ void embedding_backward(T *gradient, const T *dy, con
     }
 }
 
-#define EMBEDDING(SUFFIX, T)                                                                                           \
-    extern "C" __global__ void embedding_forward_##SUFFIX(T *out, const T *weight, const unsigned *tokens,             \
-                                                          unsigned long long count, unsigned width) {                  \
-        embedding_forward(out, weight, tokens, count, width);                                                          \
-    }                                                                                                                  \
-    extern "C" __global__ void embedding_backward_##SUFFIX(T *gradient, const T *dy, const unsigned *tokens,           \
-                                                           unsigned long long count, unsigned width) {                 \
-        embedding_backward(gradient, dy, tokens, count, width);                                                        \
+#define EMBEDDING(SUFFIX, T)                                                                                 \
+    extern "C" __global__ void embedding_forward_##SUFFIX(T *out, const T *weight, const unsigned *tokens,   \
+                                                          unsigned long long count, unsigned width) {        \
+        embedding_forward(out, weight, tokens, count, width);                                                \
+    }                                                                                                        \
+    extern "C" __global__ void embedding_backward_##SUFFIX(T *gradient, const T *dy, const unsigned *tokens, \
+                                                           unsigned long long count, unsigned width) {       \
+        embedding_backward(gradient, dy, tokens, count, width);                                              \
     }
 
 EMBEDDING(f32, float)

@@ -1,5 +1,5 @@
-// Gradients scaled, accumulated and measured in one pass, with the bits of kernels/src/gradient.rs: blocks of 1024 elements,
-// 16 interleaved sums of squares a block, then the blocks in order. No atomics.
+// Gradients scaled, accumulated and measured in one pass, with the bits of kernels/src/gradient.rs: blocks of
+// 1024 elements, 16 interleaved sums of squares a block, then the blocks in order. No atomics.
 #include "element.cuh"
 
 constexpr int BLOCK_ELEMENTS = 1024;
@@ -7,11 +7,11 @@ constexpr int LANES = 16;
 // Threads of a thread block: each takes four elements.
 constexpr int THREADS = BLOCK_ELEMENTS / 4;
 
-// A thread block takes block after block of the run, and writes each one's sum of squares and number of elements that are
-// not finite.
+// A thread block takes block after block of the run, and writes each one's sum of squares and number of
+// elements that are not finite.
 template <class G>
-__device__ __forceinline__ void accumulate(float *accumulator, const G *gradient, unsigned long long elements, float scale,
-                                           int add, double *squares, unsigned *non_finite) {
+__device__ __forceinline__ void accumulate(float *accumulator, const G *gradient, unsigned long long elements,
+                                           float scale, int add, double *squares, unsigned *non_finite) {
     __shared__ float values[BLOCK_ELEMENTS];
     __shared__ double lane_squares[LANES];
     __shared__ unsigned lane_non_finite[LANES];
@@ -67,10 +67,10 @@ __device__ __forceinline__ void accumulate(float *accumulator, const G *gradient
     }
 }
 
-#define ACCUMULATE(NAME, G)                                                                                            \
-    extern "C" __global__ void NAME(float *accumulator, const G *gradient, unsigned long long elements, float scale,   \
-                                    int add, double *squares, unsigned *non_finite) {                                  \
-        accumulate(accumulator, gradient, elements, scale, add, squares, non_finite);                                  \
+#define ACCUMULATE(NAME, G)                                                                                  \
+    extern "C" __global__ void NAME(float *accumulator, const G *gradient, unsigned long long elements,      \
+                                    float scale, int add, double *squares, unsigned *non_finite) {           \
+        accumulate(accumulator, gradient, elements, scale, add, squares, non_finite);                        \
     }
 
 ACCUMULATE(accumulate_f32, float)
@@ -78,8 +78,9 @@ ACCUMULATE(accumulate_bf16, Bf16)
 ACCUMULATE(accumulate_f16, F16)
 
 // Adds the blocks' measures to the totals in order. One thread block; its threads load, one of them adds.
-extern "C" __global__ void add_blocks(const double *squares, const unsigned *non_finite, unsigned long long blocks,
-                                      double *total_squares, unsigned long long *total_non_finite) {
+extern "C" __global__ void add_blocks(const double *squares, const unsigned *non_finite,
+                                      unsigned long long blocks, double *total_squares,
+                                      unsigned long long *total_non_finite) {
     __shared__ double chunk_squares[THREADS];
     __shared__ unsigned chunk_non_finite[THREADS];
     double sum = *total_squares;

@@ -1,5 +1,6 @@
-// Layer norm and RMS norm with the formulas of kernels/src/ops/norm.rs, and sums over rows for the gradients of weights and
-// biases. A thread block takes row after row. Arithmetic is f32 whatever the elements are stored in.
+// Layer norm and RMS norm with the formulas of kernels/src/ops/norm.rs, and sums over rows for the gradients
+// of weights and biases. A thread block takes row after row. Arithmetic is f32 whatever the elements are
+// stored in.
 #include "element.cuh"
 #include "reduce.cuh"
 
@@ -54,8 +55,8 @@ __device__ __forceinline__ void layer_norm_forward(T *out, const T *xs, const T 
 }
 
 template <class T>
-__device__ __forceinline__ void rms_norm_forward(T *out, const T *xs, const T *weight, unsigned long long rows,
-                                                 unsigned width, float eps) {
+__device__ __forceinline__ void rms_norm_forward(T *out, const T *xs, const T *weight,
+                                                 unsigned long long rows, unsigned width, float eps) {
     for (unsigned long long row = blockIdx.x; row < rows; row += gridDim.x) {
         const T *x = xs + row * width;
         Statistics s = inverse_root_mean_square(x, width, eps);
@@ -67,10 +68,12 @@ __device__ __forceinline__ void rms_norm_forward(T *out, const T *xs, const T *w
     }
 }
 
-// The gradient of the input, and the statistics of its rows. With `centred` a layer norm, without an RMS norm.
+// The gradient of the input, and the statistics of its rows. With `centred` a layer norm, without an RMS
+// norm.
 template <class T, bool centred>
-__device__ __forceinline__ void norm_backward(T *dx, Statistics *statistics, const T *xs, const T *dy, const T *weight,
-                                              unsigned long long rows, unsigned width, float eps) {
+__device__ __forceinline__ void norm_backward(T *dx, Statistics *statistics, const T *xs, const T *dy,
+                                              const T *weight, unsigned long long rows, unsigned width,
+                                              float eps) {
     for (unsigned long long row = blockIdx.x; row < rows; row += gridDim.x) {
         const T *x = xs + row * width, *g = dy + row * width;
         Statistics s = centred ? moments(x, width, eps) : inverse_root_mean_square(x, width, eps);
@@ -100,16 +103,19 @@ __device__ __forceinline__ void norm_backward(T *dx, Statistics *statistics, con
     }
 }
 
-// Rows whose contributions are summed before they join the total, which keeps the rounding error of long sums small.
+// Rows whose contributions are summed before they join the total, which keeps the rounding error of long sums
+// small.
 constexpr int GROUP_ROWS = 64;
 constexpr int COLUMN_THREADS = 32;
 constexpr int ROW_THREADS = 8;
 
-// Sums of `dy`, and of `dy` times the normalised input where there are statistics, over one group of rows and 128 columns a
-// thread block, four a thread: blockIdx.x counts columns, blockIdx.y groups. Results are [groups, width].
+// Sums of `dy`, and of `dy` times the normalised input where there are statistics, over one group of rows and
+// 128 columns a thread block, four a thread: blockIdx.x counts columns, blockIdx.y groups. Results are
+// [groups, width].
 template <class T>
 __device__ __forceinline__ void column_sums(float *sums, float *products, const T *dy, const T *xs,
-                                            const Statistics *statistics, unsigned long long rows, unsigned width) {
+                                            const Statistics *statistics, unsigned long long rows,
+                                            unsigned width) {
     __shared__ Four<float> thread_sums[ROW_THREADS][COLUMN_THREADS];
     __shared__ Four<float> thread_products[ROW_THREADS][COLUMN_THREADS];
     unsigned column = 4 * (blockIdx.x * COLUMN_THREADS + threadIdx.x);
@@ -148,7 +154,8 @@ __device__ __forceinline__ void column_sums(float *sums, float *products, const 
 
 // Adds up the groups of [groups, width] in order.
 template <class T>
-__device__ __forceinline__ void column_totals(T *totals, const float *sums, unsigned long long groups, unsigned width) {
+__device__ __forceinline__ void column_totals(T *totals, const float *sums, unsigned long long groups,
+                                              unsigned width) {
     for (unsigned long long column = first_index(); column < width; column += index_stride()) {
         float total = 0.0f;
         for (unsigned long long group = 0; group < groups; group++) total += sums[group * width + column];
@@ -158,7 +165,8 @@ __device__ __forceinline__ void column_totals(T *totals, const float *sums, unsi
 
 // Every row of `out` becomes the bias.
 template <class T>
-__device__ __forceinline__ void repeat_row(T *out, const T *row, unsigned long long elements, unsigned width) {
+__device__ __forceinline__ void repeat_row(T *out, const T *row, unsigned long long elements,
+                                           unsigned width) {
     for (unsigned long long at = 4 * first_index(); at < elements; at += 4 * index_stride()) {
         unsigned column = (unsigned)(at - divide(at, width) * width);
         if (column + 4 <= width && four_aligned(row + column) && four_aligned(out + at)) {
@@ -172,37 +180,38 @@ __device__ __forceinline__ void repeat_row(T *out, const T *row, unsigned long l
     }
 }
 
-#define NORMS(SUFFIX, T)                                                                                               \
-    extern "C" __global__ void layer_norm_forward_##SUFFIX(T *out, const T *xs, const T *weight, const T *bias,        \
-                                                           unsigned long long rows, unsigned width, float eps) {       \
-        layer_norm_forward(out, xs, weight, bias, rows, width, eps);                                                   \
-    }                                                                                                                  \
-    extern "C" __global__ void rms_norm_forward_##SUFFIX(T *out, const T *xs, const T *weight,                         \
-                                                         unsigned long long rows, unsigned width, float eps) {         \
-        rms_norm_forward(out, xs, weight, rows, width, eps);                                                           \
-    }                                                                                                                  \
-    extern "C" __global__ void layer_norm_backward_##SUFFIX(T *dx, Statistics *statistics, const T *xs, const T *dy,   \
-                                                            const T *weight, unsigned long long rows, unsigned width,  \
-                                                            float eps) {                                               \
-        norm_backward<T, true>(dx, statistics, xs, dy, weight, rows, width, eps);                                      \
-    }                                                                                                                  \
-    extern "C" __global__ void rms_norm_backward_##SUFFIX(T *dx, Statistics *statistics, const T *xs, const T *dy,     \
-                                                          const T *weight, unsigned long long rows, unsigned width,    \
-                                                          float eps) {                                                 \
-        norm_backward<T, false>(dx, statistics, xs, dy, weight, rows, width, eps);                                     \
-    }                                                                                                                  \
-    extern "C" __global__ void column_sums_##SUFFIX(float *sums, float *products, const T *dy, const T *xs,            \
-                                                    const Statistics *statistics, unsigned long long rows,             \
-                                                    unsigned width) {                                                  \
-        column_sums(sums, products, dy, xs, statistics, rows, width);                                                  \
-    }                                                                                                                  \
-    extern "C" __global__ void column_totals_##SUFFIX(T *totals, const float *sums, unsigned long long groups,         \
-                                                      unsigned width) {                                                \
-        column_totals(totals, sums, groups, width);                                                                    \
-    }                                                                                                                  \
-    extern "C" __global__ void repeat_row_##SUFFIX(T *out, const T *row, unsigned long long elements,                  \
-                                                   unsigned width) {                                                   \
-        repeat_row(out, row, elements, width);                                                                         \
+#define NORMS(SUFFIX, T)                                                                                     \
+    extern "C" __global__ void layer_norm_forward_##SUFFIX(T *out, const T *xs, const T *weight,             \
+                                                           const T *bias, unsigned long long rows,           \
+                                                           unsigned width, float eps) {                      \
+        layer_norm_forward(out, xs, weight, bias, rows, width, eps);                                         \
+    }                                                                                                        \
+    extern "C" __global__ void rms_norm_forward_##SUFFIX(                                                    \
+        T *out, const T *xs, const T *weight, unsigned long long rows, unsigned width, float eps) {          \
+        rms_norm_forward(out, xs, weight, rows, width, eps);                                                 \
+    }                                                                                                        \
+    extern "C" __global__ void layer_norm_backward_##SUFFIX(                                                 \
+        T *dx, Statistics *statistics, const T *xs, const T *dy, const T *weight, unsigned long long rows,   \
+        unsigned width, float eps) {                                                                         \
+        norm_backward<T, true>(dx, statistics, xs, dy, weight, rows, width, eps);                            \
+    }                                                                                                        \
+    extern "C" __global__ void rms_norm_backward_##SUFFIX(                                                   \
+        T *dx, Statistics *statistics, const T *xs, const T *dy, const T *weight, unsigned long long rows,   \
+        unsigned width, float eps) {                                                                         \
+        norm_backward<T, false>(dx, statistics, xs, dy, weight, rows, width, eps);                           \
+    }                                                                                                        \
+    extern "C" __global__ void column_sums_##SUFFIX(float *sums, float *products, const T *dy, const T *xs,  \
+                                                    const Statistics *statistics, unsigned long long rows,   \
+                                                    unsigned width) {                                        \
+        column_sums(sums, products, dy, xs, statistics, rows, width);                                        \
+    }                                                                                                        \
+    extern "C" __global__ void column_totals_##SUFFIX(T *totals, const float *sums,                          \
+                                                      unsigned long long groups, unsigned width) {           \
+        column_totals(totals, sums, groups, width);                                                          \
+    }                                                                                                        \
+    extern "C" __global__ void repeat_row_##SUFFIX(T *out, const T *row, unsigned long long elements,        \
+                                                   unsigned width) {                                         \
+        repeat_row(out, row, elements, width);                                                               \
     }
 
 NORMS(f32, float)

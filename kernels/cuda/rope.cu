@@ -2,15 +2,16 @@
 // neighbouring pairs of a row, then those of another.
 #include "element.cuh"
 
-// `xs` is [B, heads, positions, 2·pairs]; a sequence's rows of `cos` and `sin`, `pairs` wide, start `table_rows` after those of
-// the one before. `direction` is 1 forward and −1 backward.
+// `xs` is [B, heads, positions, 2·pairs]; a sequence's rows of `cos` and `sin`, `pairs` wide, start
+// `table_rows` after those of the one before. `direction` is 1 forward and −1 backward.
 template <class T>
 __device__ __forceinline__ void rope(T *out, const T *xs, const T *cos, const T *sin, unsigned long long rows,
                                      unsigned heads, unsigned positions, unsigned pairs, unsigned table_rows,
                                      float direction, int interleaved) {
     unsigned fours = (pairs + 3) / 4;
     for (unsigned long long index = first_index(); index < rows * fours; index += index_stride()) {
-        unsigned long long row = divide(index, fours), head = divide(row, positions), sequence = divide(head, heads);
+        unsigned long long row = divide(index, fours), head = divide(row, positions),
+                           sequence = divide(head, heads);
         unsigned pair = 4 * (unsigned)(index - row * fours);
         unsigned count = pairs - pair < 4 ? pairs - pair : 4;
         unsigned long long table = (sequence * table_rows + row - head * positions) * pairs + pair;
@@ -32,7 +33,8 @@ __device__ __forceinline__ void rope(T *out, const T *xs, const T *cos, const T 
                 narrow_four(out + at, x, elements);
             }
         } else {
-            Four<float> a = widen_four(xs + start + pair, count), b = widen_four(xs + start + pairs + pair, count);
+            Four<float> a = widen_four(xs + start + pair, count),
+                        b = widen_four(xs + start + pairs + pair, count);
             for (int i = 0; i < 4; i++) {
                 float first = a.at[i], second = b.at[i], turn_s = direction * s.at[i];
                 a.at[i] = first * c.at[i] - second * turn_s;
@@ -44,11 +46,11 @@ __device__ __forceinline__ void rope(T *out, const T *xs, const T *cos, const T 
     }
 }
 
-#define ROPE(SUFFIX, T)                                                                                                \
-    extern "C" __global__ void rope_##SUFFIX(T *out, const T *xs, const T *cos, const T *sin, unsigned long long rows, \
-                                             unsigned heads, unsigned positions, unsigned pairs, unsigned table_rows,  \
-                                             float direction, int interleaved) {                                       \
-        rope(out, xs, cos, sin, rows, heads, positions, pairs, table_rows, direction, interleaved);                    \
+#define ROPE(SUFFIX, T)                                                                                      \
+    extern "C" __global__ void rope_##SUFFIX(                                                                \
+        T *out, const T *xs, const T *cos, const T *sin, unsigned long long rows, unsigned heads,            \
+        unsigned positions, unsigned pairs, unsigned table_rows, float direction, int interleaved) {         \
+        rope(out, xs, cos, sin, rows, heads, positions, pairs, table_rows, direction, interleaved);          \
     }
 
 ROPE(f32, float)

@@ -1,13 +1,15 @@
-// Softmax over rows, plain and causal, with the formulas of kernels/src/ops/softmax.rs. A thread block takes row after row.
+// Softmax over rows, plain and causal, with the formulas of kernels/src/ops/softmax.rs. A thread block takes
+// row after row.
 #include "element.cuh"
 #include "reduce.cuh"
 
-// The columns that a row sees: of the `query_rows` rows of a matrix the last sees up to the last column, each before it one less
-// far; at most `window` columns, which is at most `columns`.
+// The columns that a row sees: of the `query_rows` rows of a matrix the last sees up to the last column, each
+// before it one less far; at most `window` columns, which is at most `columns`.
 struct Visible {
     unsigned first, end;
 
-    __device__ __forceinline__ Visible(unsigned long long row, unsigned columns, unsigned query_rows, unsigned window) {
+    __device__ __forceinline__ Visible(unsigned long long row, unsigned columns, unsigned query_rows,
+                                       unsigned window) {
         end = (unsigned)(row % query_rows) + columns - query_rows + 1;
         first = end > window ? end - window : 0;
     }
@@ -20,8 +22,9 @@ struct Visible {
 
 // `out` may be `scores`.
 template <class T>
-__device__ __forceinline__ void softmax_forward(T *out, const T *scores, unsigned long long rows, unsigned columns,
-                                                unsigned query_rows, unsigned window, float scale) {
+__device__ __forceinline__ void softmax_forward(T *out, const T *scores, unsigned long long rows,
+                                                unsigned columns, unsigned query_rows, unsigned window,
+                                                float scale) {
     for (unsigned long long row = blockIdx.x; row < rows; row += gridDim.x) {
         const T *score = scores + row * columns;
         T *probability = out + row * columns;
@@ -53,8 +56,9 @@ __device__ __forceinline__ void softmax_forward(T *out, const T *scores, unsigne
 
 // `dx` may be `dy`.
 template <class T>
-__device__ __forceinline__ void softmax_backward(T *dx, const T *dy, const T *probabilities, unsigned long long rows,
-                                                 unsigned columns, unsigned query_rows, unsigned window, float scale) {
+__device__ __forceinline__ void softmax_backward(T *dx, const T *dy, const T *probabilities,
+                                                 unsigned long long rows, unsigned columns,
+                                                 unsigned query_rows, unsigned window, float scale) {
     for (unsigned long long row = blockIdx.x; row < rows; row += gridDim.x) {
         const T *upstream = dy + row * columns, *probability = probabilities + row * columns;
         Visible seen(row, columns, query_rows, window);
@@ -72,16 +76,16 @@ __device__ __forceinline__ void softmax_backward(T *dx, const T *dy, const T *pr
     }
 }
 
-#define SOFTMAX(SUFFIX, T)                                                                                             \
-    extern "C" __global__ void softmax_forward_##SUFFIX(T *out, const T *scores, unsigned long long rows,              \
-                                                        unsigned columns, unsigned query_rows, unsigned window,        \
-                                                        float scale) {                                                 \
-        softmax_forward(out, scores, rows, columns, query_rows, window, scale);                                        \
-    }                                                                                                                  \
-    extern "C" __global__ void softmax_backward_##SUFFIX(T *dx, const T *dy, const T *probabilities,                   \
-                                                         unsigned long long rows, unsigned columns,                    \
-                                                         unsigned query_rows, unsigned window, float scale) {          \
-        softmax_backward(dx, dy, probabilities, rows, columns, query_rows, window, scale);                             \
+#define SOFTMAX(SUFFIX, T)                                                                                   \
+    extern "C" __global__ void softmax_forward_##SUFFIX(T *out, const T *scores, unsigned long long rows,    \
+                                                        unsigned columns, unsigned query_rows,               \
+                                                        unsigned window, float scale) {                      \
+        softmax_forward(out, scores, rows, columns, query_rows, window, scale);                              \
+    }                                                                                                        \
+    extern "C" __global__ void softmax_backward_##SUFFIX(                                                    \
+        T *dx, const T *dy, const T *probabilities, unsigned long long rows, unsigned columns,               \
+        unsigned query_rows, unsigned window, float scale) {                                                 \
+        softmax_backward(dx, dy, probabilities, rows, columns, query_rows, window, scale);                   \
     }
 
 SOFTMAX(f32, float)

@@ -1,4 +1,5 @@
-//! The number types of gradients and of low-precision parameters, converted without branches so that loops vectorise.
+//! The number types of gradients and of low-precision parameters, converted without branches so that loops
+//! vectorise.
 
 use half::{bf16, f16};
 
@@ -57,7 +58,8 @@ impl Element for f16 {
         // Normal results: move the bias from 127 to 15 and round at bit 13, ties to even.
         let odd = (magnitude >> 13) & 1;
         let normal = magnitude.wrapping_sub((127 - 15) << 23).wrapping_add(0xfff + odd) >> 13;
-        // Subnormal results: adding one half puts the result's last bit at the sum's last bit, rounded by the addition.
+        // Subnormal results: adding one half puts the result's last bit at the sum's last bit, rounded by the
+        // addition.
         let half = f32::from_bits(126 << 23);
         let subnormal = (f32::from_bits(magnitude) + half).to_bits().wrapping_sub(half.to_bits());
         let nan = 0x7e00 | (magnitude >> 13) & 0x3ff;

@@ -23,8 +23,8 @@ pub enum Accumulate {
 /// What is known of the gradients that were seen so far.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
 pub struct GradientStatistics {
-    /// Sum of squares. It depends on the elements and their order alone: not on threads, paths, or on how a run is cut into pieces at
-    /// multiples of [`BLOCK_ELEMENTS`].
+    /// Sum of squares. It depends on the elements and their order alone: not on threads, paths, or on how a
+    /// run is cut into pieces at multiples of [`BLOCK_ELEMENTS`].
     pub squared_norm: f64,
     /// Elements that are infinite or NaN.
     pub non_finite: u64,
@@ -32,7 +32,9 @@ pub struct GradientStatistics {
 
 on_paths! {
     /// One block of at most [`BLOCK_ELEMENTS`]: sum of squares and number of elements that are not finite.
-    fn accumulate_block[G: Element](accumulator: &mut [f32], gradient: &[G], scale: f32, add: bool) -> (f64, u64) {
+    fn accumulate_block[G: Element](
+        accumulator: &mut [f32], gradient: &[G], scale: f32, add: bool
+    ) -> (f64, u64) {
         if add {
             for (sum, &gradient) in accumulator.iter_mut().zip(gradient) {
                 *sum += gradient.widen() * scale;
@@ -59,7 +61,8 @@ on_paths! {
     }
 }
 
-/// Puts `gradient · scale` into `accumulator`, or adds it, and adds what the accumulator then holds to `statistics`.
+/// Puts `gradient · scale` into `accumulator`, or adds it, and adds what the accumulator then holds to
+/// `statistics`.
 ///
 /// # Errors
 /// [`Error::Length`] if the lengths differ.

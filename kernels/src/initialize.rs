@@ -4,8 +4,8 @@ use crate::philox::Stream;
 use candle_nn::Init;
 use candle_nn::init::NormalOrUniform;
 
-/// Fills `out` with elements `first_element` and following of the tensor `name`. Each element depends on seed, name and
-/// its own position alone. The distributions are those of candle-nn's `Init`.
+/// Fills `out` with elements `first_element` and following of the tensor `name`. Each element depends on
+/// seed, name and its own position alone. The distributions are those of candle-nn's `Init`.
 pub fn initialize(
     init: &Init,
     shape: &[usize],

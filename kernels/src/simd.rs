@@ -45,11 +45,14 @@ impl Path {
 macro_rules! on_paths {
     ($(
         $(#[$attribute:meta])*
-        fn $name:ident$([$generic:ident: $bound:ident])?($($argument:ident: $type:ty),* $(,)?) $(-> $result:ty)?
+        fn $name:ident$([$generic:ident: $bound:ident])?($($argument:ident: $type:ty),* $(,)?)
+        $(-> $result:ty)?
         $body:block
     )*) => {$(
         $(#[$attribute])*
-        pub(crate) fn $name$(<$generic: $bound>)?(path: crate::simd::Path, $($argument: $type),*) $(-> $result)? {
+        pub(crate) fn $name$(<$generic: $bound>)?(
+            path: crate::simd::Path, $($argument: $type),*
+        ) $(-> $result)? {
             #[inline(always)]
             fn body$(<$generic: $bound>)?($($argument: $type),*) $(-> $result)? $body
 

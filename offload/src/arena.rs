@@ -31,7 +31,8 @@ pub const fn padded_bytes(bytes: usize) -> usize {
     bytes.div_ceil(PAGE_BYTES) * PAGE_BYTES
 }
 
-/// A fixed run of pinned host memory. Clones share it; it lives until the last clone and the last lease are gone.
+/// A fixed run of pinned host memory. Clones share it; it lives until the last clone and the last lease are
+/// gone.
 #[derive(Clone, Debug)]
 pub struct Arena {
     shared: Arc<Shared>,
@@ -177,8 +178,8 @@ impl Lease {
 
     /// All pages of the lease, also those bytes past its length that pad it.
     pub fn padded(&self) -> &[u8] {
-        // SAFETY: the free list gave `offset..offset + capacity_bytes` to this lease alone, the arena keeps the
-        // mapping alive, and mapped anonymous memory is initialised (to zero).
+        // SAFETY: the free list gave `offset..offset + capacity_bytes` to this lease alone, the arena keeps
+        // the mapping alive, and mapped anonymous memory is initialised (to zero).
         unsafe { std::slice::from_raw_parts(self.start(), self.capacity_bytes) }
     }
 

@@ -1,8 +1,9 @@
 //! A CUDA device beside the host: one stream a direction, pinned memory, and the events that order streams.
 //!
-//! Candle computes on its own stream. Copies run beside it on two more, so whatever passes from one stream to another
-//! passes with a [`Done`]: what was enqueued on a [`Lane`] until then. Whoever uses it next, on whichever lane, waits for that first.
-//! cudarc's own tracking of events is off: it never sees what candle's kernels write.
+//! Candle computes on its own stream. Copies run beside it on two more, so whatever passes from one stream to
+//! another passes with a [`Done`]: what was enqueued on a [`Lane`] until then. Whoever uses it next, on
+//! whichever lane, waits for that first. cudarc's own tracking of events is off: it never sees what candle's
+//! kernels write.
 
 mod fault;
 mod pinned;
@@ -21,7 +22,8 @@ pub use fault::{Call, CudaFailure, CudaFault};
 pub(crate) use pinned::PinnedMemory;
 pub use pool::Pool;
 
-/// The driver's name of the error of a device that has no memory left, which is in the text of every error that tells of it.
+/// The driver's name of the error of a device that has no memory left, which is in the text of every error
+/// that tells of it.
 pub const OUT_OF_MEMORY: &str = "CUDA_ERROR_OUT_OF_MEMORY";
 
 /// A stream of the device.
@@ -52,8 +54,8 @@ impl Done {
         let _ = self.0.synchronize();
     }
 
-    /// Seconds by the device's clock from this moment to a `later` one. None before both are over, and where the driver does
-    /// not tell. Nobody waits.
+    /// Seconds by the device's clock from this moment to a `later` one. None before both are over, and where
+    /// the driver does not tell. Nobody waits.
     pub fn seconds_until(&self, later: &Self) -> Option<f64> {
         self.0.context().bind_to_thread().ok()?;
         // SAFETY: both events live, and belong to the same context.
@@ -69,7 +71,8 @@ pub struct Counts {
     pub allocations: u64,
     /// Times that there was none left, so that the driver's pool was made to give back what nobody used.
     pub trims: u64,
-    /// Copies from or to memory of the host that was not page-locked: each of them made the host wait, and nothing ran beside it.
+    /// Copies from or to memory of the host that was not page-locked: each of them made the host wait, and
+    /// nothing ran beside it.
     pub pageable_copies: u64,
     /// Between the tiers, to the device.
     pub uploads: Moved,
@@ -97,7 +100,8 @@ pub struct DeviceRange<'a> {
 }
 
 impl<'a> DeviceRange<'a> {
-    /// Elements `range` of `memory`, to be read or written: which of both is the copy's to say, so nobody else may use them.
+    /// Elements `range` of `memory`, to be read or written: which of both is the copy's to say, so nobody
+    /// else may use them.
     pub fn of<T>(memory: &'a mut CudaSlice<T>, range: Range<usize>) -> Self {
         let stream = memory.stream().clone();
         let elements = memory.len();
@@ -134,15 +138,17 @@ impl Cuda {
     /// Puts more streams beside the one that computes.
     ///
     /// # Errors
-    /// [`Error::Cuda`]; also when `compute` is a default stream, which other streams cannot run beside in order.
+    /// [`Error::Cuda`]; also when `compute` is a default stream, which other streams cannot run beside in
+    /// order.
     pub fn new(compute: Arc<CudaStream>, fault: Option<CudaFault>) -> Result<Self, Error> {
         let action = "streams for copies and for the optimizer";
         if (compute.cu_stream() as usize) < 3 {
             return Err(Error::Cuda {
                 action,
-                reason: "the device computes on a default stream, which is another one in every thread: make it with \
-                         Device::new_cuda_with_stream"
-                    .into(),
+                reason:
+                    "the device computes on a default stream, which is another one in every thread: make \
+                         it with Device::new_cuda_with_stream"
+                        .into(),
             });
         }
         // SAFETY: every access of another stream is ordered by hand, with `Done`.
@@ -183,8 +189,8 @@ impl Cuda {
         self.context().bind_to_thread().map_err(failed("use the device from this thread"))
     }
 
-    /// Runs `allocate`, which allocates memory of the device. If the device has none left, waits for what it is doing, lets
-    /// the driver's pool give back what nobody uses, and tries once more.
+    /// Runs `allocate`, which allocates memory of the device. If the device has none left, waits for what it
+    /// is doing, lets the driver's pool give back what nobody uses, and tries once more.
     ///
     /// # Errors
     /// What `allocate` says.
@@ -285,8 +291,8 @@ impl Cuda {
         self.all(Lane::Upload, copies, |copy| {
             let bytes = self.host_bytes(lease, &copy)?;
             let from = &lease[bytes];
-            // SAFETY: the range of the device is borrowed until this function returns, as is the lease, and all copies
-            // are done when it does.
+            // SAFETY: the range of the device is borrowed until this function returns, as is the lease, and
+            // all copies are done when it does.
             unsafe { result::memcpy_htod_async(copy.device.pointer, from, self.upload.cu_stream()) }
                 .map_err(failed("copy to the device"))
         })
@@ -362,7 +368,8 @@ impl Cuda {
         Ok((free as u64, total as u64))
     }
 
-    /// What the driver counts of the memory that this process has taken from the device; none where it does not count.
+    /// What the driver counts of the memory that this process has taken from the device; none where it does
+    /// not count.
     pub fn pool(&self) -> Option<&Pool> {
         self.pool.as_ref()
     }

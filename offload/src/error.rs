@@ -80,7 +80,8 @@ pub enum Error {
     },
 
     /// A read or write failed on the device.
-    #[error("{operation} of {length_bytes} bytes at offset {offset_bytes} of {path} failed: {source}", path = path.display())]
+    #[error("{operation} of {length_bytes} bytes at offset {offset_bytes} of {path} failed: \
+             {source}", path = path.display())]
     Transfer {
         /// `read` or `write`.
         operation: &'static str,
@@ -129,12 +130,14 @@ pub enum Error {
         path: PathBuf,
         /// Bytes that it was to have.
         bytes: u64,
-        /// Most bytes that a file of this process may have; none where it is the file system that allows no more.
+        /// Most bytes that a file of this process may have; none where it is the file system that allows no
+        /// more.
         limit_bytes: Option<u64>,
     },
 
     /// The path by which a directory was opened does not lead to it any more.
-    #[error("{path} does not lead to the directory any more that was opened by this name: {now}", path = path.display())]
+    #[error("{path} does not lead to the directory any more that was opened by this name: \
+             {now}", path = path.display())]
     FolderMoved {
         /// The path that it was opened by.
         path: PathBuf,
@@ -160,8 +163,8 @@ pub enum Error {
 
     /// A directory that a manifest names as a part of its store belongs to another one.
     #[error(
-        "{directory} is named as a part of the store of {manifest} and belongs to that of {owner}: if the store was \
-         moved or copied, its parts in other directories are still those of the first",
+        "{directory} is named as a part of the store of {manifest} and belongs to that of {owner}: if the \
+         store was moved or copied, its parts in other directories are still those of the first",
         directory = directory.display(), manifest = manifest.display(), owner = owner.display()
     )]
     ForeignStripe {
@@ -174,14 +177,16 @@ pub enum Error {
     },
 
     /// Another process, or another store of this one, uses the directory.
-    #[error("the store in {directory} is in use by another process; wait for it, or choose another directory", directory = directory.display())]
+    #[error("the store in {directory} is in use by another process; wait for it, or choose another \
+             directory", directory = directory.display())]
     Locked {
         /// The directory.
         directory: PathBuf,
     },
 
     /// A store was to be created where one with a commit already is.
-    #[error("{directory} already holds a committed store; open it, or delete the directory first", directory = directory.display())]
+    #[error("{directory} already holds a committed store; open it, or delete the directory \
+             first", directory = directory.display())]
     AlreadyCommitted {
         /// The directory.
         directory: PathBuf,
@@ -189,7 +194,8 @@ pub enum Error {
 
     /// There is nothing to open.
     #[error(
-        "{directory} holds no commit: it is no store, or its run ended before the first commit; create the store anew",
+        "{directory} holds no commit: it is no store, or its run ended before the first commit; create the \
+         store anew",
         directory = directory.display()
     )]
     NoCommit {
@@ -198,7 +204,8 @@ pub enum Error {
     },
 
     /// The manifest was written by a newer version of this crate.
-    #[error("{path} has format {found}, this program reads up to format {supported}; use a newer program", path = path.display())]
+    #[error("{path} has format {found}, this program reads up to format {supported}; use a newer \
+             program", path = path.display())]
     NewerFormat {
         /// The manifest.
         path: PathBuf,
@@ -209,7 +216,8 @@ pub enum Error {
     },
 
     /// The manifest was written in a format that this version no longer reads.
-    #[error("{path} has format {found}, this program reads format {supported}; use an older program, or create the store anew", path = path.display())]
+    #[error("{path} has format {found}, this program reads format {supported}; use an older program, or \
+             create the store anew", path = path.display())]
     OlderFormat {
         /// The manifest.
         path: PathBuf,
@@ -220,7 +228,8 @@ pub enum Error {
     },
 
     /// The manifest is damaged.
-    #[error("{path} is damaged ({reason}); restore the directory from a copy, or create the store anew", path = path.display())]
+    #[error("{path} is damaged ({reason}); restore the directory from a copy, or create the store \
+             anew", path = path.display())]
     CorruptManifest {
         /// The manifest.
         path: PathBuf,
@@ -231,7 +240,8 @@ pub enum Error {
     /// A store that is written in place was left between two commits.
     #[error(
         "the store of {path} is written in place, and its process ended while it was overwriting generation \
-         {generation}: no whole state is left; restore the directory from a copy, or delete it and start anew",
+         {generation}: no whole state is left; restore the directory from a copy, or delete it and start \
+         anew",
         path = path.display()
     )]
     Overwritten {
@@ -243,8 +253,8 @@ pub enum Error {
 
     /// A directory that holds a part of a store is not there, or is empty as when its disk is not mounted.
     #[error(
-        "{directory} holds a part of the store, and {missing} is not there: mount the disk or put the directory \
-         back under the same name", directory = directory.display(), missing = missing.display()
+        "{directory} holds a part of the store, and {missing} is not there: mount the disk or put the \
+         directory back under the same name", directory = directory.display(), missing = missing.display()
     )]
     MissingStripe {
         /// The directory.
@@ -255,8 +265,8 @@ pub enum Error {
 
     /// A file of the store is missing bytes.
     #[error(
-        "{path} has {found_bytes} bytes and the manifest says {expected_bytes}: it was cut or replaced; restore it \
-         from a copy, or create the store anew", path = path.display()
+        "{path} has {found_bytes} bytes and the manifest says {expected_bytes}: it was cut or replaced; \
+         restore it from a copy, or create the store anew", path = path.display()
     )]
     TruncatedFile {
         /// The file.
@@ -294,8 +304,8 @@ pub enum Error {
 
     /// The last write of a piece failed, so that neither its old nor its new bytes may be used.
     #[error(
-        "the last write of piece {piece} of extent {extent} failed: write it again before reading or committing it; \
-         {}", way_back(*generation)
+        "the last write of piece {piece} of extent {extent} failed: write it again before reading or \
+         committing it; {}", way_back(*generation)
     )]
     FailedWrite {
         /// Name of the extent.
@@ -341,8 +351,9 @@ pub enum Error {
 
     /// The bytes read back are not those that were written.
     #[error(
-        "damage in {path} at offset {offset_bytes}: piece {piece} of extent {extent} does not match its checksum; \
-         the last commit is generation {generation}: check the disk, then resume from a copy of it", path = path.display()
+        "damage in {path} at offset {offset_bytes}: piece {piece} of extent {extent} does not match its \
+         checksum; the last commit is generation {generation}: check the disk, then resume from a copy of \
+         it", path = path.display()
     )]
     Checksum {
         /// The file.
@@ -392,7 +403,8 @@ pub enum Error {
 
     /// A commit failed half way, so both places of a piece may be needed.
     #[error(
-        "an earlier commit failed and may or may not be on disk; commit again before writing; {}", way_back(*generation)
+        "an earlier commit failed and may or may not be on disk; commit again before writing; \
+         {}", way_back(*generation)
     )]
     Unsettled {
         /// Generation of the last commit known to be durable; 0 when there is none to come back to.
@@ -432,14 +444,18 @@ impl fmt::Display for Whereabouts {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Removed => f.write_str(
-                "it was removed, and what it held ends with this process; restore it from a copy, or start anew",
+                "it was removed, and what it held ends with this process; restore it from a copy, or start \
+                 anew",
             ),
             Self::MovedTo(path) => write!(
                 f,
                 "it is {} now, with all that it held; move it back, or use it by that name",
                 path.display()
             ),
-            Self::Covered => f.write_str("something was mounted over it; unmount that, and all that it held is there"),
+            Self::Covered => f.write_str(
+                "something was mounted over it; unmount that, and all that it held \
+                                          is there",
+            ),
             Self::Unknown => f.write_str("it was moved, and the system does not tell where to; move it back"),
         }
     }

@@ -1,8 +1,8 @@
 //! An opened directory: everything in it is reached through its handle, whatever becomes of its name.
 //!
-//! A path is looked up anew each time that it is used, so a folder that is renamed, replaced or mounted over would be
-//! another one from one call to the next. A handle stays with the directory that was opened. And a folder may be a
-//! stranger's: in it, only regular files are opened, and no symbolic link is followed.
+//! A path is looked up anew each time that it is used, so a folder that is renamed, replaced or mounted over
+//! would be another one from one call to the next. A handle stays with the directory that was opened. And a
+//! folder may be a stranger's: in it, only regular files are opened, and no symbolic link is followed.
 
 use std::{
     ffi::OsString,
@@ -44,7 +44,8 @@ pub struct Folder {
 }
 
 impl Folder {
-    /// Opens the directory that `path` leads to. Symbolic links in `path` itself are followed: its owner has chosen them.
+    /// Opens the directory that `path` leads to. Symbolic links in `path` itself are followed: its owner has
+    /// chosen them.
     ///
     /// # Errors
     /// What the file system answers.
@@ -68,7 +69,8 @@ impl Folder {
     /// Opens or makes a file.
     ///
     /// # Errors
-    /// What the file system answers, and an error for what is not a regular file: a symbolic link, a FIFO, a device.
+    /// What the file system answers, and an error for what is not a regular file: a symbolic link, a FIFO, a
+    /// device.
     pub fn open_file(&self, name: &str, access: Access) -> io::Result<File> {
         self.open_with(name, access, OFlags::empty())
     }
@@ -190,7 +192,8 @@ impl Folder {
             .map_or(0, |statistics| statistics.f_bavail.saturating_mul(statistics.f_frsize))
     }
 
-    /// Checks that its path still leads to it: nobody has moved, replaced or removed it, or mounted something over it.
+    /// Checks that its path still leads to it: nobody has moved, replaced or removed it, or mounted something
+    /// over it.
     ///
     /// # Errors
     /// [`Error::FolderMoved`], which says where it is, and [`Error::File`].

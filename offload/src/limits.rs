@@ -2,13 +2,14 @@
 
 use std::sync::Once;
 
-/// Makes a file that grows beyond the process's limit (`ulimit -f`) an error that names it. By itself the system would
-/// end the process with a signal, without a word. A program that handles the signal is left as it is.
+/// Makes a file that grows beyond the process's limit (`ulimit -f`) an error that names it. By itself the
+/// system would end the process with a signal, without a word. A program that handles the signal is left as
+/// it is.
 pub fn report_file_size_limit() {
     static ONCE: Once = Once::new();
     ONCE.call_once(|| {
-        // SAFETY: all zeros are a valid `sigaction`; the first call only writes to it, and ignoring a signal that would
-        // have ended the process runs no code of ours in a handler.
+        // SAFETY: all zeros are a valid `sigaction`; the first call only writes to it, and ignoring a signal
+        // that would have ended the process runs no code of ours in a handler.
         unsafe {
             let mut current: libc::sigaction = std::mem::zeroed();
             let is_known = libc::sigaction(libc::SIGXFSZ, std::ptr::null(), &mut current) == 0;

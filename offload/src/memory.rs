@@ -1,8 +1,8 @@
 //! A global allocator that counts, and that keeps large freed blocks for the next step.
 //!
-//! The tensors of a training step have the same sizes in every step. A plain allocator either returns their memory to
-//! the system and has every page cleared anew in each step, or keeps it for ever. This one counts what is
-//! in use, keeps the pages of large freed blocks, and never lets the two together pass a limit.
+//! The tensors of a training step have the same sizes in every step. A plain allocator either returns their
+//! memory to the system and has every page cleared anew in each step, or keeps it for ever. This one counts
+//! what is in use, keeps the pages of large freed blocks, and never lets the two together pass a limit.
 //!
 //! ```no_run
 //! use ferrozero_offload::memory::{CountingAllocator, peak_bytes, set_cache_limit_bytes};
@@ -19,16 +19,16 @@
 //! | below [`LARGE_BYTES`], or aligned to more than a page | the system's allocator | its size | goes back to it |
 //! | any other | mappings of 1 GiB or more | its size in whole pages | its pages are kept while in use + kept ≤ limit, else given back |
 //!
-//! A large block is put where pages are kept: into the smallest range of them that holds it, or else where most of it is kept, and only
-//! the rest of it needs new ones. A step whose blocks fit into the limit finds its pages where the step before had
-//! them, of whatever sizes its blocks are.
+//! A large block is put where pages are kept: into the smallest range of them that holds it, or else where
+//! most of it is kept, and only the rest of it needs new ones. A step whose blocks fit into the limit finds
+//! its pages where the step before had them, of whatever sizes its blocks are.
 //!
-//! Without a limit the pages of every large block are given back and cleared anew, which costs more than the system's allocator: a
-//! program that installs this one should set a limit.
+//! Without a limit the pages of every large block are given back and cleared anew, which costs more than the
+//! system's allocator: a program that installs this one should set a limit.
 //!
-//! Which row a block is in depends on its layout alone, so that freeing needs no look-up. All state is in atomics and
-//! in one table of fixed size under a spin lock: an allocator cannot allocate for itself, nor wait for a thread
-//! that does.
+//! Which row a block is in depends on its layout alone, so that freeing needs no look-up. All state is in
+//! atomics and in one table of fixed size under a spin lock: an allocator cannot allocate for itself, nor
+//! wait for a thread that does.
 
 mod ranges;
 
@@ -57,7 +57,8 @@ static CACHED_BYTES: AtomicUsize = AtomicUsize::new(0);
 static LIMIT_BYTES: AtomicUsize = AtomicUsize::new(0);
 static FREE: Free = Free::new();
 
-/// Bytes in use by the process, as far as they were allocated in Rust. 0 when [`CountingAllocator`] is not installed.
+/// Bytes in use by the process, as far as they were allocated in Rust. 0 when [`CountingAllocator`] is not
+/// installed.
 pub fn current_bytes() -> u64 {
     LIVE_BYTES.load(SeqCst) as u64
 }
@@ -77,20 +78,22 @@ pub fn cached_bytes() -> u64 {
     CACHED_BYTES.load(SeqCst) as u64
 }
 
-/// Lets freed blocks be kept while they and what is in use are at most `limit_bytes` together. The default is 0: keep
-/// nothing. What is in use alone may pass the limit; it then only keeps the cache empty.
+/// Lets freed blocks be kept while they and what is in use are at most `limit_bytes` together. The default is
+/// 0: keep nothing. What is in use alone may pass the limit; it then only keeps the cache empty.
 pub fn set_cache_limit_bytes(limit_bytes: u64) {
     LIMIT_BYTES.store(usize::try_from(limit_bytes).unwrap_or(usize::MAX), SeqCst);
     trim();
 }
 
-/// The system's allocator for small blocks, maps for large ones; see the [module](self). All instances are the same one.
+/// The system's allocator for small blocks, maps for large ones; see the [module](self). All instances are
+/// the same one.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct CountingAllocator;
 
-// SAFETY: small blocks are the system allocator's, with the very layout that it gave them out for. Large blocks are
-// `padded_bytes(size)` bytes of mappings that stay, aligned to pages, which become free ranges once, when they are freed; a
-// free range is given out to one caller only, because it leaves the table under its lock. Nothing here unwinds.
+// SAFETY: small blocks are the system allocator's, with the very layout that it gave them out for. Large
+// blocks are `padded_bytes(size)` bytes of mappings that stay, aligned to pages, which become free ranges
+// once, when they are freed; a free range is given out to one caller only, because it leaves the table under
+// its lock. Nothing here unwinds.
 unsafe impl GlobalAlloc for CountingAllocator {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
         if is_large(layout) {
@@ -109,7 +112,8 @@ unsafe impl GlobalAlloc for CountingAllocator {
         }
         let Some(block) = large_block(layout.size()) else { return ptr::null_mut() };
         if !block.is_fresh {
-            // SAFETY: the block is at least that long and belongs to nobody yet. Where it has no pages it is zero already.
+            // SAFETY: the block is at least that long and belongs to nobody yet. Where it has no pages it is
+            // zero already.
             unsafe { block.start.write_bytes(0, layout.size()) };
         }
         block.start
@@ -225,7 +229,8 @@ fn trim() {
     }
 }
 
-/// Maps addresses for blocks of `bytes`, for many of them if the system has so many addresses for this process.
+/// Maps addresses for blocks of `bytes`, for many of them if the system has so many addresses for this
+/// process.
 fn map(bytes: usize) -> Option<()> {
     let (start, bytes) = [bytes.max(MAPPING_BYTES), bytes]
         .into_iter()
@@ -247,9 +252,11 @@ fn anonymous(bytes: usize) -> Option<*mut libc::c_void> {
     (mapped != libc::MAP_FAILED).then_some(mapped)
 }
 
-/// Returns the pages of a range that is nobody's to the system. Its addresses stay, unless the system or the table refuses.
+/// Returns the pages of a range that is nobody's to the system. Its addresses stay, unless the system or the
+/// table refuses.
 fn give_back(start: usize, bytes: usize) {
-    // SAFETY: whoever calls this is the only owner of the range, which lies in mappings made by `map`. It reads as zero afterwards.
+    // SAFETY: whoever calls this is the only owner of the range, which lies in mappings made by `map`. It
+    // reads as zero afterwards.
     let advised =
         unsafe { libc::madvise(ptr::with_exposed_provenance_mut(start), bytes, libc::MADV_DONTNEED) };
     if advised != 0 || !FREE.with(|free| free.give(start, bytes, false)) {
@@ -258,7 +265,8 @@ fn give_back(start: usize, bytes: usize) {
 }
 
 fn unmap(start: usize, bytes: usize) {
-    // SAFETY: whoever calls this is the only owner of the range, which lies in mappings made by `map`, and nobody finds it again.
+    // SAFETY: whoever calls this is the only owner of the range, which lies in mappings made by `map`, and
+    // nobody finds it again.
     unsafe { libc::munmap(ptr::with_exposed_provenance_mut(start), bytes) };
 }
 

@@ -1,4 +1,5 @@
-//! What happened to a store's files while nobody used it: found when it is opened or when the damage is read, by name.
+//! What happened to a store's files while nobody used it: found when it is opened or when the damage is read,
+//! by name.
 
 mod common;
 
@@ -145,7 +146,8 @@ fn remains_of_a_commit_do_no_harm_and_no_file_takes_all_memory() {
     }
 }
 
-/// Nobody says so when the write of a manifest is damaged or lost: the next opening does, or has the commit before it.
+/// Nobody says so when the write of a manifest is damaged or lost: the next opening does, or has the commit
+/// before it.
 #[test]
 fn a_manifest_damaged_or_lost_on_its_way_is_found_when_it_is_opened() {
     for disk in disks() {

@@ -57,7 +57,8 @@ fn expect_works(store: Store, directory: &std::path::Path) {
     }
 }
 
-/// The ring itself, what is asked of it before it is chosen, the entry into it, and the pipe that wakes its thread.
+/// The ring itself, what is asked of it before it is chosen, the entry into it, and the pipe that wakes its
+/// thread.
 #[test]
 fn without_a_part_of_io_uring_the_pool_takes_over_with_a_notice() {
     let parts =
@@ -76,7 +77,8 @@ fn without_a_part_of_io_uring_the_pool_takes_over_with_a_notice() {
     }
 }
 
-/// After the ring was chosen nothing more is asked of the system than to enter it, so there is nothing to refuse.
+/// After the ring was chosen nothing more is asked of the system than to enter it, so there is nothing to
+/// refuse.
 #[test]
 fn a_ring_that_was_chosen_needs_no_other_call_of_the_system() {
     let directory = tempfile::tempdir().unwrap();
@@ -167,7 +169,8 @@ fn a_process_that_gets_no_threads_is_told_so() {
     }
 }
 
-/// Closing a file may report that what was written is lost: by then everything is durable, or an error has said so.
+/// Closing a file may report that what was written is lost: by then everything is durable, or an error has
+/// said so.
 #[test]
 fn a_close_that_fails_costs_nothing() {
     for backend in [BackendChoice::Auto, BackendChoice::Pool] {

@@ -1,4 +1,5 @@
-//! Each failure of a disk, on every backend: reported by name or ridden out, and never at the cost of the last commit.
+//! Each failure of a disk, on every backend: reported by name or ridden out, and never at the cost of the
+//! last commit.
 
 mod common;
 
@@ -189,8 +190,8 @@ impl Form {
     /// What there must be after a life that ended as it did.
     fn left(self, disk: &Disk, point: FaultPoint, lived: &Lived) -> Left {
         let Some(error) = &lived.error else { return Left::Commit(3) };
-        // When the directory of a manifest could not be synced, the new manifest is there all the same. A store of
-        // several directories notes whose they are before its first one.
+        // When the directory of a manifest could not be synced, the new manifest is there all the same. A
+        // store of several directories notes whose they are before its first one.
         let is_there = |directory: &Path| directory.join("manifest.json").exists();
         let is_replaced = point == SyncDirectory && lived.is_committing && disk.path().is_some_and(is_there);
         // Nothing is overwritten before that is noted, and where it could not be, the commit is as it was.
@@ -264,7 +265,8 @@ struct Lived {
     error: Option<Error>,
 }
 
-/// A store is made and commits rounds 1 and 2; it is opened again and commits round 3. Ends at the first error.
+/// A store is made and commits rounds 1 and 2; it is opened again and commits round 3. Ends at the first
+/// error.
 fn live(disk: &Disk, form: Form, arena: &Arena, plans: [&FaultPlan; 2]) -> Lived {
     let mut lived = Lived::default();
     let mut write_read_commit = |store: &Store, round: u64| -> Result<(), Error> {
@@ -317,8 +319,8 @@ fn live_with(disk: &Disk, form: Form, (part, point): Row, nth: u64, kind: FaultK
     (lived, left)
 }
 
-/// Injects `kind` at each operation of a kind on new disks until there is none left to fail, and shows what came of each.
-/// Answers how many there are.
+/// Injects `kind` at each operation of a kind on new disks until there is none left to fail, and shows what
+/// came of each. Answers how many there are.
 fn walk(
     new_disk: impl Fn() -> Disk,
     form: Form,
@@ -364,7 +366,8 @@ fn expect_named(disk: &Disk, form: Form, point: FaultPoint, kind: FaultKind, liv
                     let place = form.place_of(disk, *piece);
                     assert!(path.display().to_string().starts_with(&place), "{case}: {place}");
                 }
-                // The write of a piece came before it, which could not note that it overwrites the last commit.
+                // The write of a piece came before it, which could not note that it overwrites the last
+                // commit.
                 (Error::File { .. }, SaveDocument | Sync | Rename | SyncDirectory) if form.in_place => {}
                 _ => panic!("{case}"),
             }
@@ -488,8 +491,8 @@ fn every_passing_failure_at_every_system_call_is_ridden_out() {
             let case = format!("{form:?} {part} {point:?} {kind:?}");
             assert!(lived.error.is_none() && lived.committed == 3, "{case}: {:?}", lived.error);
             expect_last_commit(&disk, &arena, 3, 3);
-            // What never passes is told in the end, which also shows that the fault is where it should be. A call
-            // that goes on page by page never fails.
+            // What never passes is told in the end, which also shows that the fault is where it should be. A
+            // call that goes on page by page never fails.
             if !matches!(kind, FaultKind::Short { .. }) {
                 let error = live(&never, form, &arena, plans(&lasting)).error.expect("it is told in the end");
                 assert!(matches!(error, Error::File { .. } | Error::Piece { .. }), "{case}: {error}");

@@ -1,4 +1,5 @@
-//! The directory of a store is the one that was opened, whatever becomes of its name; and it may be a stranger's.
+//! The directory of a store is the one that was opened, whatever becomes of its name; and it may be a
+//! stranger's.
 
 mod common;
 
@@ -291,7 +292,8 @@ fn a_manifest_that_names_parts_of_another_store_is_refused() {
         drop(victim.create(&arena));
         let before = fs::read(victim.path(part).join("state-a.bin")).unwrap();
         drop(case.create(&arena));
-        // The stranger can seal what they like; a link in the stripe's place leads there without a forged manifest.
+        // The stranger can seal what they like; a link in the stripe's place leads there without a forged
+        // manifest.
         fs::rename(case.path("stripe"), case.path("aside")).unwrap();
         symlink(victim.path(part), case.path("stripe")).unwrap();
         match case.open("run").map(drop) {

@@ -1,6 +1,6 @@
 //! Tickets, leases, budgets and the baton under every order of their threads, as far as a bounded number of
-//! preemptions makes them. Slots and buffers of a run are not among these: they belong to the engine's dispatcher, one thread,
-//! and are passed on by value (`tests/schedule`).
+//! preemptions makes them. Slots and buffers of a run are not among these: they belong to the engine's
+//! dispatcher, one thread, and are passed on by value (`tests/schedule`).
 //!
 //! ```sh
 //! RUSTFLAGS="--cfg loom" cargo test -p ferrozero-offload --test loom --release
@@ -78,7 +78,8 @@ fn threads_that_lease_and_give_back_never_share_bytes_and_leave_all_of_them() {
             let arena = arena.clone();
             move || {
                 for pages in [2, 1] {
-                    // Two leases of two pages do not fit at once, so that one may be refused; one page always fits.
+                    // Two leases of two pages do not fit at once, so that one may be refused; one page always
+                    // fits.
                     match arena.lease(pages * PAGE_BYTES) {
                         Ok(mut lease) => {
                             assert!(lease.iter().all(|&byte| byte == 0), "bytes of another lease");
@@ -141,11 +142,12 @@ fn threads_that_draw_from_a_budget_never_pass_its_limit() {
     });
 }
 
-/// Turns of runners as the engine's micro-batches have them: one after another, and twice the same. Three, since of two there is only
-/// one that can wait.
+/// Turns of runners as the engine's micro-batches have them: one after another, and twice the same. Three,
+/// since of two there is only one that can wait.
 const TURNS: [usize; 6] = [0, 1, 2, 0, 0, 2];
 
-/// Runs through the turns of a runner as the engine does. `fails` is the number of the turn that fails, from 1.
+/// Runs through the turns of a runner as the engine does. `fails` is the number of the turn that fails, from
+/// 1.
 fn run(
     baton: &Baton,
     runner: usize,

@@ -1,5 +1,5 @@
-//! Whatever is in a manifest's place, a store is opened or refused: without a panic, and without taking more memory than
-//! the document and the files deserve. The documents are those that the fuzzer starts from.
+//! Whatever is in a manifest's place, a store is opened or refused: without a panic, and without taking more
+//! memory than the document and the files deserve. The documents are those that the fuzzer starts from.
 
 #[path = "../../fuzz/harness/manifest.rs"]
 mod manifest;

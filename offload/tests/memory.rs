@@ -216,7 +216,8 @@ proptest! {
         });
         expect_about(current_bytes(), before);
         set_cache_limit_bytes(0);
-        // A thread of another test that was freeing a block as the limit fell gives it back itself, right afterwards.
+        // A thread of another test that was freeing a block as the limit fell gives it back itself, right
+        // afterwards.
         prop_assert!((0..1_000_000).any(|_| cached_bytes() == 0), "{} bytes are kept", cached_bytes());
     }
 }

@@ -1,5 +1,5 @@
-//! The power goes at every instant of a run, with every kind of luck for what was not yet durable: the last commit is
-//! there, whole.
+//! The power goes at every instant of a run, with every kind of luck for what was not yet durable: the last
+//! commit is there, whole.
 
 mod common;
 
@@ -158,8 +158,8 @@ fn run(options: &StoreOptions, arena: &Arena, luck: &mut Luck) -> Run {
     Run { events, files, pieces: all, rounds }
 }
 
-/// Opens what is left after the power went at every instant; answers how often there was a commit, and how often the
-/// last one was being overwritten.
+/// Opens what is left after the power went at every instant; answers how often there was a commit, and how
+/// often the last one was being overwritten.
 fn lose_power_everywhere(run: &Run, arena: &Arena, luck: &mut Luck) -> (usize, usize) {
     let (mut whole, mut overwritten) = (0, 0);
     for cut in 0..=run.events.len() {

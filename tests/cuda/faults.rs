@@ -6,7 +6,8 @@ use ferrozero::{BackendChoice, Config, CudaCall, CudaFailure, CudaFault, CudaLan
 use std::path::Path;
 
 const BLOCKS: usize = 1;
-/// Where every number would take long, in the modes that run nothing at once: these are in all parts of a run.
+/// Where every number would take long, in the modes that run nothing at once: these are in all parts of a
+/// run.
 const SOME: [u64; 4] = [0, 5, 23, 47];
 
 /// Two steps, the first committed.

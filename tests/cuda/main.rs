@@ -1,5 +1,6 @@
-//! Promises on a CUDA device: where never changes what, the numbers are those of the CPU device, a run resumes on either,
-//! and a failing driver leaves the last commit. Runs on a GPU, or on a software driver that reorders streams.
+//! Promises on a CUDA device: where never changes what, the numbers are those of the CPU device, a run
+//! resumes on either, and a failing driver leaves the last commit. Runs on a GPU, or on a software driver
+//! that reorders streams.
 #![cfg(feature = "cuda")]
 
 mod faults;
@@ -18,7 +19,8 @@ use ferrozero::{AdamW, BackendChoice, Config, Engine, Placement, Segment, Tier, 
 use support::Model;
 
 const BLOCKS: usize = 3;
-/// Half of what other tests have, and half of their tokens: a software driver interprets every instruction of every thread.
+/// Half of what other tests have, and half of their tokens: a software driver interprets every instruction of
+/// every thread.
 const WIDTH: usize = 24;
 
 fn tokens(step: u64, micro_batch: usize) -> Tensor {

@@ -34,8 +34,8 @@ fn forgets_a_wait() {
     let _ = train(config, 2, 1);
 }
 
-/// The proof that the runs above would have found a missing order between streams: the same engine without one wait, which is one of
-/// the first twelve of each stream.
+/// The proof that the runs above would have found a missing order between streams: the same engine without
+/// one wait, which is one of the first twelve of each stream.
 #[test]
 fn a_wait_that_is_forgotten_is_seen() {
     if std::env::var(RACES).is_err() {
@@ -52,7 +52,8 @@ fn a_wait_that_is_forgotten_is_seen() {
         let child = std::process::Command::new(std::env::current_exe().unwrap())
             .args(["--exact", "orders::forgets_a_wait", "--ignored"])
             .env(FORGOTTEN, forgotten)
-            // Each operation runs when it is enqueued: the driver then takes least for ordered that only happened to be.
+            // Each operation runs when it is enqueued: the driver then takes least for ordered that only
+            // happened to be.
             .env("SIMCUDA_MODE", "eager")
             .env(RACES, &races)
             .output()

@@ -1,5 +1,6 @@
-//! While a segment computes, the next one's parameters arrive, and while it goes back, the gradients of the one before leave and the
-//! host updates. Each segment waits until that has happened beside it, so a run that did one thing after another would not end.
+//! While a segment computes, the next one's parameters arrive, and while it goes back, the gradients of the
+//! one before leave and the host updates. Each segment waits until that has happened beside it, so a run that
+//! did one thing after another would not end.
 
 use super::support::{Block, Model};
 use super::{WIDTH, homes, on_cuda, runs_at_once, tokens};
@@ -20,7 +21,8 @@ struct Expected {
     counter: Option<DeviceCounter>,
     /// Bytes that have gone up when the next block's parameters are there, by block, for its next forward.
     arrived: Vec<Option<u64>>,
-    /// Bytes that have come down when the gradients of the block after it have left, by block, for its next backward.
+    /// Bytes that have come down when the gradients of the block after it have left, by block, for its next
+    /// backward.
     left: Vec<Option<u64>>,
 }
 
@@ -76,7 +78,8 @@ fn sums(plan: &Plan, before: u64, group_of: impl Fn(&Operation) -> Option<(usize
 #[test]
 fn parameters_arrive_gradients_leave_and_the_host_updates_beside_computing() {
     let Some(base) = on_cuda() else { return };
-    // With one slot nothing could arrive beside what computes; of plans for so small a model that would be the smallest.
+    // With one slot nothing could arrive beside what computes; of plans for so small a model that would be
+    // the smallest.
     let config = Config {
         device: base.device,
         piece_bytes: Some(4096),

@@ -10,8 +10,8 @@ use ferrozero_offload::{Arena, Budget};
 const BLOCKS: usize = 2;
 const ACCUMULATE: usize = 2;
 const STEADY_STEPS: u64 = 12;
-/// Tensors of gradients that may be vacant at once beyond those that were in the first steps, as queues happen to run. Fewer than
-/// steps, so that one more a step is seen.
+/// Tensors of gradients that may be vacant at once beyond those that were in the first steps, as queues
+/// happen to run. Fewer than steps, so that one more a step is seen.
 const MORE_AT_ONCE: u64 = 8;
 
 #[test]
@@ -47,8 +47,9 @@ fn a_steady_step_allocates_no_memory_of_the_device() {
             assert_eq!(after.allocations, before.allocations, "{name}, step {number}");
             assert_eq!(after.pageable_copies, 0, "{name}, step {number}");
         }
-        // A tensor frees what it holds. Each segment makes one of candle's graph and leaves that which it is made from vacant; the first
-        // boundary that leaves is of the model's own. Nothing else is let go vacant.
+        // A tensor frees what it holds. Each segment makes one of candle's graph and leaves that which it is
+        // made from vacant; the first boundary that leaves is of the model's own. Nothing else is let go
+        // vacant.
         let tensors = ACCUMULATE * (BLOCKS + usize::from(boundaries != Tier::Device));
         let placeholders = after.placeholders - before.placeholders;
         let most = STEADY_STEPS * tensors as u64 + MORE_AT_ONCE;
@@ -79,8 +80,8 @@ fn a_copy_from_or_to_memory_that_is_not_page_locked_is_counted() {
     assert_eq!(copies(&Arena::new(&budget, 4096).unwrap()), 2);
 }
 
-/// Candle's own operations on strided tensors copy shapes and strides, a hundred bytes that nobody waits for: here to add the
-/// positions, and for their gradient.
+/// Candle's own operations on strided tensors copy shapes and strides, a hundred bytes that nobody waits for:
+/// here to add the positions, and for their gradient.
 const CANDLES_SHAPES: u64 = 2;
 const STEPS: &str = "FERROZERO_TEST_STEPS";
 
@@ -115,8 +116,8 @@ fn trains_so_many_steps() {
     assert_eq!(counts.pageable_copies, 0);
 }
 
-/// Counts of a run of so many steps: copies to the device that the engine knows of and that the driver was asked for, and both of
-/// copies to the host.
+/// Counts of a run of so many steps: copies to the device that the engine knows of and that the driver was
+/// asked for, and both of copies to the host.
 fn counted(steps: usize) -> [u64; 4] {
     let child = std::process::Command::new(std::env::current_exe().unwrap())
         .args(["--exact", "steady::trains_so_many_steps", "--ignored", "--nocapture"])

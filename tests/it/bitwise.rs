@@ -1,6 +1,7 @@
-//! Where never changes what: losses and weights have the same bits for every placement, disk backend, number of slots,
-//! look-ahead, pieces of state, gradient sets, moment of updates, piece size, number of threads, home of boundaries, number of
-//! micro-batches that run vertically, and number of segments that are not computed again.
+//! Where never changes what: losses and weights have the same bits for every placement, disk backend, number
+//! of slots, look-ahead, pieces of state, gradient sets, moment of updates, piece size, number of threads,
+//! home of boundaries, number of micro-batches that run vertically, and number of segments that are not
+//! computed again.
 
 use crate::support::{tokens, train, trainer};
 use ferrozero::schedule::buffer_plan::GroupPlacement;

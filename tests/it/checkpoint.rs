@@ -1,5 +1,5 @@
-//! The state on disk is the checkpoint: it can be looked at, checked, exported and made without the model, and it is
-//! committed behind the next step.
+//! The state on disk is the checkpoint: it can be looked at, checked, exported and made without the model,
+//! and it is committed behind the next step.
 
 use crate::support::{tokens, train, trainer};
 use ferrozero::{Checkpoint, Config, Error, Placement, Tier, import_safetensors};

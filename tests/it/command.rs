@@ -73,11 +73,13 @@ fn resuming_goes_on_with_the_settings_and_the_bits_of_the_run() {
     let whole = folder();
     let expected = objects(&train(whole.path(), &["--steps", "6", "--seed", "5", "--lr", "0.01"]));
     let halves = folder();
-    // The learning rate's schedule is over the steps of the whole run, so the first half is a run that is stopped.
+    // The learning rate's schedule is over the steps of the whole run, so the first half is a run that is
+    // stopped.
     let first = ["--steps", "6", "--seed", "5", "--lr", "0.01", "--commit-every", "3"];
     let mut child = Command::new(env!("CARGO_BIN_EXE_ferrozero"));
     objects(&train(halves.path(), &first));
-    // The whole run is there; taking its last commit away is what the crash tests are for. Going on changes nothing:
+    // The whole run is there; taking its last commit away is what the crash tests are for. Going on changes
+    // nothing:
     let again = objects(&train(halves.path(), &["--resume"]));
     assert_eq!(again.len(), 1, "all steps were made");
     assert_eq!(again[0]["weights_digest"], expected[6]["weights_digest"]);
@@ -202,8 +204,10 @@ fn a_vocabulary_that_differs_on_resume_is_refused_and_the_checkpoint_stays() {
     let first = objects(&train(folder.path(), &["--steps", "3"]));
     // A tokenizer of three words.
     let tokenizer = r#"{ "version": "1.0", "truncation": null, "padding": null, "added_tokens": [],
-        "normalizer": null, "pre_tokenizer": { "type": "Whitespace" }, "post_processor": null, "decoder": null,
-        "model": { "type": "WordLevel", "vocab": { "[UNK]": 0, "squared": 1, "is": 2 }, "unk_token": "[UNK]" } }"#;
+        "normalizer": null, "pre_tokenizer": { "type": "Whitespace" }, "post_processor": null,
+        "decoder": null,
+        "model": { "type": "WordLevel", "vocab": { "[UNK]": 0, "squared": 1, "is": 2 },
+            "unk_token": "[UNK]" } }"#;
     std::fs::write(folder.path().join("tokenizer.json"), tokenizer).unwrap();
     let message = refusal(&train(folder.path(), &["--resume", "--tokenizer", "tokenizer.json"]));
     assert!(
@@ -396,8 +400,8 @@ fn write_machine(folder: &Path) {
 fn what_a_plan_says_to_do_next_has_what_was_asked_for() {
     let folder = folder();
     write_machine(folder.path());
-    let asked = "plan --layers 2 --hidden 64 --heads 2 --seq 32 --batch 2 --memory 64MiB --no-clip --in-place --slots 1 \
-                 --placement disk";
+    let asked = "plan --layers 2 --hidden 64 --heads 2 --seq 32 --batch 2 --memory 64MiB --no-clip \
+                 --in-place --slots 1 --placement disk";
     let plan = |more: &[&str]| {
         let arguments: Vec<&str> = asked.split_whitespace().chain(more.iter().copied()).collect();
         ferrozero(folder.path(), &arguments)

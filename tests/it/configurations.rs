@@ -1,5 +1,5 @@
-//! Whatever is in a configuration's place gives settings or an error, and settings that are accepted can be computed
-//! with. The texts are those that the fuzzer starts from.
+//! Whatever is in a configuration's place gives settings or an error, and settings that are accepted can be
+//! computed with. The texts are those that the fuzzer starts from.
 
 #[path = "../../fuzz/harness/configuration.rs"]
 mod configuration;

@@ -1,5 +1,6 @@
-//! Each failure of the disk at each moment of a short run: told with file, extent and step, or ridden out. No run hangs,
-//! panics or trains on damage, and the last commit resumes with the bits of a run that met no fault.
+//! Each failure of the disk at each moment of a short run: told with file, extent and step, or ridden out. No
+//! run hangs, panics or trains on damage, and the last commit resumes with the bits of a run that met no
+//! fault.
 
 use crate::support::{tokens, train, trainer};
 use ferrozero::{BackendChoice, Config, Error, Fault, FaultKind, FaultPlan, FaultPoint, Placement, Tier};
@@ -43,8 +44,8 @@ fn config(folder: &Path, form: Form) -> Config {
     }
 }
 
-/// In memory where the system has such a folder: walks would wait for the disk thousands of times, and their faults come
-/// from a script.
+/// In memory where the system has such a folder: walks would wait for the disk thousands of times, and their
+/// faults come from a script.
 fn quick_folder() -> tempfile::TempDir {
     tempfile::tempdir_in("/dev/shm").unwrap_or_else(|_| folder())
 }
@@ -60,8 +61,8 @@ struct Progress {
     commits: u64,
 }
 
-/// Trains to the last step from wherever the configuration starts, with a commit after the first step, and answers the
-/// digest of the weights.
+/// Trains to the last step from wherever the configuration starts, with a commit after the first step, and
+/// answers the digest of the weights.
 fn live(config: Config, progress: &mut Progress) -> ferrozero::Result<String> {
     let (mut trainer, model) = trainer(config, BLOCKS)?;
     for step in trainer.steps()..STEPS {
@@ -112,8 +113,8 @@ enum Found {
     Overwritten,
 }
 
-/// Opens the last commit without faults and trains to the end; starts anew where nothing was committed, and in a new
-/// folder where what was committed is gone, as the error says.
+/// Opens the last commit without faults and trains to the end; starts anew where nothing was committed, and
+/// in a new folder where what was committed is gone, as the error says.
 fn go_on(folder: &Path, form: Form, case: &str) -> (Found, ferrozero::Result<String>) {
     use ferrozero_offload::Error::{NoCommit, Overwritten};
     let resumed = live_watched(Config { resume: true, ..config(folder, form) }, case).1;
@@ -136,7 +137,8 @@ fn parameters_in(extent: &str, piece: usize) -> &'static [&'static str] {
     }
 }
 
-/// An error of a transfer names file, extent, piece, generation, step, and the parameters whose states are there.
+/// An error of a transfer names file, extent, piece, generation, step, and the parameters whose states are
+/// there.
 fn expect_transfer_named(error: &Error, progress: &Progress, folder: &Path, case: &str) {
     let text = error.to_string();
     let Error::Disk { step: 1..=4, parameters, source } = error else { panic!("{case}: {error:?}") };
@@ -183,8 +185,8 @@ fn expect_all_met(form: Form, point: FaultPoint, directories: &HashSet<PathBuf>,
     }
 }
 
-/// Injects `kind` at each operation of `point` until there is none left to fail. Answers how many there are, and how many
-/// of them come before the first commit.
+/// Injects `kind` at each operation of `point` until there is none left to fail. Answers how many there are,
+/// and how many of them come before the first commit.
 fn walk_lasting(
     form: Form,
     point: FaultPoint,
@@ -310,7 +312,8 @@ fn no_run_goes_on_from_silent_damage() {
                 }
                 match go_on(folder.path(), form, &case).1 {
                     Ok(digest) => assert_eq!(digest, expected, "{case}"),
-                    // What a disk loses or damages and commits without a word is gone. It is told, not trained on.
+                    // What a disk loses or damages and commits without a word is gone. It is told, not
+                    // trained on.
                     Err(Error::Disk { source: ferrozero_offload::Error::Checksum { .. }, .. })
                         if point == FaultPoint::Write && nth < before_commit => {}
                     Err(other) => panic!("{case}: {other}"),

@@ -1,5 +1,5 @@
-//! `ferrozero finetune` from outside: what it writes is what transformers and PEFT read, and adapters leave the weights
-//! as they were.
+//! `ferrozero finetune` from outside: what it writes is what transformers and PEFT read, and adapters leave
+//! the weights as they were.
 
 use safetensors::SafeTensors;
 use serde_json::Value;
@@ -210,7 +210,8 @@ fn a_step_is_an_object_the_last_one_is_the_summary_and_a_timeline_has_every_oper
 fn a_run_that_was_stopped_goes_on_to_the_weights_of_one_that_was_not() {
     let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
     model_and_text(folder.path());
-    // The objects of so many steps are more than a pipe holds: a run whose output is not read cannot end before it is stopped.
+    // The objects of so many steps are more than a pipe holds: a run whose output is not read cannot end
+    // before it is stopped.
     let long = ["--json", "--epochs", "4"];
     let run =
         |options: &[&str]| objects(&expect_success(&finetune(folder.path(), &[&long, options].concat())));

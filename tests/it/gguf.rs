@@ -210,12 +210,13 @@ fn expect_success(output: &Output) -> (String, String) {
     (out, err)
 }
 
-/// Writes a model that says "ok" after a colon, then the mark that ends a turn, and then exclamation marks without end.
+/// Writes a model that says "ok" after a colon, then the mark that ends a turn, and then exclamation marks
+/// without end.
 fn write_talker(path: &Path, changes: &[(&str, Value)]) {
     let tokens = tokens();
     let token = |text: &str| tokens.iter().position(|token| token == text).unwrap();
-    // No layer changes anything, so the logits are products of the last token's embedding and the rows of the head: a row that
-    // is an embedding makes its token follow.
+    // No layer changes anything, so the logits are products of the last token's embedding and the rows of the
+    // head: a row that is an embedding makes its token follow.
     let embedding = |token: usize| -> Vec<f32> {
         let row: Vec<f32> =
             (0..WIDTH).map(|column| ((token * WIDTH + column) as f32).powi(2).sin()).collect();
@@ -245,7 +246,8 @@ fn write_talker(path: &Path, changes: &[(&str, Value)]) {
 fn a_chat_is_written_by_the_models_template_and_ends_with_its_turn() {
     let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
     let model = folder.path().join("model.gguf");
-    let template = "{% for m in messages %}{{ m.role }}={{ m.content }}<|im_end|>{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}";
+    let template = "{% for m in messages %}{{ m.role }}={{ m.content }}<|im_end|>{% endfor %}{% if \
+                    add_generation_prompt %}assistant:{% endif %}";
     let template = ("tokenizer.chat_template", Value::String(template.into()));
     // The end of a text is another token than that of a turn, which only the template tells.
     let end = ("tokenizer.ggml.eos_token_id", Value::U32(0));

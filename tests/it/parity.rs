@@ -1,5 +1,6 @@
-//! The engine computes what candle computes: a GPT of four layers, trained by the engine from disk, against the same
-//! model composed of candle's own operations, whole in memory, with a reference AdamW in plain candle.
+//! The engine computes what candle computes: a GPT of four layers, trained by the engine from disk, against
+//! the same model composed of candle's own operations, whole in memory, with a reference AdamW in plain
+//! candle.
 
 use candle_core::{D, Device, Result, Tensor, Var, bail};
 use ferrozero::models::gpt::{Block, Gpt, GptConfig};

@@ -1,5 +1,5 @@
-//! Plans of models that do not exist: they keep to every limit, they are as published systems found, and what is better
-//! makes nothing slower.
+//! Plans of models that do not exist: they keep to every limit, they are as published systems found, and what
+//! is better makes nothing slower.
 
 use ferrozero::estimate::model_shape::ModelShape;
 use ferrozero::estimate::question::{Answer, Question};
@@ -10,7 +10,8 @@ use ferrozero::{Choices, Error, Placement, Products, Tier, Updates};
 
 const GIB: u64 = 1 << 30;
 
-/// A step of one micro-batch of `batch` sequences of `sequence` tokens, with clipping, on a described machine.
+/// A step of one micro-batch of `batch` sequences of `sequence` tokens, with clipping, on a described
+/// machine.
 fn question(shape: ModelShape, batch: usize, sequence: usize, machine: Machine) -> Question {
     let choices = Choices::default();
     Question {
@@ -63,8 +64,9 @@ fn keeps_to_limits(answer: &Answer, machine: &Machine) {
     }
 }
 
-/// ZeRO-Offload trains 13 billion parameters on one V100 of 32 GB (arXiv 2101.06840, abstract: measured on a DGX-2, of
-/// which one GPU is used, with 1.5 TB of host memory; table 3: 40 layers of width 5120... at 1024 tokens).
+/// ZeRO-Offload trains 13 billion parameters on one V100 of 32 GB (arXiv 2101.06840, abstract: measured on a
+/// DGX-2, of which one GPU is used, with 1.5 TB of host memory; table 3: 40 layers of width 5120... at 1024
+/// tokens).
 #[test]
 fn zero_offload_13b_on_one_v100_fits_and_does_not_without_the_host() {
     let shape = ModelShape::named("gpt3-13b", 1024).unwrap();
@@ -72,7 +74,8 @@ fn zero_offload_13b_on_one_v100_fits_and_does_not_without_the_host() {
     let answer = question(shape.clone(), 1, 1024, machine.clone()).answer().unwrap();
     keeps_to_limits(&answer, &machine);
     assert!(answer.plan.host_bytes() > 150 * GIB, "states are in host memory");
-    // 16 bytes a parameter are 208 GB: neither the GPU nor a workstation of 128 GiB without a disk holds them.
+    // 16 bytes a parameter are 208 GB: neither the GPU nor a workstation of 128 GiB without a disk holds
+    // them.
     let workstation = described("v100-32g", 128, None);
     let refused = question(shape.clone(), 1, 1024, workstation).answer().unwrap_err();
     assert!(matches!(refused, Error::BudgetTooSmall { tier: Tier::Host, .. }), "{refused}");
@@ -80,10 +83,10 @@ fn zero_offload_13b_on_one_v100_fits_and_does_not_without_the_host() {
     keeps_to_limits(&question(shape, 1, 1024, with_disk.clone()).answer().unwrap(), &with_disk);
 }
 
-/// ZeRO-Infinity trains a trillion parameters on one DGX-2 (arXiv 2104.07857, abstract and table 1: 128 layers, width 25600):
-/// 16 V100 of 32 GB, 1.5 TB of host memory, 8 NVMe drives of 3.84 TB (NVIDIA's DGX-2 data sheet). One of its 16 ranks has a
-/// sixteenth of memory, drives and their bandwidth, which the paper gives as 25 GB/s. It gathers parameters by the matrix,
-/// so blocks are split here too.
+/// ZeRO-Infinity trains a trillion parameters on one DGX-2 (arXiv 2104.07857, abstract and table 1: 128
+/// layers, width 25600): 16 V100 of 32 GB, 1.5 TB of host memory, 8 NVMe drives of 3.84 TB (NVIDIA's DGX-2
+/// data sheet). One of its 16 ranks has a sixteenth of memory, drives and their bandwidth, which the paper
+/// gives as 25 GB/s. It gathers parameters by the matrix, so blocks are split here too.
 #[test]
 fn zero_infinity_1t_on_one_node_fits_with_its_drives_and_not_without() {
     let mut shape = ModelShape::named("gpt-1t", 1024).unwrap();
@@ -109,8 +112,8 @@ fn zero_infinity_1t_on_one_node_fits_with_its_drives_and_not_without() {
     assert!(answer.disk_bytes > 27_000_000_000_000);
 }
 
-/// Fuyou, later LoHan, fine-tunes 175 billion parameters on one RTX 4090 of 24 GB with 256 GB of host memory and drives
-/// (arXiv 2403.06504, abstract), and says that host memory of that size is too small without them.
+/// Fuyou, later LoHan, fine-tunes 175 billion parameters on one RTX 4090 of 24 GB with 256 GB of host memory
+/// and drives (arXiv 2403.06504, abstract), and says that host memory of that size is too small without them.
 #[test]
 fn fine_tuning_175b_on_a_24_gb_card_with_256_gb_fits_with_drives_and_not_without() {
     let shape = ModelShape::named("gpt3-175b", 1024).unwrap();
@@ -307,20 +310,23 @@ fn hugging_face_configurations_of_both_families_are_read() {
         "num_attention_heads": 14, "num_key_value_heads": 2, "intermediate_size": 4864,
         "max_position_embeddings": 32768, "tie_word_embeddings": true, "use_sliding_window": false }"#;
     assert_eq!(shape(qwen2).unwrap().parameters(), 494_032_768);
-    let qwen3 = r#"{ "model_type": "qwen3", "vocab_size": 151936, "num_hidden_layers": 28, "hidden_size": 1024,
+    let qwen3 = r#"{ "model_type": "qwen3", "vocab_size": 151936, "num_hidden_layers": 28,
+        "hidden_size": 1024,
         "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128, "intermediate_size": 3072,
         "max_position_embeddings": 40960, "tie_word_embeddings": true }"#;
     assert_eq!(shape(qwen3).unwrap().parameters(), 596_049_920);
 }
 
-/// What lies outside of a window takes no time on the CPU device, and is computed and masked on a device of its own.
+/// What lies outside of a window takes no time on the CPU device, and is computed and masked on a device of
+/// its own.
 #[test]
 fn a_sliding_window_is_spared_where_the_engine_spares_it() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("config.json");
     let step_s = |window: &str, machine: Machine| {
         let text = r#"{ "model_type": "mistral", "vocab_size": 256, "num_hidden_layers": 2, "hidden_size": 64,
-            "num_attention_heads": 2, "intermediate_size": 64, "max_position_embeddings": 4096, "sliding_window": WINDOW }"#;
+            "num_attention_heads": 2, "intermediate_size": 64, "max_position_embeddings": 4096,
+            "sliding_window": WINDOW }"#;
         std::fs::write(&path, text.replace("WINDOW", window)).unwrap();
         let shape = ModelShape::from_hugging_face(&path, 4096).unwrap();
         question(shape, 1, 4096, machine).answer().unwrap().forecast.step_s

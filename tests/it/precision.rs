@@ -1,5 +1,5 @@
-//! Computing in bf16 and f16 over masters in f32, and products of f32 made of bf16: where still never changes what, the losses stay near
-//! those of f32, and a step whose gradients overflow in f16 changes nothing.
+//! Computing in bf16 and f16 over masters in f32, and products of f32 made of bf16: where still never changes
+//! what, the losses stay near those of f32, and a step whose gradients overflow in f16 changes nothing.
 
 use crate::support::{tokens, train, trainer};
 use candle_core::{DType, Device, Module, Tensor};

@@ -1,5 +1,5 @@
-//! Models of others: loss, gradients and continuation are those of transformers, weights come home piece by piece, and what is
-//! wrong with a file is named. The reference is made by scripts/transformers_reference.py.
+//! Models of others: loss, gradients and continuation are those of transformers, weights come home piece by
+//! piece, and what is wrong with a file is named. The reference is made by scripts/transformers_reference.py.
 
 use candle_core::quantized::gguf_file::{self, Value as Metadata};
 use candle_core::quantized::{GgmlDType, QTensor};
@@ -111,7 +111,8 @@ fn check(path: &Path, folder: &Path) {
         }
         let gradient = gradient.contiguous().unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap();
         let third = gradient.len() / 3;
-        // Without positions in them, the bias of the keys changes no probability: its gradient is rounding alone.
+        // Without positions in them, the bias of the keys changes no probability: its gradient is rounding
+        // alone.
         let skipped = if name.ends_with("attn.c_attn.bias") { third..2 * third } else { 0..0 };
         for part in
             [0..skipped.start, skipped.end..gradient.len()].into_iter().filter(|part| !part.is_empty())

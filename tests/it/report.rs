@@ -1,5 +1,5 @@
-//! What a run leaves to be read: its log, the page that is made of it, and TensorBoard's events; and that a command which is
-//! asked to be quiet is.
+//! What a run leaves to be read: its log, the page that is made of it, and TensorBoard's events; and that a
+//! command which is asked to be quiet is.
 
 use ferrozero::observe::run_log::{FILE, History, Record};
 use std::io::Write;

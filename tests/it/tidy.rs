@@ -80,8 +80,8 @@ fn the_library_does_not_panic_on_what_a_user_or_a_file_does() {
 
 #[test]
 fn unsafe_code_stays_where_it_is_needed() {
-    // The last four are of the software driver: the C interface, copies from and to the host, products, and the
-    // end of a process.
+    // The last four are of the software driver: the C interface, copies from and to the host, products, and
+    // the end of a process.
     let allowed = [
         "arena", "bin", "cuda", "memory", "uring", "io", "simd", "adamw", "gradient", "convert", "ops",
         "vector", "api", "work", "gemm", "exit",
@@ -101,7 +101,8 @@ fn unsafe_code_stays_where_it_is_needed() {
     }
 }
 
-/// The rooms of the engine, files or folders, from the bottom to the top: each may use itself and those before it.
+/// The rooms of the engine, files or folders, from the bottom to the top: each may use itself and those
+/// before it.
 const ROOMS: [&str; 21] = [
     "error",
     "sync",
@@ -135,8 +136,8 @@ fn modules_of(file: &str) -> Vec<&str> {
     file.trim_end_matches(".rs").trim_end_matches("/mod").split('/').collect()
 }
 
-/// What the code of a file uses by `crate::…` and `super::…`, as modules from the root on, with the line. What is in no
-/// room has its name from lib.rs.
+/// What the code of a file uses by `crate::…` and `super::…`, as modules from the root on, with the line.
+/// What is in no room has its name from lib.rs.
 fn uses<'a>(file: &'a str, text: &'a str) -> Vec<(usize, Vec<&'a str>)> {
     let mut found = vec![];
     for (number, line) in (1..).zip(text.lines()).filter(|(_, line)| !line.trim_start().starts_with("//")) {
@@ -241,8 +242,8 @@ fn every_module_says_what_it_is_for() {
     }
 }
 
-/// Numbers, from 1, of the lines that are too wide. Rows of tables may be, because Markdown cannot break them, and
-/// addresses do not count.
+/// Numbers, from 1, of the lines that are too wide. Rows of tables may be, because Markdown cannot break
+/// them, and addresses do not count.
 fn wide_lines(text: &str) -> Vec<usize> {
     let is_row = |line: &str| {
         let line = line.trim_start();

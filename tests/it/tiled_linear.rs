@@ -20,7 +20,8 @@ enum Layer {
     Tiled(TiledLinear),
 }
 
-/// A layer that is much larger than the rest of the model, whose outputs are an activation and as logits of 8000 tokens.
+/// A layer that is much larger than the rest of the model, whose outputs are an activation and as logits of
+/// 8000 tokens.
 struct Model {
     input: Tensor,
     wide: Layer,

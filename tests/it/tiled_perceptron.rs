@@ -1,4 +1,5 @@
-//! Blocks whose perceptron runs in tiles: the numbers of the whole block, one tensor in every file, and less memory.
+//! Blocks whose perceptron runs in tiles: the numbers of the whole block, one tensor in every file, and less
+//! memory.
 
 use candle_core::{Device, Tensor};
 use ferrozero::estimate::model_shape::ModelShape;
@@ -107,8 +108,8 @@ fn train(family: &str, tiles: usize, adapting: &Adapting) -> Trained {
     Trained { names, before, numbers, gradients, logits, exported }
 }
 
-/// Full training of three families: a gated perceptron, one without, and another with norms of heads; the matrices of the second lie
-/// transposed in its file.
+/// Full training of three families: a gated perceptron, one without, and another with norms of heads; the
+/// matrices of the second lie transposed in its file.
 #[test]
 fn tiles_have_the_loss_and_the_gradients_of_the_whole_block_under_the_names_of_one() {
     for family in ["llama", "gpt2", "qwen3"] {

@@ -1,5 +1,5 @@
-//! The timeline of a run: valid JSON after every step, a named track a queue, every operation of the schedule once, and what each tier
-//! held within what the plan has for it.
+//! The timeline of a run: valid JSON after every step, a named track a queue, every operation of the schedule
+//! once, and what each tier held within what the plan has for it.
 
 use ferrozero::observe::chrome::ChromeTrace;
 use ferrozero::schedule::operation::Queue;

@@ -216,7 +216,8 @@ fn segments_take_several_inputs_and_captures() {
     assert_eq!(run(Placement::All(Tier::Disk), None, 2), expected);
 }
 
-/// Operations that need their own result for the gradient, results that are inputs, and outputs that others read too.
+/// Operations that need their own result for the gradient, results that are inputs, and outputs that others
+/// read too.
 #[test]
 fn a_graph_that_is_kept_has_all_that_its_backward_reads() {
     let run = |kept: usize, boundaries: Tier| {

@@ -1,5 +1,5 @@
-//! Micro-batches that run vertically: what they spare, how they fail, and what is refused. That they have the bits of
-//! micro-batches that run one after another is in `bitwise`.
+//! Micro-batches that run vertically: what they spare, how they fail, and what is refused. That they have the
+//! bits of micro-batches that run one after another is in `bitwise`.
 
 use crate::support::{Block, tokens, train, trainer};
 use candle_core::{CpuStorage, CustomOp1, DType, Device, Layout, Module, Result, Shape, Tensor, bail};
@@ -238,7 +238,8 @@ fn numbers_that_cannot_be_are_refused() {
     }
 }
 
-/// Its gradients are summed in the order of its runs within a micro-batch, which vertically would be another one.
+/// Its gradients are summed in the order of its runs within a micro-batch, which vertically would be another
+/// one.
 #[test]
 fn a_segment_that_runs_twice_is_refused_vertically_and_runs_one_after_another_by_itself() {
     let planned = |vertical| {

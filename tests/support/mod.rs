@@ -28,7 +28,8 @@ impl Module for Block {
     }
 }
 
-/// Embedding, blocks and a head tied to the embedding. Generic over the block, so that plain candle can run it too.
+/// Embedding, blocks and a head tied to the embedding. Generic over the block, so that plain candle can run
+/// it too.
 pub struct Model<B> {
     embedding: Tensor,
     blocks: Vec<B>,

@@ -1,5 +1,6 @@
-//! `ferrozero bench predict --choice`: for three budgets of memory, the planner's choice against all homes and slots that fit,
-//! each really run, in turns, on a slow disk. Plans with the same schedule are one plan, and the chosen one is no other.
+//! `ferrozero bench predict --choice`: for three budgets of memory, the planner's choice against all homes
+//! and slots that fit, each really run, in turns, on a slow disk. Plans with the same schedule are one plan,
+//! and the chosen one is no other.
 
 use super::super::CommandResult;
 use super::verdict;

@@ -1,5 +1,6 @@
-//! `ferrozero bench copy`: pieces as the engine moves them between host and device, against one copy of all their bytes. On the
-//! CPU device that is a plain copy from run to run, on a CUDA device one transfer of pinned memory: the speed of the bus.
+//! `ferrozero bench copy`: pieces as the engine moves them between host and device, against one copy of all
+//! their bytes. On the CPU device that is a plain copy from run to run, on a CUDA device one transfer of
+//! pinned memory: the speed of the bus.
 
 use super::super::{CommandResult, configuration};
 use super::{Spread, spread};

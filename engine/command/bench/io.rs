@@ -1,4 +1,5 @@
-//! `ferrozero bench io`: the store against `fio`, in turns on the same file system, so that both see the same machine.
+//! `ferrozero bench io`: the store against `fio`, in turns on the same file system, so that both see the same
+//! machine.
 
 mod fio;
 
@@ -30,7 +31,8 @@ pub struct IoArguments {
     /// Write the result as JSON
     #[arg(long)]
     json: bool,
-    /// For each line of standard input, "read", "write" or "update", move all bytes once and write the seconds
+    /// For each line of standard input, "read", "write" or "update", move all bytes once and write the
+    /// seconds
     #[arg(long, hide = true)]
     serve: bool,
 }

@@ -1,4 +1,5 @@
-//! `ferrozero bench ops`: forward and backward of each fused operation, in turns with the same composed of candle's own.
+//! `ferrozero bench ops`: forward and backward of each fused operation, in turns with the same composed of
+//! candle's own.
 //!
 //! B: sequences, T: tokens of a sequence, C: width, H: heads, D = C/H, V: vocabulary.
 

@@ -1,8 +1,9 @@
-//! `ferrozero bench predict`: the step time that each plan predicts against the one that is measured, over models, homes,
-//! budgets and disks of different speeds; and with `--choice`, the planner's choice against all others.
+//! `ferrozero bench predict`: the step time that each plan predicts against the one that is measured, over
+//! models, homes, budgets and disks of different speeds; and with `--choice`, the planner's choice against
+//! all others.
 //!
-//! A prediction is made as in every run, from the machine's numbers and the rehearsal. Machine and configurations take turns,
-//! so that all see the same machine.
+//! A prediction is made as in every run, from the machine's numbers and the rehearsal. Machine and
+//! configurations take turns, so that all see the same machine.
 
 use super::super::{CommandResult, configuration};
 use super::choice;
@@ -34,7 +35,8 @@ pub struct PredictArguments {
     /// What ferrozero probe wrote, for all predictions [default: a quick measurement before each round]
     #[arg(long, value_name = "FILE.json")]
     machine: Option<PathBuf>,
-    /// Instead, run everything that a planner could choose for three budgets, and compare its choice with the best
+    /// Instead, run everything that a planner could choose for three budgets, and compare its choice with the
+    /// best
     #[arg(long)]
     choice: bool,
     /// Write the result as JSON

@@ -1,5 +1,5 @@
-//! `ferrozero bench scale`: the largest model that the planner finds a plan for, by memory. Nothing is run: these are predictions,
-//! as those of `ferrozero plan`.
+//! `ferrozero bench scale`: the largest model that the planner finds a plan for, by memory. Nothing is run:
+//! these are predictions, as those of `ferrozero plan`.
 
 use super::super::CommandResult;
 use super::super::plan::{QuestionArguments, answer, largest, question};

@@ -1,5 +1,5 @@
-//! `ferrozero bench step`: each placement trains in a process of its own, so that peak memory is its own, and the
-//! processes take turns step by step, so that both see the same machine.
+//! `ferrozero bench step`: each placement trains in a process of its own, so that peak memory is its own, and
+//! the processes take turns step by step, so that both see the same machine.
 
 use super::super::{CommandResult, configuration};
 use super::{Spread, spread};
@@ -51,8 +51,8 @@ pub struct StepArguments {
     /// Placement to compare with, in turns
     #[arg(long, value_enum)]
     against: Option<Home>,
-    /// Segments that keep what their backward needs, from the last one on, and are not computed again; in the placement that is
-    /// compared with all are
+    /// Segments that keep what their backward needs, from the last one on, and are not computed again; in the
+    /// placement that is compared with all are
     #[arg(long, default_value_t = 0)]
     kept: usize,
     /// Type of parameters, gradients and activations; in the placement that is compared with f32
@@ -182,7 +182,8 @@ fn report(arguments: &StepArguments, measured: &[Measured]) -> CommandResult {
         return Ok(());
     }
     println!(
-        "| placement | graphs kept | dtype | products | median step | tokens/s | exposed stall | peak resident | planned |"
+        "| placement | graphs kept | dtype | products | median step | tokens/s | exposed stall | peak \
+         resident | planned |"
     );
     println!("|---|---|---|---|---|---|---|---|---|");
     let mib = |bytes: u64| format!("{} MiB", bytes >> 20);

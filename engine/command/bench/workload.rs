@@ -69,8 +69,8 @@ pub fn slow_disk(bytes_per_s: f64) -> CommandResult<Option<Throttle>> {
     Ok(Some(Throttle::new(bytes_per_s, bytes_per_s)?))
 }
 
-/// Plans a configuration, and runs it if the plan is wanted; answers the seconds of a step that the plan predicts, and the
-/// median of those measured.
+/// Plans a configuration, and runs it if the plan is wanted; answers the seconds of a step that the plan
+/// predicts, and the median of those measured.
 pub fn measure(
     sizes: Sizes,
     config: Config,

@@ -15,8 +15,8 @@ pub struct FinetuneArguments {
     /// Hugging Face folder, or GGUF file
     #[serde(skip)]
     pub model: PathBuf,
-    /// Text, or FILE.jsonl with {"prompt": …, "completion": …}, {"text": …} or {"messages": […]} a line; prompts, and what the
-    /// assistant does not say, are not learnt
+    /// Text, or FILE.jsonl with {"prompt": …, "completion": …}, {"text": …} or {"messages": […]} a line;
+    /// prompts, and what the assistant does not say, are not learnt
     #[arg(long)]
     pub data: Option<PathBuf>,
     /// Folder for the result, which transformers loads
@@ -43,7 +43,8 @@ pub struct FinetuneArguments {
     /// The adapters' outputs are multiplied with this over the rank
     #[arg(long)]
     pub lora_alpha: Option<f64>,
-    /// Layers that get an adapter, by the ends of their names, as q_proj,v_proj [default: all linear layers of the blocks]
+    /// Layers that get an adapter, by the ends of their names, as q_proj,v_proj [default: all linear layers
+    /// of the blocks]
     #[arg(long, value_delimiter = ',')]
     pub lora_targets: Vec<String>,
     /// Write the whole model with its adapters in its weights, and not the adapters in the format of PEFT

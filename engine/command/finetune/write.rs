@@ -39,7 +39,8 @@ pub fn write_adapters(
 ) -> CommandResult {
     std::fs::create_dir_all(out).map_err(failed(out))?;
     let adapters = trainer.parameters().into_iter().filter(|(name, _)| Adapting::is_adapter(name));
-    // By their names in the file. Adapters of layers that lie as [in, out] are [rank, in] and [out, rank] too.
+    // By their names in the file. Adapters of layers that lie as [in, out] are [rank, in] and [out, rank]
+    // too.
     let adapters: BTreeMap<_, _> = adapters
         .map(|(name, shape)| {
             let (stored, _) = pretrained.stored_name(&name);
@@ -91,8 +92,8 @@ pub fn write_model(
                 std::fs::copy(&from, out.join(name)).map_err(failed(&from))?;
             }
         }
-        // Without the file transformers takes the class of the model's family, which cuts text its own way and not as
-        // tokenizer.json says.
+        // Without the file transformers takes the class of the model's family, which cuts text its own way
+        // and not as tokenizer.json says.
         if !pretrained.path.join(TOKENIZER_CONFIGURATION).exists() {
             write_json(TOKENIZER_CONFIGURATION, &json!({ "tokenizer_class": "PreTrainedTokenizerFast" }))?;
         }

@@ -1,4 +1,5 @@
-//! Lines over steps, or over the time of one. Shapes are drawn to any width, and labels are text beside them, so that both suit a phone.
+//! Lines over steps, or over the time of one. Shapes are drawn to any width, and labels are text beside them,
+//! so that both suit a phone.
 
 use super::{escaped, seconds};
 

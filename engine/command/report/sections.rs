@@ -31,7 +31,8 @@ pub fn subtitle(history: &History, dir: &dyn Display) -> String {
         several => format!(", in {several} processes"),
     };
     format!(
-        "{:.1} M parameters, {} tokens a step. {done} of {} steps{processes}; {state}. Folder {}, ferrozero {}.",
+        "{:.1} M parameters, {} tokens a step. {done} of {} steps{processes}; {state}. Folder {}, ferrozero \
+         {}.",
         start.parameters as f64 / 1e6,
         start.tokens,
         start.steps,
@@ -40,8 +41,8 @@ pub fn subtitle(history: &History, dir: &dyn Display) -> String {
     )
 }
 
-/// The steps that a prediction is compared with: those of the last process, which its plan is of, after the first one, which makes
-/// what later ones use again; or all.
+/// The steps that a prediction is compared with: those of the last process, which its plan is of, after the
+/// first one, which makes what later ones use again; or all.
 fn measured(history: &History) -> &[Step] {
     let first = history.steps.partition_point(|step| step.step <= history.start.after_step + 1);
     if first < history.steps.len() { &history.steps[first..] } else { &history.steps }
@@ -148,8 +149,8 @@ pub fn time(history: &History) -> String {
     let forecast = history.start.prediction.as_ref();
     let text = match forecast {
         Some(forecast) => format!(
-            "<p>Before the first step the plan predicted {} a step. The {} steps measured for it took {} (median): the prediction \
-             is {:+.1} % off.</p>\n",
+            "<p>Before the first step the plan predicted {} a step. The {} steps measured for it took {} \
+             (median): the prediction is {:+.1} % off.</p>\n",
             seconds(forecast.step_s),
             measured(history).len(),
             seconds(step_s),
@@ -178,7 +179,8 @@ pub fn time(history: &History) -> String {
     let row = |&(name, busy_s, predicted, class): &(&str, f64, Option<f64>, &str)| {
         let mark = if class == "busiest" { " <small>the bottleneck</small>" } else { "" };
         format!(
-            "<tr class=\"{class}\"><th scope=\"row\">{name}{mark}</th><td>{}</td><td>{}</td><td class=\"bars\">{}</td></tr>\n",
+            "<tr class=\"{class}\"><th scope=\"row\">{name}{mark}</th><td>{}</td><td>{}</td><td \
+             class=\"bars\">{}</td></tr>\n",
             seconds(busy_s),
             predicted.map_or("-".into(), seconds),
             bar(busy_s / longest, predicted.map(|predicted| predicted / longest)),
@@ -192,8 +194,10 @@ pub fn time(history: &History) -> String {
         lines.push(Series { name: "predicted", class: "b dashed", points });
     }
     format!(
-        "{text}<table class=\"queues\"><thead><tr><th scope=\"col\">busy in a step</th><th scope=\"col\">measured</th>\
-         <th scope=\"col\">predicted</th><th scope=\"col\"><span class=\"hidden\">as a bar; the mark is the prediction</span></th>\
+        "{text}<table class=\"queues\"><thead><tr><th scope=\"col\">busy in a step</th><th \
+         scope=\"col\">measured</th>\
+         <th scope=\"col\">predicted</th><th scope=\"col\"><span class=\"hidden\">as a bar; the mark is the \
+         prediction</span></th>\
          </tr></thead><tbody>\n{rows}</tbody></table>\n{}",
         chart("Time of a step", Along::Steps, &lines, seconds, true)
     )
@@ -234,7 +238,8 @@ pub fn memory(history: &History) -> String {
     let row = |(tier, peak, planned, granted): (&str, u64, u64, String)| {
         let whole = planned.max(peak).max(1) as f64;
         format!(
-            "<tr><th scope=\"row\">{tier}</th><td>{}</td><td>{}</td><td>{granted}</td><td class=\"bars\">{}</td></tr>\n",
+            "<tr><th scope=\"row\">{tier}</th><td>{}</td><td>{}</td><td>{granted}</td><td \
+             class=\"bars\">{}</td></tr>\n",
             Bytes(peak),
             Bytes(planned),
             bar(peak as f64 / whole, Some(planned as f64 / whole)),
@@ -252,10 +257,14 @@ pub fn memory(history: &History) -> String {
         .collect();
     let curves = history.timeline.as_ref().map_or(String::new(), |timeline| occupancy(history, timeline));
     format!(
-        "<table class=\"queues\"><thead><tr><th scope=\"col\">tier</th><th scope=\"col\">peak</th><th scope=\"col\">planned</th>\
-         <th scope=\"col\">granted</th><th scope=\"col\"><span class=\"hidden\">as a bar; the mark is the plan</span></th></tr></thead>\
-         <tbody>\n{tiers}</tbody></table>\n{curves}<h3>What the plan uses it for</h3>\n<table><thead><tr><th scope=\"col\">use</th>\
-         <th scope=\"col\">device</th><th scope=\"col\">host</th><th scope=\"col\">disk</th></tr></thead><tbody>\n{uses}</tbody>\
+        "<table class=\"queues\"><thead><tr><th scope=\"col\">tier</th><th scope=\"col\">peak</th><th \
+         scope=\"col\">planned</th>\
+         <th scope=\"col\">granted</th><th scope=\"col\"><span class=\"hidden\">as a bar; the mark is the \
+         plan</span></th></tr></thead>\
+         <tbody>\n{tiers}</tbody></table>\n{curves}<h3>What the plan uses it for</h3>\n<table><thead><tr><th \
+         scope=\"col\">use</th>\
+         <th scope=\"col\">device</th><th scope=\"col\">host</th><th \
+         scope=\"col\">disk</th></tr></thead><tbody>\n{uses}</tbody>\
          <tfoot><tr><th scope=\"row\">in all</th><td>{}</td><td>{}</td><td>{}</td></tr></tfoot></table>\n",
         Bytes(start.planned_device_bytes),
         Bytes(start.planned_host_bytes),
@@ -275,8 +284,8 @@ fn occupancy(history: &History, timeline: &StepTimeline) -> String {
         chart(title, Along::Seconds, &series, |bytes| Bytes(bytes as u64).to_string(), true)
     };
     format!(
-        "<h3>Over step {}</h3>\n<p>What the engine's own memory held. On the device the model's own tensors come on top of \
-         it, which the plan counts too.</p>\n<div class=\"pair\">{}{}</div>\n",
+        "<h3>Over step {}</h3>\n<p>What the engine's own memory held. On the device the model's own tensors \
+         come on top of it, which the plan counts too.</p>\n<div class=\"pair\">{}{}</div>\n",
         timeline.step,
         tier("Device", |level| level.device_bytes, history.start.planned_device_bytes),
         tier("Host", |level| level.host_bytes, history.start.planned_host_bytes),

@@ -30,10 +30,12 @@ pub fn timeline(timeline: Option<&StepTimeline>) -> String {
         .map(|tick| format!(r#"<span style="left:{:.1}%">{}</span>"#, 100.0 * tick / whole_s, seconds(tick)))
         .collect();
     format!(
-        r#"<p>Step {}, which took {}. Operations of a queue that run at once lie below one another; pieces of one group are joined.
+        r#"<p>Step {}, which took {}. Operations of a queue that run at once lie below one another;
+pieces of one group are joined.
 Point at a bar to see what it is.</p>
 <div class="timeline">{rows}<div class="axis"><div class="x">{axis}</div></div></div>
-<ul class="legend"><li class="forward">forward</li><li class="backward">backward</li><li class="transfer">between memory and device</li>
+<ul class="legend"><li class="forward">forward</li><li class="backward">backward</li>
+<li class="transfer">between memory and device</li>
 <li class="disk">disk</li><li class="optimizer">optimizer</li><li class="other">other</li></ul>
 "#,
         timeline.step,
@@ -55,7 +57,8 @@ fn row(queue: Queue, spans: &[&Span], whole_s: f64) -> String {
         let (x, y) = (WIDTH * span.start_s / whole_s, lane as u32 * LANE_HEIGHT);
         let width = (WIDTH * (span.end_s - span.start_s) / whole_s).max(NARROWEST);
         shapes += &format!(
-            r#"<rect class="{}" x="{x:.1}" y="{y}" width="{width:.1}" height="{LANE_HEIGHT}"><title>{}</title></rect>"#,
+            r#"<rect class="{}" x="{x:.1}" y="{y}" width="{width:.1}" height="{LANE_HEIGHT}">
+<title>{}</title></rect>"#,
             class(span),
             escaped(&told(span))
         );
@@ -63,7 +66,8 @@ fn row(queue: Queue, spans: &[&Span], whole_s: f64) -> String {
     let height = lanes.len() as u32 * LANE_HEIGHT;
     let name = queue.name();
     format!(
-        r#"<div class="row"><div class="name">{name}</div><svg role="img" aria-label="{name}: {}" viewBox="0 0 {WIDTH} {height}" preserveAspectRatio="none" style="height:{}px">{shapes}</svg></div>
+        r#"<div class="row"><div class="name">{name}</div><svg role="img" aria-label="{name}: {}"
+viewBox="0 0 {WIDTH} {height}" preserveAspectRatio="none" style="height:{}px">{shapes}</svg></div>
 "#,
         told_all(spans),
         (12 * lanes.len()).clamp(20, 72)

@@ -171,7 +171,8 @@ mod tests {
             RunArguments { config, overrides: overrides(r#"{ "look_ahead": 2 }"#), ..Default::default() };
         let arguments = TrainArguments { run, ..Default::default() };
         let settings = TrainSettings::resolve(&arguments, Some(resumed)).unwrap();
-        let expected = r#"{ "slots": 3, "placement": "device,disk,disk,host", "updates": "at-once", "piece": "64KiB",
+        let expected = r#"{ "slots": 3, "placement": "device,disk,disk,host", "updates": "at-once",
+            "piece": "64KiB",
             "look_ahead": 2 }"#;
         assert_eq!(settings.run.overrides, overrides(expected));
         // What a run keeps of its settings is what it reads.
@@ -191,7 +192,8 @@ mod tests {
         let expected = TrainSettings { run: run.clone(), ..TrainSettings::default() };
         assert_eq!(of("a.json", r#"{ "batch": 2, "lr": 0.5 }"#).unwrap(), expected);
         assert_eq!(of("a.toml", "batch = 2\nlr = 0.5\n").unwrap(), expected);
-        let deepspeed = r#"{ "train_micro_batch_size_per_gpu": 2, "optimizer": { "type": "AdamW", "params": { "lr": 0.5 } } }"#;
+        let deepspeed = r#"{ "train_micro_batch_size_per_gpu": 2,
+            "optimizer": { "type": "AdamW", "params": { "lr": 0.5 } } }"#;
         let run = RunSettings { beta2: 0.999, lr_floor: 1.0, clip: 0.0, weight_decay: 0.0, ..run };
         let expected = TrainSettings { warmup: 0, run, ..expected };
         assert_eq!(of("ds_config.json", deepspeed).unwrap(), expected);

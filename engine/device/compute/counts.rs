@@ -27,8 +27,8 @@ pub struct DeviceCounts {
     pub pageable_copies: u64,
     /// Copies of this process to devices beside those below, of tokens, by way of page-locked memory.
     pub small_uploads: u64,
-    /// Copies of this process from devices beside those below, of tokens to be looked at, losses and norms, by way of page-locked
-    /// memory.
+    /// Copies of this process from devices beside those below, of tokens to be looked at, losses and norms,
+    /// by way of page-locked memory.
     pub small_downloads: u64,
     /// From the host's tier to the device.
     pub uploads: Moved,

@@ -196,7 +196,8 @@ fn f32_of_mut(run: &mut TensorStorage) -> Result<&mut CudaSlice<f32>> {
     }
 }
 
-/// What is copied between a lease, which holds a piece in elements of `size` bytes, and storage of the device.
+/// What is copied between a lease, which holds a piece in elements of `size` bytes, and storage of the
+/// device.
 pub(super) fn copies_into<'a>(
     storage: &'a mut [TensorStorage],
     runs: &[Run],

@@ -80,7 +80,8 @@ impl Search<'_> {
         if !can_move {
             return Ok(plan);
         }
-        // What brings all masters to the device frees the slots that they passed through, so there may be room again.
+        // What brings all masters to the device frees the slots that they passed through, so there may be
+        // room again.
         loop {
             let closer = self.bring_closer(&make, &plan, policy.order);
             if closer.has_same_choices(&plan) {
@@ -90,7 +91,8 @@ impl Search<'_> {
         }
     }
 
-    /// The streams of `order` that have no home when gradients pass through from the backward to the update are left out.
+    /// The streams of `order` that have no home when gradients pass through from the backward to the update
+    /// are left out.
     fn moving(&self, plan: &Plan, order: [Stream; 4]) -> impl Iterator<Item = Stream> {
         let vertical = plan.depths().vertical;
         let passes = gradient_passes_through(plan.calls(), self.accumulate, vertical, self.clip.is_some());
@@ -99,15 +101,17 @@ impl Search<'_> {
 
     /// The tier in memory that a stream is brought to.
     fn near(&self, stream: Stream) -> Tier {
-        // On the CPU device, memory is memory: parameters that stay on the device need no slot to pass through.
+        // On the CPU device, memory is memory: parameters that stay on the device need no slot to pass
+        // through.
         match stream == Stream::Master && self.limits.device.holds_masters() {
             true => Tier::Device,
             false => Tier::Host,
         }
     }
 
-    /// As many whole streams in memory as fit. The buffers that a stream passes through on its way to disk are gone only when
-    /// all of it is in memory, so the room for its last groups may be these buffers', which no group alone would find.
+    /// As many whole streams in memory as fit. The buffers that a stream passes through on its way to disk
+    /// are gone only when all of it is in memory, so the room for its last groups may be these buffers',
+    /// which no group alone would find.
     fn whole_streams(
         &self,
         make: &dyn Fn(Vec<GroupPlacement>) -> Plan,
@@ -126,7 +130,8 @@ impl Search<'_> {
         found
     }
 
-    /// Gives out what `plan` leaves of the limits by arithmetic; the plan that comes of it is counted in full.
+    /// Gives out what `plan` leaves of the limits by arithmetic; the plan that comes of it is counted in
+    /// full.
     fn bring_closer(
         &self,
         make: &dyn Fn(Vec<GroupPlacement>) -> Plan,
@@ -156,8 +161,8 @@ impl Search<'_> {
         }
     }
 
-    /// Brings as many groups as fit to a device that has memory of its own, with all of their states: it updates them itself,
-    /// and nothing of them crosses.
+    /// Brings as many groups as fit to a device that has memory of its own, with all of their states: it
+    /// updates them itself, and nothing of them crosses.
     fn admit_groups(
         &self,
         make: &dyn Fn(Vec<GroupPlacement>) -> Plan,

@@ -8,7 +8,8 @@ use crate::schedule::trace::{Trace, TraceEvent};
 /// What ends within this time of each other, in seconds, ends together.
 const SAME_MOMENT_S: f64 = 1e-9;
 
-/// An operation under way, and what is left of it: seconds if it had the processors for itself, or bytes of the disk.
+/// An operation under way, and what is left of it: seconds if it had the processors for itself, or bytes of
+/// the disk.
 struct Running {
     id: u64,
     left: Cost,

@@ -13,7 +13,8 @@ use super::{CudaElement, Kernels};
 use crate::adamw::{AdamWStep, Numbers};
 use crate::error::same_length;
 
-// SAFETY: `Numbers` is `repr(C)`, has only `f32` fields, and is declared with the same fields in `cuda/adamw.cu`.
+// SAFETY: `Numbers` is `repr(C)`, has only `f32` fields, and is declared with the same fields in
+// `cuda/adamw.cu`.
 unsafe impl DeviceRepr for Numbers {}
 
 /// The state of a run of parameters on the device. All runs have the same length.
@@ -37,7 +38,8 @@ pub enum RunCopy<'a> {
 }
 
 impl Kernels {
-    /// Updates a run of parameters in place, and its low-precision copy if there is one, as [`crate::adamw::adamw`].
+    /// Updates a run of parameters in place, and its low-precision copy if there is one, as
+    /// [`crate::adamw::adamw`].
     ///
     /// # Errors
     /// [`CudaError::Run`] if the runs' lengths differ; [`CudaError::Driver`] if the launch fails.
@@ -81,8 +83,8 @@ impl Kernels {
             (None, None) => launch.arg(&null),
         };
         launch.arg(&count).arg(&numbers);
-        // SAFETY: the arguments are those of the kernel of this name, and every run has `elements` elements, which the
-        // kernel does not leave.
+        // SAFETY: the arguments are those of the kernel of this name, and every run has `elements` elements,
+        // which the kernel does not leave.
         unsafe { launch.launch(self.launch_for(elements.div_ceil(4), 1)) }.doing("launching AdamW")?;
         Ok(())
     }

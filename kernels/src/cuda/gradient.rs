@@ -70,8 +70,8 @@ impl DeviceStatistics {
 }
 
 impl Kernels {
-    /// Puts `gradient · scale` into `accumulator`, or adds it, and adds what the accumulator then holds to `statistics`, as
-    /// [`crate::gradient::accumulate`].
+    /// Puts `gradient · scale` into `accumulator`, or adds it, and adds what the accumulator then holds to
+    /// `statistics`, as [`crate::gradient::accumulate`].
     ///
     /// # Errors
     /// [`CudaError::Run`] if the lengths differ, or the run is longer than `statistics` was made for;
@@ -102,8 +102,8 @@ impl Kernels {
         let mut launch = stream.launch_builder(&kernel);
         launch.arg(accumulator).arg(gradient).arg(&count).arg(&scale).arg(&add);
         launch.arg(&mut *block_squares).arg(&mut *block_non_finite);
-        // SAFETY: the arguments are those of the kernel, both runs have `elements` elements, the measures one for each of
-        // their blocks, and a thread block has the 256 threads that the kernel is written for.
+        // SAFETY: the arguments are those of the kernel, both runs have `elements` elements, the measures one
+        // for each of their blocks, and a thread block has the 256 threads that the kernel is written for.
         unsafe { launch.launch(self.launch_for(blocks, 256)) }
             .doing("launching the accumulation of a gradient")?;
 
@@ -116,8 +116,8 @@ impl Kernels {
             .arg(&block_count)
             .arg(squared_norm)
             .arg(non_finite);
-        // SAFETY: the arguments are those of the kernel, the measures are those of `block_count` blocks, and the one thread
-        // block has the 256 threads that the kernel is written for.
+        // SAFETY: the arguments are those of the kernel, the measures are those of `block_count` blocks, and
+        // the one thread block has the 256 threads that the kernel is written for.
         unsafe { launch.launch(one) }.doing("launching the sum of a gradient's blocks")?;
         Ok(())
     }

@@ -1,13 +1,15 @@
-//! How many thread blocks a launch has, and how much memory an operation takes beside its results. Kernels take turn after turn
-//! where there is more work than blocks, and operations make piece after piece of what is larger than that memory.
+//! How many thread blocks a launch has, and how much memory an operation takes beside its results. Kernels
+//! take turn after turn where there is more work than blocks, and operations make piece after piece of what
+//! is larger than that memory.
 
 use std::cell::Cell;
 
-/// Elements that an operation has beside its results at once: probabilities of an attention, logits of a head. 64 MiB in f32.
+/// Elements that an operation has beside its results at once: probabilities of an attention, logits of a
+/// head. 64 MiB in f32.
 const SCRATCH_ELEMENTS: usize = 16 * 1024 * 1024;
 
-/// Limits of a thread, for tests: they show what happens on inputs larger than a grid or than scratch memory on inputs that are
-/// much smaller.
+/// Limits of a thread, for tests: they show what happens on inputs larger than a grid or than scratch memory
+/// on inputs that are much smaller.
 #[derive(Clone, Copy, Debug)]
 pub struct Limits {
     /// Thread blocks that a launch has at most.

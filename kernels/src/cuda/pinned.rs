@@ -1,5 +1,5 @@
-//! A little page-locked memory of the host. A copy from or to any other memory goes by way of the driver's own, and nothing runs
-//! beside it.
+//! A little page-locked memory of the host. A copy from or to any other memory goes by way of the driver's
+//! own, and nothing runs beside it.
 
 use std::ffi::c_void;
 use std::ptr::NonNull;
@@ -62,7 +62,8 @@ impl<T: DeviceRepr + ValidAsZeroBits> Pinned<T> {
     /// Copies from the device and waits for what `stream` has to do until then.
     ///
     /// # Errors
-    /// [`CudaError::Run`] for more elements than there is memory for; [`CudaError::Driver`], also of earlier work.
+    /// [`CudaError::Run`] for more elements than there is memory for; [`CudaError::Driver`], also of earlier
+    /// work.
     pub fn fetch(&mut self, stream: &Arc<CudaStream>, from: &CudaView<'_, T>) -> Result<&[T], CudaError> {
         let doing = "copying results to the host";
         self.wait()?;
@@ -76,7 +77,8 @@ impl<T: DeviceRepr + ValidAsZeroBits> Pinned<T> {
         Ok(to)
     }
 
-    /// Copies to the device, behind what `stream` has to do until then. Waits only for an earlier copy from here.
+    /// Copies to the device, behind what `stream` has to do until then. Waits only for an earlier copy from
+    /// here.
     ///
     /// # Errors
     /// [`CudaError::Run`] for other lengths than that of `to`; [`CudaError::Driver`].
@@ -96,8 +98,8 @@ impl<T: DeviceRepr + ValidAsZeroBits> Pinned<T> {
         let from = self.first(values.len())?;
         from.copy_from_slice(values);
         let (to, _written) = to.device_ptr_mut(stream);
-        // SAFETY: `to` has as many elements and its memory is freed behind this on `stream`; the host's memory does not change
-        // before `sent`, which every other use waits for.
+        // SAFETY: `to` has as many elements and its memory is freed behind this on `stream`; the host's
+        // memory does not change before `sent`, which every other use waits for.
         unsafe { result::memcpy_htod_async(to, from, stream.cu_stream()) }.doing(doing)?;
         let recorded = event.record(stream);
         if recorded.is_err() {
@@ -114,7 +116,8 @@ impl<T: DeviceRepr + ValidAsZeroBits> Pinned<T> {
             let name = "page-locked memory";
             return Err(crate::Error::Length { name, found: self.elements, expected: elements }.into());
         }
-        // SAFETY: the memory has `elements` elements, is set, and is borrowed with `self`; no copy is under way.
+        // SAFETY: the memory has `elements` elements, is set, and is borrowed with `self`; no copy is under
+        // way.
         Ok(unsafe { std::slice::from_raw_parts_mut(self.base.as_ptr(), elements) })
     }
 }

@@ -13,9 +13,9 @@ use super::vector::{chunk_elements, sigmoid, vectorized};
 
 /// `x·Φ(x)` in the form with tanh: `x/2·(1 + tanh u)`, `u = √(2/π)·(x + 0.044715·x³)`.
 ///
-/// Any shape. The formula is that of Hendrycks and Gimpel, *Gaussian Error Linear Units* (arXiv 1606.08415), as in
-/// GPT-2 and [`Tensor::gelu`]. It is computed as `x·s` with `s = sigmoid(2u)`, which is the same, and loses no digits
-/// for negative `x`. Backward: `dx = dy·(s + x·s·(1 − s)·2u')`.
+/// Any shape. The formula is that of Hendrycks and Gimpel, *Gaussian Error Linear Units* (arXiv 1606.08415),
+/// as in GPT-2 and [`Tensor::gelu`]. It is computed as `x·s` with `s = sigmoid(2u)`, which is the same, and
+/// loses no digits for negative `x`. Backward: `dx = dy·(s + x·s·(1 − s)·2u')`.
 ///
 /// # Errors
 /// [`OpError::DType`](super::OpError::DType) for a dtype that the device does not compute in.

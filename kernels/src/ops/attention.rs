@@ -15,20 +15,22 @@ use super::softmax::{Rows, softmax_rows, softmax_rows_backward};
 
 /// `softmax(q·kᵀ/√D, causal)·v` for every head: `qkv` `[B, T, 3·C]` → `[B, T, C]`.
 ///
-/// The last dimension of `qkv` holds `q`, `k` and `v` of `C` elements each; head `h` takes columns `h·D..(h+1)·D` of
-/// each, `D = C/heads`. The heads' results lie in the same order in the output.
+/// The last dimension of `qkv` holds `q`, `k` and `v` of `C` elements each; head `h` takes columns
+/// `h·D..(h+1)·D` of each, `D = C/heads`. The heads' results lie in the same order in the output.
 ///
-/// Only a block of rows of one head's probabilities exists at a time, and none is kept: the backward recomputes
-/// them, an idea of FlashAttention (Dao et al., arXiv 2205.14135). With `p` the probabilities, `s` the scores and
-/// `o` the result: `dv = pᵀ·do`, `dp = do·vᵀ`, `ds = p·(dp − Σ dp·p)/√D`, `dq = ds·k`, `dk = dsᵀ·q`.
+/// Only a block of rows of one head's probabilities exists at a time, and none is kept: the backward
+/// recomputes them, an idea of FlashAttention (Dao et al., arXiv 2205.14135). With `p` the probabilities, `s`
+/// the scores and `o` the result: `dv = pᵀ·do`, `dp = do·vᵀ`, `ds = p·(dp − Σ dp·p)/√D`, `dq = ds·k`,
+/// `dk = dsᵀ·q`.
 ///
-/// With a `window` a position sees itself and the `window − 1` before it, as in Mistral 7B (Jiang et al., arXiv 2310.06825). On
-/// the CPU the work then grows with `T·window`: what no row of a block sees is not computed.
+/// With a `window` a position sees itself and the `window − 1` before it, as in Mistral 7B (Jiang et al.,
+/// arXiv 2310.06825). On the CPU the work then grows with `T·window`: what no row of a block sees is not
+/// computed.
 ///
 /// # Errors
 /// [`OpError::DType`](super::OpError::DType) for a dtype that the device does not compute in;
-/// [`OpError::Shapes`](super::OpError::Shapes) unless `qkv` has three dimensions and the last one is a multiple of
-/// `3·heads`; [`OpError::EmptyWindow`](super::OpError::EmptyWindow) for a window of 0.
+/// [`OpError::Shapes`](super::OpError::Shapes) unless `qkv` has three dimensions and the last one is a
+/// multiple of `3·heads`; [`OpError::EmptyWindow`](super::OpError::EmptyWindow) for a window of 0.
 pub fn causal_attention(qkv: &Tensor, heads: usize, window: Option<usize>) -> Result<Tensor> {
     OpError::check_window(NAME, window)?;
     match *qkv.dims() {
@@ -39,10 +41,11 @@ pub fn causal_attention(qkv: &Tensor, heads: usize, window: Option<usize>) -> Re
     }
 }
 
-/// [`causal_attention`] where several query heads share a key and value head (Ainslie et al., arXiv 2305.13245).
+/// [`causal_attention`] where several query heads share a key and value head (Ainslie et al., arXiv
+/// 2305.13245).
 ///
-/// `query` `[B, T, heads·D]`, `key` and `value` `[B, T, key_value_heads·D]` → `[B, T, heads·D]`; query head `h` takes key and
-/// value head `h·key_value_heads/heads`.
+/// `query` `[B, T, heads·D]`, `key` and `value` `[B, T, key_value_heads·D]` → `[B, T, heads·D]`; query head
+/// `h` takes key and value head `h·key_value_heads/heads`.
 ///
 /// # Errors
 /// As [`causal_attention`]; shapes must be as above, and `heads` a multiple of `key_value_heads`.
@@ -73,7 +76,8 @@ pub fn grouped_causal_attention(
 
 pub(super) const NAME: &str = "causal_attention";
 
-/// Query rows whose probabilities exist together. Fewer skip more of the masked half; more make larger products.
+/// Query rows whose probabilities exist together. Fewer skip more of the masked half; more make larger
+/// products.
 const BLOCK_ROWS: usize = 64;
 
 struct CausalAttention {
@@ -292,7 +296,8 @@ impl Sizes {
         self.window.map_or(0, |window| (position + 1).saturating_sub(window))
     }
 
-    /// A matrix for each block of `head_width` columns, sequence by sequence; a position holds `row_width` elements.
+    /// A matrix for each block of `head_width` columns, sequence by sequence; a position holds `row_width`
+    /// elements.
     fn column_blocks<'a>(&self, elements: &'a mut [f32], row_width: usize) -> Vec<MatrixMut<'a>> {
         let sequence_elements = (self.positions * row_width).max(1);
         let sequences = elements.chunks_mut(sequence_elements);
@@ -301,7 +306,8 @@ impl Sizes {
             .collect()
     }
 
-    /// The columns of head `index`, counted over all sequences, of a `[B, T, row_width]` tensor, from `first_column`.
+    /// The columns of head `index`, counted over all sequences, of a `[B, T, row_width]` tensor, from
+    /// `first_column`.
     fn head_columns<'a>(
         &self,
         elements: &'a [f32],

@@ -16,16 +16,17 @@ use super::output::{cpu_tensor, in_chunks, rounded_like, storage};
 use super::recompute::{backward_follows, hand_over};
 use super::vector::{chunk_elements, exp, maximum, share, sum_by, vectorized};
 
-/// `mean(log Σ e^logits − logits[target])` over the rows: `logits` `[N, V]`, `targets` `[N]` of `u32`, a scalar.
+/// `mean(log Σ e^logits − logits[target])` over the rows: `logits` `[N, V]`, `targets` `[N]` of `u32`, a
+/// scalar.
 ///
-/// Arguments as [`candle_nn::loss::cross_entropy`]. Rows are summed in `f32`, their losses in `f64` in the order of the
-/// rows. Backward: `d logits = dy·(softmax(logits) − one_hot(targets))/N`, made in one pass in its own memory.
+/// Arguments as [`candle_nn::loss::cross_entropy`]. Rows are summed in `f32`, their losses in `f64` in the
+/// order of the rows. Backward: `d logits = dy·(softmax(logits) − one_hot(targets))/N`, made in one pass in
+/// its own memory.
 ///
 /// # Errors
-/// [`OpError::DType`](super::OpError::DType) for logits in a dtype that the device does not compute in, or targets that are
-/// not `u32`;
-/// [`OpError::Shapes`](super::OpError::Shapes) unless the shapes are as above with `N > 0`;
-/// [`OpError::TargetOutOfRange`](super::OpError::TargetOutOfRange) for a target of `V` or more.
+/// [`OpError::DType`](super::OpError::DType) for logits in a dtype that the device does not compute in, or
+/// targets that are not `u32`; [`OpError::Shapes`](super::OpError::Shapes) unless the shapes are as above
+/// with `N > 0`; [`OpError::TargetOutOfRange`](super::OpError::TargetOutOfRange) for a target of `V` or more.
 pub fn cross_entropy(logits: &Tensor, targets: &Tensor) -> Result<Tensor> {
     let rows = targets.elem_count();
     if logits.rank() != 2 || targets.dims() != [logits.dims()[0]] || rows == 0 {
@@ -38,12 +39,12 @@ pub fn cross_entropy(logits: &Tensor, targets: &Tensor) -> Result<Tensor> {
 
 /// [`cross_entropy`] of the logits `hidden·weightᵀ`, of which only a part exists at a time.
 ///
-/// `hidden` `[N, C]`, `weight` `[V, C]`, `targets` `[N]` of `u32`, result a scalar. On the CPU the part is those of 256 rows, on a
-/// CUDA device 16 Mi logits of all rows, whose sums run over the parts as in Milakov and Gimelshein,
-/// *Online normalizer calculation for softmax* (arXiv 1805.02867). With `d` the gradient of a part of the logits,
-/// `d·weight` is added to `d hidden` and `dᵀ·hidden` to `d weight`. The backward makes the logits again for that; on the CPU, the
-/// forward within [`before_backward`](super::before_backward) makes the gradients while it has them. Gradients of
-/// inputs that are not tracked are not computed.
+/// `hidden` `[N, C]`, `weight` `[V, C]`, `targets` `[N]` of `u32`, result a scalar. On the CPU the part is
+/// those of 256 rows, on a CUDA device 16 Mi logits of all rows, whose sums run over the parts as in Milakov
+/// and Gimelshein, *Online normalizer calculation for softmax* (arXiv 1805.02867). With `d` the gradient of a
+/// part of the logits, `d·weight` is added to `d hidden` and `dᵀ·hidden` to `d weight`. The backward makes
+/// the logits again for that; on the CPU, the forward within [`before_backward`](super::before_backward)
+/// makes the gradients while it has them. Gradients of inputs that are not tracked are not computed.
 ///
 /// In f16 the gradient of a logit, at most `dy/N`, soon is too small for its type: scale the loss.
 ///
@@ -307,8 +308,9 @@ impl Head<'_> {
         self.weight.row_count()
     }
 
-    /// By what gradients of logits are multiplied before their products, and by what these are after: `upstream` over the rows in all. In 16
-    /// bits it comes after, because what a row of many adds to a mean may be too small for the type.
+    /// By what gradients of logits are multiplied before their products, and by what these are after:
+    /// `upstream` over the rows in all. In 16 bits it comes after, because what a row of many adds to a mean
+    /// may be too small for the type.
     fn scales(&self, upstream: f32) -> (f32, f32) {
         let scale = upstream / self.targets.len() as f32;
         match self.hidden.elements() {

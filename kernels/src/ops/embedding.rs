@@ -12,15 +12,16 @@ use super::input::{Elements, Input, elements};
 use super::output::{cpu_tensor, storage};
 use super::recompute::hand_over;
 
-/// Row `tokens[..]` of `weight` for every token: `weight` `[V, C]`, `tokens` of any shape and of `u32`, result `[.., C]`.
+/// Row `tokens[..]` of `weight` for every token: `weight` `[V, C]`, `tokens` of any shape and of `u32`,
+/// result `[.., C]`.
 ///
-/// As [`Tensor::index_select`] with the gradient of a row summed in `f32` in the order of the tokens, and not read back and
-/// written for each of them.
+/// As [`Tensor::index_select`] with the gradient of a row summed in `f32` in the order of the tokens, and not
+/// read back and written for each of them.
 ///
 /// # Errors
-/// [`OpError::DType`](super::OpError::DType) for a weight in a dtype that the device does not compute in, or tokens that are not
-/// `u32`; [`OpError::Shapes`](super::OpError::Shapes) unless the weight has two dimensions;
-/// [`OpError::TokenOutOfRange`](super::OpError::TokenOutOfRange) for a token of `V` or more.
+/// [`OpError::DType`](super::OpError::DType) for a weight in a dtype that the device does not compute in, or
+/// tokens that are not `u32`; [`OpError::Shapes`](super::OpError::Shapes) unless the weight has two
+/// dimensions; [`OpError::TokenOutOfRange`](super::OpError::TokenOutOfRange) for a token of `V` or more.
 pub fn embedding(weight: &Tensor, tokens: &Tensor) -> Result<Tensor> {
     if weight.rank() != 2 {
         return Err(shapes_error(NAME, "expected [V, C], [..]", &[weight.shape(), tokens.shape()]));
@@ -28,8 +29,8 @@ pub fn embedding(weight: &Tensor, tokens: &Tensor) -> Result<Tensor> {
     weight.contiguous()?.apply_op2(&tokens.contiguous()?, Embedding)
 }
 
-/// Tokens on a device, as [`Tensor::to_device`]: from the host to a CUDA device by way of page-locked memory, so that the copy does
-/// not hold up what comes after it.
+/// Tokens on a device, as [`Tensor::to_device`]: from the host to a CUDA device by way of page-locked memory,
+/// so that the copy does not hold up what comes after it.
 ///
 /// # Errors
 /// What candle and the driver say.

@@ -60,8 +60,8 @@ pub enum OpError {
     },
     /// A token names no row of the table.
     #[error(
-        "{op}: token {token} at position {position} is out of range for a vocabulary of {vocabulary_size}: check the \
-         tokenizer against the model's vocabulary size"
+        "{op}: token {token} at position {position} is out of range for a vocabulary of {vocabulary_size}: \
+         check the tokenizer against the model's vocabulary size"
     )]
     TokenOutOfRange {
         /// The operation that refused.

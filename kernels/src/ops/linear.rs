@@ -16,13 +16,14 @@ use super::vector::vectorized;
 
 /// `xs·weightᵀ + bias`: `xs` `[.., in]`, `weight` `[out, in]`, `bias` `[out]`, result `[.., out]`.
 ///
-/// Backward, with the leading dimensions taken together as rows: `d xs = dy·weight`, `d weight = dyᵀ·xs` (contiguous
-/// in `[out, in]`, so that an optimizer reads it as it lies), `d bias = Σ dy` over the rows. Gradients of inputs that
-/// are not tracked, such as a frozen weight or the first layer's input, are not computed.
+/// Backward, with the leading dimensions taken together as rows: `d xs = dy·weight`, `d weight = dyᵀ·xs`
+/// (contiguous in `[out, in]`, so that an optimizer reads it as it lies), `d bias = Σ dy` over the rows.
+/// Gradients of inputs that are not tracked, such as a frozen weight or the first layer's input, are not
+/// computed.
 ///
 /// # Errors
-/// [`OpError::DType`](super::OpError::DType) for a dtype that the device does not compute in, or more than one;
-/// [`OpError::Shapes`](super::OpError::Shapes) unless the shapes are as above.
+/// [`OpError::DType`](super::OpError::DType) for a dtype that the device does not compute in, or more than
+/// one; [`OpError::Shapes`](super::OpError::Shapes) unless the shapes are as above.
 pub fn linear(xs: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
     check(xs, weight, bias)?;
     let (xs, weight) = (xs.contiguous()?, weight.contiguous()?);
@@ -201,7 +202,8 @@ fn column_sums(grad: Elements<'_>, width: usize) -> CpuStorage {
 }
 
 vectorized! {
-    /// Adds up the columns of one stripe: blocks of rows in order, which keeps the rounding error of long sums small.
+    /// Adds up the columns of one stripe: blocks of rows in order, which keeps the rounding error of long
+    /// sums small.
     fn sum_stripe(totals: &mut [f32], grad: &[f32], first_column: usize, width: usize) {
         for block in grad.chunks(BLOCK_ROWS * width) {
             let mut sums = [0f32; STRIPE_COLUMNS];

@@ -14,19 +14,20 @@ use super::vector::{chunk_elements, share, vectorized};
 
 const NAME: &str = "linear_log_sums";
 
-/// Log-sums and target logits of the logits `hidden·weightᵀ` of a part of the vocabulary, of which only those of some
-/// rows exist at a time.
+/// Log-sums and target logits of the logits `hidden·weightᵀ` of a part of the vocabulary, of which only those
+/// of some rows exist at a time.
 ///
-/// `hidden` `[N, C]`, `weight` `[V, C]`, `targets` `[N]` of `u32`, result `[2, N]` in `f32`: `log Σ e^logits`, and the target's
-/// logit, zero for a target of `V` or more, which is in another part. With `s` the log-sums of the parts and `t` their target
-/// logits, the cross-entropy of a row is `log Σ e^s − Σ t`. Backward: `d logits = ds·e^(logits − s) + dt·one_hot(targets)`, made
-/// of recomputed logits.
+/// `hidden` `[N, C]`, `weight` `[V, C]`, `targets` `[N]` of `u32`, result `[2, N]` in `f32`:
+/// `log Σ e^logits`, and the target's logit, zero for a target of `V` or more, which is in another part. With
+/// `s` the log-sums of the parts and `t` their target logits, the cross-entropy of a row is
+/// `log Σ e^s − Σ t`. Backward: `d logits = ds·e^(logits − s) + dt·one_hot(targets)`, made of recomputed
+/// logits.
 ///
 /// On a CUDA device it is composed of candle's operations, and the logits exist as a whole.
 ///
 /// # Errors
-/// [`OpError::DType`](super::OpError::DType) for a dtype that the device does not compute in, or targets that are not `u32`;
-/// [`OpError::Shapes`](super::OpError::Shapes) unless the shapes are as above with `N > 0`.
+/// [`OpError::DType`](super::OpError::DType) for a dtype that the device does not compute in, or targets that
+/// are not `u32`; [`OpError::Shapes`](super::OpError::Shapes) unless the shapes are as above with `N > 0`.
 pub fn linear_log_sums(hidden: &Tensor, weight: &Tensor, targets: &Tensor) -> Result<Tensor> {
     let fits = match (hidden.dims(), weight.dims(), targets.dims()) {
         ([rows, width], [vocabulary_size, weight_width], [targets]) => {

@@ -17,12 +17,13 @@ use super::vector::{chunk_elements, sum_by, sum_by2, sum_by3, vectorized};
 /// `(x − mean)/√(variance + eps)·weight + bias` over the last dimension (Ba et al., arXiv 1607.06450).
 ///
 /// `xs` `[.., C]`, `weight` and `bias` `[C]`; the result has the shape of `xs`. Arguments as
-/// [`candle_nn::ops::layer_norm`]. With `x̂` the normalised row, `r` its `1/√(variance + eps)` and `g = dy·weight`, the
-/// backward is `dx = r·(g − mean(g) − x̂·mean(g·x̂))`, `d weight = Σ dy·x̂`, `d bias = Σ dy` over the rows.
+/// [`candle_nn::ops::layer_norm`]. With `x̂` the normalised row, `r` its `1/√(variance + eps)` and
+/// `g = dy·weight`, the backward is `dx = r·(g − mean(g) − x̂·mean(g·x̂))`, `d weight = Σ dy·x̂`,
+/// `d bias = Σ dy` over the rows.
 ///
 /// # Errors
-/// [`OpError::DType`](super::OpError::DType) for a dtype that the device does not compute in, or more than one;
-/// [`OpError::Shapes`](super::OpError::Shapes) unless the shapes are as above.
+/// [`OpError::DType`](super::OpError::DType) for a dtype that the device does not compute in, or more than
+/// one; [`OpError::Shapes`](super::OpError::Shapes) unless the shapes are as above.
 pub fn layer_norm(xs: &Tensor, weight: &Tensor, bias: &Tensor, eps: f32) -> Result<Tensor> {
     let width = last_dimension(xs);
     if weight.dims() != [width] || bias.dims() != [width] || width == 0 {
@@ -34,12 +35,12 @@ pub fn layer_norm(xs: &Tensor, weight: &Tensor, bias: &Tensor, eps: f32) -> Resu
 
 /// `x/√(mean(x²) + eps)·weight` over the last dimension (Zhang and Sennrich, arXiv 1910.07467).
 ///
-/// `xs` `[.., C]`, `weight` `[C]`; the result has the shape of `xs`. Arguments as [`candle_nn::ops::rms_norm`]. The
-/// backward is that of [`layer_norm`] without the means of `x` and `g`.
+/// `xs` `[.., C]`, `weight` `[C]`; the result has the shape of `xs`. Arguments as
+/// [`candle_nn::ops::rms_norm`]. The backward is that of [`layer_norm`] without the means of `x` and `g`.
 ///
 /// # Errors
-/// [`OpError::DType`](super::OpError::DType) for a dtype that the device does not compute in, or more than one;
-/// [`OpError::Shapes`](super::OpError::Shapes) unless the shapes are as above.
+/// [`OpError::DType`](super::OpError::DType) for a dtype that the device does not compute in, or more than
+/// one; [`OpError::Shapes`](super::OpError::Shapes) unless the shapes are as above.
 pub fn rms_norm(xs: &Tensor, weight: &Tensor, eps: f32) -> Result<Tensor> {
     let width = last_dimension(xs);
     if weight.dims() != [width] || width == 0 {
@@ -177,8 +178,8 @@ impl CustomOp2 for RmsNorm {
     }
 }
 
-/// Rows of one task of the backward, whose contributions to a weight's gradient are summed before they join the total: it keeps the rounding
-/// error of long sums small, and does not depend on the number of threads.
+/// Rows of one task of the backward, whose contributions to a weight's gradient are summed before they join
+/// the total: it keeps the rounding error of long sums small, and does not depend on the number of threads.
 const BLOCK_ROWS: usize = 32;
 
 /// The result for rows of `width` elements; `kernel` makes some of them.
@@ -186,8 +187,9 @@ fn forward(xs: Elements<'_>, width: usize, kernel: impl Fn(&mut [f32], &[f32]) +
     in_chunks(xs, xs.len(), chunk_elements(width), |range, out| kernel(out, &xs.wide(range)))
 }
 
-/// The gradients of the input, and of the weight and what else is one element a column. `kernel(dx, sums, x, dy, weight)` makes `dx` of some
-/// rows, and adds their contributions to the sums, in one pass over memory.
+/// The gradients of the input, and of the weight and what else is one element a column.
+/// `kernel(dx, sums, x, dy, weight)` makes `dx` of some rows, and adds their contributions to the sums, in
+/// one pass over memory.
 fn backward<const SUMS: usize>(
     op: &'static str,
     xs: &Tensor,

@@ -13,8 +13,8 @@ use crate::Element;
 use crate::convert::narrow_chunk;
 use crate::simd::Path;
 
-/// `elements` elements of the type of `like`, of which a task makes each `chunk`: `make` is given their range, and zeros in f32 to write what
-/// they are.
+/// `elements` elements of the type of `like`, of which a task makes each `chunk`: `make` is given their
+/// range, and zeros in f32 to write what they are.
 pub(super) fn in_chunks(
     like: Elements<'_>,
     elements: usize,
@@ -41,8 +41,8 @@ pub(super) fn in_chunks_beside<const RESULTS: usize, B: Send>(
     }
 }
 
-/// Elements of which each task writes those of a chunk, which are zeros before: zeros in the cache cost little, while a pass over all of them, by one
-/// thread, would cost as much as the result.
+/// Elements of which each task writes those of a chunk, which are zeros before: zeros in the cache cost
+/// little, while a pass over all of them, by one thread, would cost as much as the result.
 fn written<E: Element, const RESULTS: usize, B: Send>(
     elements: usize,
     chunk: usize,

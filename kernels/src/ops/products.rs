@@ -8,8 +8,8 @@ pub enum Products {
     /// Products of f32.
     #[default]
     F32,
-    /// Both factors are rounded to bf16, which have 8 of 24 bits of mantissa, and their products summed in f32, by the matrix tiles of the
-    /// processor. All else stays f32.
+    /// Both factors are rounded to bf16, which have 8 of 24 bits of mantissa, and their products summed in
+    /// f32, by the matrix tiles of the processor. All else stays f32.
     Bf16,
 }
 
@@ -30,8 +30,8 @@ thread_local! {
     static PRODUCTS: Cell<Products> = const { Cell::new(Products::F32) };
 }
 
-/// Runs `run` with linear layers and losses of a linear layer that make such products, where they are [native](Products::is_native), and their
-/// backwards. Attention, whose products are small, stays with f32.
+/// Runs `run` with linear layers and losses of a linear layer that make such products, where they are
+/// [native](Products::is_native), and their backwards. Attention, whose products are small, stays with f32.
 pub fn with_products<T>(products: Products, run: impl FnOnce() -> T) -> T {
     /// Puts back what was before, also where `run` panics.
     struct Before(Products);

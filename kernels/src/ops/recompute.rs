@@ -1,12 +1,14 @@
 //! What can be spared where the gradients of a loss, or of a part of a model, are made.
 //!
-//! Candle makes the gradient of a variable in two more passes than it needs: as zeros, and as the sum of those and what an
-//! operation computed. Within [`backward`] and [`recompute`] the operations hand the gradients of variables over instead.
+//! Candle makes the gradient of a variable in two more passes than it needs: as zeros, and as the sum of
+//! those and what an operation computed. Within [`backward`] and [`recompute`] the operations hand the
+//! gradients of variables over instead.
 //!
-//! Checkpointing (Chen et al., "Training deep nets with sublinear memory cost", arXiv 1604.06174) runs a part of a model a
-//! second time before its backward. The part's value is known by then: within [`recompute`] its last layer, if that
-//! is a [`closing_linear`], is not computed. Of the products of a transformer block that is a third of the forward's. Where
-//! the graph of a part is kept instead, [`keep`] leaves the value of that layer out of it.
+//! Checkpointing (Chen et al., "Training deep nets with sublinear memory cost", arXiv 1604.06174) runs a part
+//! of a model a second time before its backward. The part's value is known by then: within [`recompute`] its
+//! last layer, if that is a [`closing_linear`], is not computed. Of the products of a transformer block that
+//! is a third of the forward's. Where the graph of a part is kept instead, [`keep`] leaves the value of that
+//! layer out of it.
 
 #[cfg(feature = "cuda")]
 use candle_core::CudaStorage;
@@ -48,8 +50,8 @@ pub fn backward(loss: &Tensor) -> Result<GradStore> {
     collecting(|| loss.backward())
 }
 
-/// Runs a part of a model whose value is known, and its backward. Where the value is that of a [`closing_linear`], it is not
-/// computed again, and using it is an error.
+/// Runs a part of a model whose value is known, and its backward. Where the value is that of a
+/// [`closing_linear`], it is not computed again, and using it is an error.
 ///
 /// # Errors
 /// What `run` says.
@@ -57,9 +59,9 @@ pub fn recompute(run: impl FnOnce() -> Result<GradStore>) -> Result<GradStore> {
     collecting(|| with_closing(Closing::Spared, run).0)
 }
 
-/// Runs a part of a model whose graph is kept for its backward, and answers the end of that graph and its value. Where the value
-/// is that of a [`closing_linear`], the graph does not hold it, and using it within the part is an error. Gradients have the bits
-/// of [`recompute`], so none are made at once.
+/// Runs a part of a model whose graph is kept for its backward, and answers the end of that graph and its
+/// value. Where the value is that of a [`closing_linear`], the graph does not hold it, and using it within
+/// the part is an error. Gradients have the bits of [`recompute`], so none are made at once.
 ///
 /// # Errors
 /// What `run` says.
@@ -125,8 +127,8 @@ fn collecting(run: impl FnOnce() -> Result<GradStore>) -> Result<GradStore> {
     Ok(gradients)
 }
 
-/// Runs the forward of a loss whose backward follows: operations may make gradients at once where what they need for them is
-/// large and at hand.
+/// Runs the forward of a loss whose backward follows: operations may make gradients at once where what they
+/// need for them is large and at hand.
 ///
 /// # Errors
 /// What `run` says.
@@ -167,13 +169,14 @@ pub(super) fn hand_over(tensor: &Tensor, gradient: Option<Tensor>) -> Result<Opt
     })
 }
 
-/// `residual + linear(xs, weight, bias)` as the last operation of a part of a model: within [`recompute`] and [`keep`] it has no
-/// value in the graph.
+/// `residual + linear(xs, weight, bias)` as the last operation of a part of a model: within [`recompute`] and
+/// [`keep`] it has no value in the graph.
 ///
 /// `residual` `[.., out]`; the others as in [`linear`].
 ///
 /// # Errors
-/// As [`linear`], and [`OpError::Shapes`](super::OpError::Shapes) for a residual of another shape than the result.
+/// As [`linear`], and [`OpError::Shapes`](super::OpError::Shapes) for a residual of another shape than the
+/// result.
 pub fn closing_linear(
     residual: &Tensor,
     xs: &Tensor,

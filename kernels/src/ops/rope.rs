@@ -11,15 +11,16 @@ use super::input::{Elements, Input};
 use super::output::{cpu_tensor, in_chunks};
 use super::vector::{chunk_elements, vectorized};
 
-/// Rotates the pairs (element `i`, element `i + D/2`) of each head by an angle of its position (Su et al., arXiv
-/// 2104.09864, in the layout of Llama checkpoints).
+/// Rotates the pairs (element `i`, element `i + D/2`) of each head by an angle of its position (Su et al.,
+/// arXiv 2104.09864, in the layout of Llama checkpoints).
 ///
-/// `xs` `[B, H, T, D]`; `cos` and `sin` `[T', D/2]` or `[B, T', D/2]` with `T' ≥ T`, constants whose first `T` rows are
-/// used; result like `xs`. Arguments as [`candle_nn::rotary_emb::rope`]. The backward rotates by the opposite angle.
+/// `xs` `[B, H, T, D]`; `cos` and `sin` `[T', D/2]` or `[B, T', D/2]` with `T' ≥ T`, constants whose first
+/// `T` rows are used; result like `xs`. Arguments as [`candle_nn::rotary_emb::rope`]. The backward rotates by
+/// the opposite angle.
 ///
 /// # Errors
-/// [`OpError::DType`](super::OpError::DType) for a dtype that the device does not compute in, or more than one;
-/// [`OpError::Shapes`](super::OpError::Shapes) unless the shapes are as above;
+/// [`OpError::DType`](super::OpError::DType) for a dtype that the device does not compute in, or more than
+/// one; [`OpError::Shapes`](super::OpError::Shapes) unless the shapes are as above;
 /// [`OpError::TrackedConstant`](super::OpError::TrackedConstant) if `cos` or `sin` is tracked for gradients.
 pub fn rope(xs: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<Tensor> {
     rotate_checked(xs, cos, sin, Rope { name: "rope", interleaved: false, by_position: false })
@@ -33,7 +34,8 @@ pub fn rope_i(xs: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<Tensor> {
     rotate_checked(xs, cos, sin, Rope { name: "rope_i", interleaved: true, by_position: false })
 }
 
-/// [`rope`] on heads that lie side by side at each position: `xs` `[B, T, heads·D]`, as a projection gives them.
+/// [`rope`] on heads that lie side by side at each position: `xs` `[B, T, heads·D]`, as a projection gives
+/// them.
 ///
 /// # Errors
 /// As [`rope`].

@@ -28,16 +28,16 @@ pub fn softmax_last_dim(xs: &Tensor) -> Result<Tensor> {
     xs.contiguous()?.apply_op1(Softmax { name: "softmax_last_dim", shape, scale: 1.0 })
 }
 
-/// `softmax(scale·scores)` where row `i` sees the columns `j ≤ i + (S − T)` and the others become 0; with a window only the
-/// last `window` of them, `j > i + (S − T) − window`.
+/// `softmax(scale·scores)` where row `i` sees the columns `j ≤ i + (S − T)` and the others become 0; with a
+/// window only the last `window` of them, `j > i + (S − T) − window`.
 ///
-/// `scores` `[.., T, S]` with `S ≥ T`: the last `T` of `S` positions are the queries, as with a key-value cache. Masked
-/// scores are not read. Backward: `d scores = scale·y·(dy − Σ dy·y)`.
+/// `scores` `[.., T, S]` with `S ≥ T`: the last `T` of `S` positions are the queries, as with a key-value
+/// cache. Masked scores are not read. Backward: `d scores = scale·y·(dy − Σ dy·y)`.
 ///
 /// # Errors
 /// [`OpError::DType`](super::OpError::DType) for a dtype that the device does not compute in;
-/// [`OpError::Shapes`](super::OpError::Shapes) unless `S ≥ T`; [`OpError::EmptyWindow`](super::OpError::EmptyWindow) for a
-/// window of 0.
+/// [`OpError::Shapes`](super::OpError::Shapes) unless `S ≥ T`;
+/// [`OpError::EmptyWindow`](super::OpError::EmptyWindow) for a window of 0.
 pub fn causal_softmax(scores: &Tensor, scale: f32, window: Option<usize>) -> Result<Tensor> {
     const NAME: &str = "causal_softmax";
     OpError::check_window(NAME, window)?;

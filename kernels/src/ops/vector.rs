@@ -4,10 +4,12 @@
 //! The loops are plain Rust, compiled several times for different instruction sets; no contraction to fused
 //! multiply-add happens, so every path gives the same bits.
 
-/// Partial sums that a reduction keeps: enough for four 8-wide registers' latency to hide, the same on every CPU.
+/// Partial sums that a reduction keeps: enough for four 8-wide registers' latency to hide, the same on every
+/// CPU.
 const LANES: usize = 32;
 
-/// Elements that one task of a threaded loop handles: large against the cost of a task, small against a cache.
+/// Elements that one task of a threaded loop handles: large against the cost of a task, small against a
+/// cache.
 const CHUNK_ELEMENTS: usize = 16 * 1024;
 
 /// The elements of one task's whole rows, at least one row; at least 1, so that it can divide a slice.
@@ -16,10 +18,13 @@ pub(super) fn chunk_elements(row_elements: usize) -> usize {
     (rows * row_elements).max(1)
 }
 
-/// Defines functions whose body is compiled for AVX-512, AVX2 and the baseline of the target; a call takes the best
-/// one that the CPU has.
+/// Defines functions whose body is compiled for AVX-512, AVX2 and the baseline of the target; a call takes
+/// the best one that the CPU has.
 macro_rules! vectorized {
-    ($($(#[$attribute:meta])* $visibility:vis fn $name:ident($($argument:ident: $kind:ty),* $(,)?) $body:block)*) => {$(
+    ($(
+        $(#[$attribute:meta])*
+        $visibility:vis fn $name:ident($($argument:ident: $kind:ty),* $(,)?) $body:block
+    )*) => {$(
         $(#[$attribute])*
         $visibility fn $name($($argument: $kind),*) {
             #[inline(always)]
@@ -101,7 +106,8 @@ pub(super) fn sum_by3(xs: &[f32], ys: &[f32], zs: &[f32], term: impl Fn(f32, f32
     combine(sums, |a, b| a + b)
 }
 
-/// The largest element, −∞ for none. A NaN may or may not be seen: the sum of exponentials that follows carries it.
+/// The largest element, −∞ for none. A NaN may or may not be seen: the sum of exponentials that follows
+/// carries it.
 #[inline(always)]
 pub(super) fn maximum(xs: &[f32]) -> f32 {
     let (blocks, tail) = xs.as_chunks::<LANES>();
@@ -138,14 +144,15 @@ fn combine(mut lanes: [f32; LANES], join: impl Fn(f32, f32) -> f32) -> f32 {
 /// `e^x` with a relative error below 2e-7.
 ///
 /// `x = n·ln 2 + r` with integer `n` and `|r| ≤ ln 2 / 2`; `ln 2` is split in two so that `r` loses nothing
-/// (Cody and Waite, *Software Manual for the Elementary Functions*, 1980); `e^r` is the Taylor polynomial of degree
-/// 7 (truncation 5e-9) and `2^n` is put together from its bits. Below the smallest normal number the result is 0,
-/// above 2^127 it stays at the largest reachable value, and NaN stays NaN.
+/// (Cody and Waite, *Software Manual for the Elementary Functions*, 1980); `e^r` is the Taylor polynomial of
+/// degree 7 (truncation 5e-9) and `2^n` is put together from its bits. Below the smallest normal number the
+/// result is 0, above 2^127 it stays at the largest reachable value, and NaN stays NaN.
 #[inline(always)]
 pub(super) fn exp(x: f32) -> f32 {
     const LOWEST: f32 = -87.336;
     const HIGHEST: f32 = 88.376;
-    // Adding this moves the integer part of a small number into the low bits of the mantissa, rounded to nearest.
+    // Adding this moves the integer part of a small number into the low bits of the mantissa, rounded to
+    // nearest.
     const ROUND: f32 = 12_582_912.0;
     const LN_2_HIGH: f32 = 0.693_359_4;
     const LN_2_LOW: f32 = -2.121_944_4e-4;
@@ -162,8 +169,8 @@ pub(super) fn exp(x: f32) -> f32 {
     if x < LOWEST { 0.0 } else { power * scale }
 }
 
-/// `e^x`, see [`exp`], as a share of a sum that is 1 or more: 0 below 1e-30, which adds nothing to it. Products of such numbers would be
-/// subnormal, which some processors multiply much more slowly.
+/// `e^x`, see [`exp`], as a share of a sum that is 1 or more: 0 below 1e-30, which adds nothing to it.
+/// Products of such numbers would be subnormal, which some processors multiply much more slowly.
 #[inline(always)]
 pub(super) fn share(x: f32) -> f32 {
     let share = exp(x);

@@ -1,4 +1,5 @@
-//! Everything that runs on a CUDA device, beside its twin on the CPU. Where there is no device, the tests say so and end.
+//! Everything that runs on a CUDA device, beside its twin on the CPU. Where there is no device, the tests say
+//! so and end.
 #![cfg(feature = "cuda")]
 
 #[path = "../ops/cases.rs"]

@@ -1,4 +1,5 @@
-//! The differentiable operations: close to the CPU's in f32, close to exact ones in 16 bits, and the same bits each time.
+//! The differentiable operations: close to the CPU's in f32, close to exact ones in 16 bits, and the same
+//! bits each time.
 
 use candle_core::{D, DType, Device, Error, Result, Tensor, Var};
 use ferrozero_kernels::cuda::{Limits, with_limits};
@@ -19,7 +20,8 @@ fn values(tensor: &Tensor) -> Vec<f64> {
     tensor.flatten_all().unwrap().to_vec1().unwrap()
 }
 
-/// Runs an operation forward and backward on inputs where they lie; the upstream gradient is rounded to their dtype.
+/// Runs an operation forward and backward on inputs where they lie; the upstream gradient is rounded to their
+/// dtype.
 fn run(operation: &dyn Fn(&[Tensor]) -> Result<Tensor>, inputs: &[Tensor]) -> Run {
     let vars: Vec<Var> = inputs.iter().map(|input| Var::from_tensor(input).unwrap()).collect();
     let tensors: Vec<Tensor> = vars.iter().map(|var| var.as_tensor().clone()).collect();
@@ -131,8 +133,8 @@ fn blocks_that_take_turn_after_turn_give_the_same_bits() {
 #[test]
 fn less_scratch_memory_changes_only_the_order_of_sums() {
     let Some(device) = device() else { return };
-    // Two heads of three, one head, four rows, and one row at a time of 11 positions; tiles of 200 logits a row, whose
-    // first and last ones are among the targets.
+    // Two heads of three, one head, four rows, and one row at a time of 11 positions; tiles of 200 logits a
+    // row, whose first and last ones are among the targets.
     let attentions = [None, Some(1), Some(3), Some(11)].map(|window| causal_attention(2, 11, 3, 4, window));
     let attentions = attentions.iter().map(|case| (case, vec![2 * 121, 121, 4 * 11, 1]));
     let head = linear_cross_entropy(40, 5, 200);

@@ -132,7 +132,8 @@ pub fn several_blocks() -> Vec<Case> {
     cases
 }
 
-/// Rows of more than four elements for each of 256 threads, and more tokens and targets than there are threads.
+/// Rows of more than four elements for each of 256 threads, and more tokens and targets than there are
+/// threads.
 #[allow(dead_code, reason = "the CPU has other loops than kernels")]
 pub fn wide_rows() -> Vec<Case> {
     let mut cases = vec![embedding(301, 1030, 5), cross_entropy(260, 3)];

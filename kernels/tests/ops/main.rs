@@ -7,7 +7,8 @@ use candle_core::{DType, Device, Error, Result, Tensor, Var};
 use cases::{Case, large, random, small};
 use ferrozero_kernels::ops::{self, OpError, Products};
 
-/// The result of an operation and the gradients of its inputs for the upstream gradient `upstream(result's shape)`.
+/// The result of an operation and the gradients of its inputs for the upstream gradient
+/// `upstream(result's shape)`.
 struct Run {
     result: Tensor,
     gradients: Vec<Tensor>,
@@ -278,7 +279,8 @@ fn what_lies_outside_of_every_window_of_a_block_is_not_computed() {
     };
     let attention = |x: &[Tensor]| ops::grouped_causal_attention(&x[0], &x[1], &x[2], 4, 2, Some(10));
     let clean = run(attention, &inputs);
-    // Blocks have 64 rows: the first alone sees position 0, the third alone 140, and the third sees nothing before 119.
+    // Blocks have 64 rows: the first alone sees position 0, the third alone 140, and the third sees nothing
+    // before 119.
     for (position, untouched) in [(0, 64..POSITIONS), (140, 0..119)] {
         let poisoned = run(attention, &at(position, &inputs));
         assert!(values(&poisoned.result.narrow(1, position, 1).unwrap()).iter().all(|x| x.is_nan()));

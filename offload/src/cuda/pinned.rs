@@ -11,7 +11,8 @@ use std::sync::{Arc, Mutex};
 /// Where page-locked memory of this process begins, and how many bytes it has.
 static PAGE_LOCKED: Mutex<BTreeMap<usize, usize>> = Mutex::new(BTreeMap::new());
 
-/// Whether a copy from or to these bytes goes on beside the host. It is told by their address, whoever owns them.
+/// Whether a copy from or to these bytes goes on beside the host. It is told by their address, whoever owns
+/// them.
 pub(super) fn is_page_locked(bytes: &[u8]) -> bool {
     let first = bytes.as_ptr().addr();
     let page_locked = locked(&PAGE_LOCKED);
@@ -59,7 +60,8 @@ impl Drop for PinnedMemory {
         locked(&PAGE_LOCKED).remove(&self.base.addr().get());
         // A failure leaves the memory to the end of the process.
         if self.context.bind_to_thread().is_ok() {
-            // SAFETY: the memory came from `malloc_host`, and no lease of it is left: each holds the arena alive.
+            // SAFETY: the memory came from `malloc_host`, and no lease of it is left: each holds the arena
+            // alive.
             let _ = unsafe { result::free_host(self.allocation.as_ptr().cast::<c_void>()) };
         }
     }

@@ -13,7 +13,8 @@ pub struct Pool {
     trim_to: TrimTo,
 }
 
-// SAFETY: the handle is the device's default pool, which lives as long as the driver, and which every thread may ask.
+// SAFETY: the handle is the device's default pool, which lives as long as the driver, and which every thread
+// may ask.
 unsafe impl Send for Pool {}
 // SAFETY: as above.
 unsafe impl Sync for Pool {}
@@ -71,8 +72,8 @@ impl Pool {
 
     /// Gives the device what the pool keeps of it and nobody uses.
     pub(super) fn trim(&self) {
-        // SAFETY: the handle is that of the device's pool. Where it fails the pool keeps what it has, and the next allocation
-        // says so.
+        // SAFETY: the handle is that of the device's pool. Where it fails the pool keeps what it has, and the
+        // next allocation says so.
         let _ = unsafe { (self.trim_to)(self.handle, 0) };
     }
 
@@ -80,8 +81,8 @@ impl Pool {
     pub fn reset_peak(&self) {
         let mut zero = 0_u64;
         let high = sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_USED_MEM_HIGH;
-        // SAFETY: the attribute is a number of 64 bits, and zero is the only value that it can be set to. Where that fails the
-        // peak stays, which is on the safe side.
+        // SAFETY: the attribute is a number of 64 bits, and zero is the only value that it can be set to.
+        // Where that fails the peak stays, which is on the safe side.
         let _ = unsafe { (self.set_attribute)(self.handle, high, (&raw mut zero).cast()) };
     }
 }

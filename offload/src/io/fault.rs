@@ -1,8 +1,8 @@
 //! Failures by a script, so that every error path can be walked.
 //!
-//! What a system answers (broken disk, full disk, interrupted, fewer bytes than asked for) is injected below a backend, in
-//! the place of its system calls, so that it passes through all that the backend does about it. Damage that nobody
-//! reports (flipped bit, lost write) is injected above it, by [`Faulty`].
+//! What a system answers (broken disk, full disk, interrupted, fewer bytes than asked for) is injected below
+//! a backend, in the place of its system calls, so that it passes through all that the backend does about it.
+//! Damage that nobody reports (flipped bit, lost write) is injected above it, by [`Faulty`].
 
 use std::{
     fs::File,
@@ -17,7 +17,8 @@ use std::{
 use super::{Completion, FileId, FileSpec, Io, OnDone, Request, Verb, progress::retried};
 use crate::{Error, Notice};
 
-/// What a fault interferes with. Damage that nobody reports counts verbs of [`Io`], all else counts system calls.
+/// What a fault interferes with. Damage that nobody reports counts verbs of [`Io`], all else counts system
+/// calls.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum FaultPoint {
     /// Making the files, and directories for them.
@@ -168,7 +169,8 @@ impl Script {
         self.distort_at(point, call())
     }
 
-    /// A system call that moves no bytes, until it is no longer interrupted. The script's failure comes in its place.
+    /// A system call that moves no bytes, until it is no longer interrupted. The script's failure comes in
+    /// its place.
     pub(crate) fn call<T>(
         &self,
         point: FaultPoint,

@@ -13,8 +13,8 @@ use super::{
 };
 use crate::{Error, Notice, locked};
 
-/// An [`Io`] whose files are in memory and live as long as it does. Another store can be opened on the same one. Of its
-/// operations only transfers can be made to fail.
+/// An [`Io`] whose files are in memory and live as long as it does. Another store can be opened on the same
+/// one. Of its operations only transfers can be made to fail.
 #[derive(Debug)]
 pub struct Mem {
     contents: Arc<Mutex<Contents>>,

@@ -78,7 +78,7 @@ impl Ticket {
             Outcome::Ended(completion) => Some(completion),
             _ => None,
         };
-        // INVARIANT: a backend calls every callback, also when it ends, and taking the completion uses up the ticket.
+        // INVARIANT: a backend calls every callback, also when it ends, and this uses up the ticket.
         ended.expect("every transfer calls its callback")
     }
 

@@ -33,9 +33,10 @@ use ring::{Ring, Submission};
 
 /// An [`Io`] over io_uring: requests are split into parts, of which a bounded number is in flight.
 ///
-/// Neither files nor buffers are registered with the ring, so nothing can be refused after it was chosen. Measured in turns,
-/// registered buffers were no faster: arenas are of huge pages, and a request maps few of those. A registered file saves about 0.1 µs
-/// a request, which is a thousandth of what the smallest part of a large transfer takes.
+/// Neither files nor buffers are registered with the ring, so nothing can be refused after it was chosen.
+/// Measured in turns, registered buffers were no faster: arenas are of huge pages, and a request maps few of
+/// those. A registered file saves about 0.1 µs a request, which is a thousandth of what the smallest part of
+/// a large transfer takes.
 #[derive(Debug)]
 pub struct Uring {
     directory: Arc<Directory>,
@@ -51,8 +52,8 @@ struct Idle {
 }
 
 impl Idle {
-    /// A ring that has been asked for all that will be needed, so that whoever chooses a backend can take another one:
-    /// kernels differ, and some systems forbid a part.
+    /// A ring that has been asked for all that will be needed, so that whoever chooses a backend can take
+    /// another one: kernels differ, and some systems forbid a part.
     fn new() -> io::Result<Self> {
         let (mut ring, (waker, sleeper)) = (IoUring::new(shape::ENTRIES)?, waker::pair()?);
         let mut probe = Probe::new();
@@ -91,8 +92,8 @@ impl Uring {
     /// Locks `directory`, which must exist. System calls fail as `faults` says.
     ///
     /// # Errors
-    /// [`Error::UringUnavailable`] where the system has no io_uring, forbids it or lacks a part of it that is needed;
-    /// [`Error::Locked`].
+    /// [`Error::UringUnavailable`] where the system has no io_uring, forbids it or lacks a part of it that is
+    /// needed; [`Error::Locked`].
     pub fn new(directory: &Path, faults: &FaultPlan) -> Result<Self, Error> {
         Self::over(Arc::new(Directory::open(directory, Purpose::Write, Arc::new(Script::below(faults)))?))
     }

@@ -1,12 +1,13 @@
 //! Free ranges of addresses: which of them have pages, and where a block of so many bytes is best put.
 //!
-//! Neighbours that are alike are one range, so a step that frees and allocates in the order of the one before finds the places of the one before,
-//! whatever sizes were there in between.
+//! Neighbours that are alike are one range, so a step that frees and allocates in the order of the one before
+//! finds the places of the one before, whatever sizes were there in between.
 
 /// Most free ranges at once. There are at most as many as blocks in use, and one for each mapping.
 const MOST: usize = 16 << 10;
 
-/// Free ranges, in the order of their addresses. Neither allocates nor panics, so that an allocator can use it.
+/// Free ranges, in the order of their addresses. Neither allocates nor panics, so that an allocator can use
+/// it.
 pub struct Ranges {
     ranges: [Range; MOST],
     len: usize,
@@ -45,8 +46,8 @@ impl Ranges {
         self.ranges.get(..self.len).unwrap_or_default()
     }
 
-    /// Takes a place for `bytes`: of kept ranges that are large enough the smallest, else where most of it is kept. None: no
-    /// neighbours together are so large.
+    /// Takes a place for `bytes`: of kept ranges that are large enough the smallest, else where most of it is
+    /// kept. None: no neighbours together are so large.
     pub fn take(&mut self, bytes: usize) -> Option<Place> {
         let fitting = self.free().iter().filter(|range| range.is_kept && range.bytes() >= bytes);
         let place = match fitting.min_by_key(|range| range.bytes()) {
@@ -57,7 +58,8 @@ impl Ranges {
         Some(place)
     }
 
-    /// Of the places that begin or end where a kept range does, or where neighbours begin, the one of which most is kept.
+    /// Of the places that begin or end where a kept range does, or where neighbours begin, the one of which
+    /// most is kept.
     fn mostly_kept(&self, bytes: usize) -> Option<Place> {
         let mut best: Option<Place> = None;
         for neighbours in self.free().chunk_by(|one, next| one.end == next.start) {
@@ -80,8 +82,8 @@ impl Ranges {
         best
     }
 
-    /// Takes a place out of the ranges that it touches. It does not lie in the middle of one: it begins where one begins, or ends
-    /// where one ends.
+    /// Takes a place out of the ranges that it touches. It does not lie in the middle of one: it begins where
+    /// one begins, or ends where one ends.
     fn remove(&mut self, start: usize, end: usize) {
         let touched = |range: &&Range| range.start < end && range.end > start;
         let first = self.free().partition_point(|range| range.end <= start);
@@ -229,13 +231,15 @@ mod tests {
                 match action {
                     0 | 1 => {
                         let Some(Place { start, kept_bytes }) = ranges.take(bytes) else {
-                            let longest = addresses.split(|address| *address == Address::InUse).map(<[_]>::len).max();
+                            let free = addresses.split(|address| *address == Address::InUse);
+                            let longest = free.map(<[_]>::len).max();
                             prop_assert!(longest < Some(bytes));
                             continue;
                         };
                         let taken = &mut addresses[start..start + bytes];
                         prop_assert!(!taken.contains(&Address::InUse));
-                        prop_assert_eq!(taken.iter().filter(|address| **address == Address::Kept).count(), kept_bytes);
+                        let kept = taken.iter().filter(|address| **address == Address::Kept);
+                        prop_assert_eq!(kept.count(), kept_bytes);
                         taken.fill(Address::InUse);
                         blocks.push((start, bytes));
                     }
@@ -243,13 +247,15 @@ mod tests {
                         let (start, bytes) = blocks.swap_remove(which.index(blocks.len()));
                         let is_kept = bytes % 3 > 0;
                         prop_assert!(ranges.give(start, bytes, is_kept));
-                        addresses[start..start + bytes].fill(if is_kept { Address::Kept } else { Address::Void });
+                        let state = if is_kept { Address::Kept } else { Address::Void };
+                        addresses[start..start + bytes].fill(state);
                     }
                     _ => {
                         let kept = ranges.take_kept(bytes);
                         prop_assert_eq!(kept.is_some(), addresses.contains(&Address::Kept));
                         if let Some((start, bytes)) = kept {
-                            prop_assert!(addresses[start..start + bytes].iter().all(|address| *address == Address::Kept));
+                            let given = &addresses[start..start + bytes];
+                            prop_assert!(given.iter().all(|address| *address == Address::Kept));
                             addresses[start..start + bytes].fill(Address::Void);
                             prop_assert!(ranges.give(start, bytes, false));
                         }
@@ -257,11 +263,14 @@ mod tests {
                 }
                 let mut of_ranges = [Address::InUse; SPACE];
                 for (start, bytes, is_kept) in left(&ranges) {
-                    prop_assert!(of_ranges[start..start + bytes].iter().all(|address| *address == Address::InUse));
+                    let unseen = &of_ranges[start..start + bytes];
+                    prop_assert!(unseen.iter().all(|address| *address == Address::InUse));
                     of_ranges[start..start + bytes].fill(if is_kept { Address::Kept } else { Address::Void });
                 }
                 prop_assert_eq!(of_ranges, addresses);
-                let are_apart = |pair: &[Range]| pair[0].end < pair[1].start || pair[0].is_kept != pair[1].is_kept;
+                let are_apart = |pair: &[Range]| {
+                    pair[0].end < pair[1].start || pair[0].is_kept != pair[1].is_kept
+                };
                 prop_assert!(ranges.free().windows(2).all(are_apart));
             }
         }

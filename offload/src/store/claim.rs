@@ -1,10 +1,10 @@
 //! `stripe.json`: whose the directories of a store of several are.
 //!
-//! Before the first commit of such a store each of its directories gets one, the own directory first. A directory with
-//! one, or with a manifest, is not taken for another store. There is one exception: a first commit that was cut off
-//! after these notes and before the manifest has committed nothing, and the same store may be made again. What tells
-//! that from a store that was moved to another place, and still needs its stripes, is the note in the own directory: it
-//! would have moved along.
+//! Before the first commit of such a store each of its directories gets one, the own directory first. A
+//! directory with one, or with a manifest, is not taken for another store. There is one exception: a first
+//! commit that was cut off after these notes and before the manifest has committed nothing, and the same
+//! store may be made again. What tells that from a store that was moved to another place, and still needs its
+//! stripes, is the note in the own directory: it would have moved along.
 
 use std::{
     os::unix::fs::MetadataExt,

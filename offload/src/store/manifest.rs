@@ -29,7 +29,8 @@ pub(super) struct Manifest {
     generation: u64,
     #[serde(flatten)]
     form: Form,
-    /// In a store that is written in place: whether writes have begun since the commit, so that it may be gone.
+    /// In a store that is written in place: whether writes have begun since the commit, so that it may be
+    /// gone.
     overwriting: bool,
     extents: Vec<ExtentEntry>,
     application: serde_json::Value,
@@ -76,8 +77,8 @@ impl Manifest {
         Ok(seal(text))
     }
 
-    /// Checks a document, and says which files it is about. What it takes to hold it is in proportion to its length,
-    /// whatever numbers are in it.
+    /// Checks a document, and says which files it is about. What it takes to hold it is in proportion to its
+    /// length, whatever numbers are in it.
     pub(super) fn decode(document: &[u8], path: &Path) -> Result<(Layout, Self), Error> {
         // The format comes first: another one may be sealed in another way.
         #[derive(Deserialize)]
@@ -134,8 +135,8 @@ impl Manifest {
         Ok((layout, manifest))
     }
 
-    /// What a store works with, once the files are known to be as long as the layout says: it takes memory for every
-    /// piece.
+    /// What a store works with, once the files are known to be as long as the layout says: it takes memory
+    /// for every piece.
     pub(super) fn into_table(self, layout: &Layout) -> Result<Table, Error> {
         let mut located = Vec::with_capacity(layout.pieces_in_all());
         for (index, ExtentEntry { pieces, .. }) in self.extents.into_iter().enumerate() {
@@ -211,7 +212,8 @@ mod tests {
             let specs = extents.iter().enumerate().map(|(index, &(bytes, is_state))| {
                 ExtentSpec { name: format!("extent {index}"), bytes, kind: kind(is_state) }
             });
-            let form = Form { piece_bytes: 4096, in_place, stripes: vec!["/other".into(); usize::from(is_striped)] };
+            let stripes = vec!["/other".into(); usize::from(is_striped)];
+            let form = Form { piece_bytes: 4096, in_place, stripes };
             let layout = Layout::new(specs.collect(), form).unwrap();
             let commit = Commit { generation, application: serde_json::json!({ "number": number }) };
             let places: Vec<_> = (0..layout.pieces_in_all())

@@ -63,7 +63,8 @@ pub(super) struct Table {
     kinds: Vec<ExtentKind>,
     committed: Option<Arc<Commit>>,
     state_writes_in_flight: usize,
-    /// The last commit is being overwritten in place, so that there is none to come back to until the next one.
+    /// The last commit is being overwritten in place, so that there is none to come back to until the next
+    /// one.
     is_overwriting: bool,
     trust: Trust,
     traffic: Traffic,

@@ -23,7 +23,8 @@ pub fn disks() -> Vec<Disk> {
     disks_in(&std::env::temp_dir())
 }
 
-/// As [`disks`], on a file system in memory where there is one: for tests that wait for the disk thousands of times.
+/// As [`disks`], on a file system in memory where there is one: for tests that wait for the disk thousands of
+/// times.
 pub fn quick_disks() -> Vec<Disk> {
     disks_in(&quick_folder())
 }
@@ -33,7 +34,8 @@ pub fn quick_folder() -> PathBuf {
     if tempfile::tempdir_in(&memory).is_ok() { memory } else { std::env::temp_dir() }
 }
 
-/// Those of [`disks`] whose files are in a directory: memory makes no system calls that could fail but transfers.
+/// Those of [`disks`] whose files are in a directory: memory makes no system calls that could fail but
+/// transfers.
 pub fn directories() -> Vec<Disk> {
     disks().into_iter().filter(|disk| disk.path().is_some()).collect()
 }

@@ -1,5 +1,5 @@
-//! A machine that runs operations on what buffers, slots and disk *mean*, and refuses an operation that is given
-//! something else than it should have.
+//! A machine that runs operations on what buffers, slots and disk *mean*, and refuses an operation that is
+//! given something else than it should have.
 
 use ferrozero::schedule::buffer_plan::BufferPlan;
 use ferrozero::schedule::layout::Layout;
@@ -400,7 +400,8 @@ impl Machine {
         Ok(())
     }
 
-    /// An update takes the whole gradient of a step to states that have seen all updates before it and not this one.
+    /// An update takes the whole gradient of a step to states that have seen all updates before it and not
+    /// this one.
     fn update(
         &mut self,
         (group, piece): (usize, usize),
@@ -445,8 +446,8 @@ impl Machine {
         Ok(())
     }
 
-    /// The machine of another process, which finds what was committed. Answers also whether that is the state after
-    /// `updates` updates.
+    /// The machine of another process, which finds what was committed. Answers also whether that is the state
+    /// after `updates` updates.
     pub fn restarted(&self, fresh: &Self, updates: u64) -> Result<Self, String> {
         let restarted =
             Self { disk: self.committed.clone(), committed: self.committed.clone(), ..fresh.clone() };

@@ -1,6 +1,6 @@
-//! Every schedule of the builder is right: whatever the layout, the placement, the depths and the kind of step, and in
-//! whatever order the queues come to run it, each operation is given what it should have, and each trainable piece is
-//! updated once a step.
+//! Every schedule of the builder is right: whatever the layout, the placement, the depths and the kind of
+//! step, and in whatever order the queues come to run it, each operation is given what it should have, and
+//! each trainable piece is updated once a step.
 
 mod forecast;
 mod machine;
@@ -180,8 +180,8 @@ enum Order {
     Random(u64),
 }
 
-/// Executes everything. An operation may go when the last earlier ones that used its resources are done and it is the
-/// first of its queue.
+/// Executes everything. An operation may go when the last earlier ones that used its resources are done and
+/// it is the first of its queue.
 fn execute(
     machine: &mut Machine,
     operations: &[(Operation, Moment)],
@@ -199,7 +199,8 @@ fn execute(
     let mut sharers: HashMap<Resource, Vec<usize>> = HashMap::new();
     let mut waits_for = vec![vec![]; operations.len()];
     let mut queues: HashMap<Queue, VecDeque<usize>> = HashMap::new();
-    // A trainer submits nothing more before the norm of the last step is known, which ends that step's schedule.
+    // A trainer submits nothing more before the norm of the last step is known, which ends that step's
+    // schedule.
     let mut norm = None;
     for (index, (operation, _)) in operations.iter().enumerate() {
         for resource in operation.resources() {

@@ -1,6 +1,7 @@
-//! On a device with memory of its own, the schedule of a step lets transfers and the host's update run beside computing: a step
-//! waits for the bus only when the bus cannot keep up. Costed by the simulator, so nothing here depends on how busy a machine is.
-//! The software CUDA driver has no clock of its own with which a bus could be set, so these numbers are predictions.
+//! On a device with memory of its own, the schedule of a step lets transfers and the host's update run beside
+//! computing: a step waits for the bus only when the bus cannot keep up. Costed by the simulator, so nothing
+//! here depends on how busy a machine is. The software CUDA driver has no clock of its own with which a bus
+//! could be set, so these numbers are predictions.
 
 use super::layout;
 use candle_core::DType;
@@ -19,7 +20,8 @@ const LAYER_ELEMENTS: usize = 4 * ALIGNMENT_ELEMENTS;
 const FORWARD_S: f64 = 1.0;
 const BACKWARD_S: f64 = 3.0;
 
-/// A step of a model in bf16 with its states on the host, where a layer takes `bus_s` to cross in either direction.
+/// A step of a model in bf16 with its states on the host, where a layer takes `bus_s` to cross in either
+/// direction.
 fn step(clip: bool, bus_s: f64) -> (Forecast, Trace) {
     costed(clip, (1, 1), Tier::Device, [bus_s; 2])
 }
@@ -120,7 +122,8 @@ fn parameters_arrive_gradients_leave_and_the_host_updates_while_the_device_compu
     }
 }
 
-/// Micro-batches that run vertically hide a layer's crossing behind all of them, also where each has a boundary to fetch back.
+/// Micro-batches that run vertically hide a layer's crossing behind all of them, also where each has a
+/// boundary to fetch back.
 #[test]
 fn a_bus_that_is_too_slow_for_one_micro_batch_is_fast_enough_for_several_that_run_vertically() {
     const MICRO_BATCHES: usize = 4;
@@ -140,7 +143,8 @@ fn a_bus_that_is_too_slow_for_one_micro_batch_is_fast_enough_for_several_that_ru
         };
         let ((alone, alone_s), (vertical, vertical_s)) = (stall(1), stall(MICRO_BATCHES));
         println!(
-            "boundaries on {boundaries}: {alone:.2} ({alone_s:.2} s back), vertically {vertical:.2} ({vertical_s:.2} s)"
+            "boundaries on {boundaries}: {alone:.2} ({alone_s:.2} s back), vertically {vertical:.2} \
+             ({vertical_s:.2} s)"
         );
         assert!(alone > 0.3 && vertical < 0.1, "{boundaries}: {alone} and {vertical}");
         assert!(alone_s > 10.0 && vertical_s < 0.5, "{boundaries}: {alone_s} and {vertical_s}");

@@ -80,7 +80,8 @@ impl Fio {
 
     fn run(&self, sweep: Sweep, shape: Shape, bytes: u64) -> CommandResult<f64> {
         let mut command = Command::new("fio");
-        // Buffers in huge pages, as the store's are: the disk gets fewer and longer ranges of memory, and is faster.
+        // Buffers in huge pages, as the store's are: the disk gets fewer and longer ranges of memory, and is
+        // faster.
         command.env("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1");
         let directions = match sweep {
             Sweep::Read => "read",

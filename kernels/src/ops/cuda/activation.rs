@@ -63,8 +63,8 @@ pub(in crate::ops) fn swiglu_forward(
         let (elements, width) = (count as u64, size::<u32>(SWIGLU, width)?);
         let mut launch = kernel.builder();
         launch.arg(&mut out).arg(&x).arg(&elements).arg(&width);
-        // SAFETY: the arguments are those of the kernel; the input has twice the `elements` of the output, in rows of twice
-        // the width.
+        // SAFETY: the arguments are those of the kernel; the input has twice the `elements` of the output, in
+        // rows of twice the width.
         unsafe { enqueue(&mut launch, threads(count.div_ceil(4))) }?;
         Ok(result(&xs.device, out, out_shape))
     })
@@ -82,8 +82,8 @@ pub(in crate::ops) fn swiglu_backward(xs: &Tensor, grad: &Tensor, width: usize) 
         let (elements, width) = (dy.len() as u64, size::<u32>(SWIGLU, width)?);
         let mut launch = kernel.builder();
         launch.arg(&mut dx).arg(&x).arg(&dy).arg(&elements).arg(&width);
-        // SAFETY: the arguments are those of the kernel; input and its gradient have twice the `elements` of the upstream
-        // gradient, in rows of twice the width.
+        // SAFETY: the arguments are those of the kernel; input and its gradient have twice the `elements` of
+        // the upstream gradient, in rows of twice the width.
         unsafe { enqueue(&mut launch, threads(dy.len().div_ceil(4))) }?;
         Ok(tensor(device, dx, xs.shape()))
     })

@@ -29,8 +29,8 @@ pub(in crate::ops) fn forward(
 
 /// The gradient of `qkv`; probabilities are made again.
 ///
-/// In a 16-bit type the gradients of keys and values are rounded after each block of rows; there is one block unless the
-/// probabilities of a head are more than may exist together.
+/// In a 16-bit type the gradients of keys and values are rounded after each block of rows; there is one block
+/// unless the probabilities of a head are more than may exist together.
 pub(in crate::ops) fn backward(sizes: Sizes, qkv: &Tensor, grad: &Tensor) -> Result<Tensor> {
     let grad = grad.contiguous()?;
     let (input, upstream) = (Input::new(NAME, qkv), Input::new(NAME, &grad));
@@ -50,8 +50,8 @@ struct Attention<'a, T> {
     together: usize,
 }
 
-/// Some heads of one sequence, and some of their query rows with the keys from the first that the first of them sees to the last
-/// that the last of them sees.
+/// Some heads of one sequence, and some of their query rows with the keys from the first that the first of
+/// them sees to the last that the last of them sees.
 #[derive(Clone, Copy)]
 struct Block {
     sequence: usize,

@@ -14,8 +14,8 @@ use crate::ops::input::Input;
 
 module!("cross_entropy");
 
-/// Entries of the vocabulary that a tile of logits has at least. It has all rows, so that the gradient of its part of the weight is
-/// one product.
+/// Entries of the vocabulary that a tile of logits has at least. It has all rows, so that the gradient of its
+/// part of the weight is one product.
 const TILE_COLUMNS: usize = 64;
 
 /// The mean loss, then each row's log-sum, in f32, of logits `[N, V]`.
@@ -106,7 +106,8 @@ pub(in crate::ops) fn linear_backward(
     })
 }
 
-/// The targets, after their values were looked at on the host: an index out of range is an error, not a wrong address.
+/// The targets, after their values were looked at on the host: an index out of range is an error, not a wrong
+/// address.
 fn checked_targets<'a>(
     op: &'static str,
     device: &CudaDevice,
@@ -159,8 +160,8 @@ impl<'a> Sums<'a> {
         let mut launch = kernel.builder();
         launch.arg(&mut self.maxima).arg(&mut self.sums).arg(&mut self.target_logits).arg(logits);
         launch.arg(self.targets).arg(&row_total).arg(&count).arg(&first);
-        // SAFETY: the arguments are those of the kernel; there are `rows` sums and targets and as many rows of logits, and the
-        // kernel looks a target up only within the tile's columns.
+        // SAFETY: the arguments are those of the kernel; there are `rows` sums and targets and as many rows
+        // of logits, and the kernel looks a target up only within the tile's columns.
         unsafe { enqueue(&mut launch, rows(row_count, columns.count)) }
     }
 
@@ -173,7 +174,8 @@ impl<'a> Sums<'a> {
         let mut launch = kernel.builder();
         launch.arg(&mut out).arg(&self.maxima).arg(&self.sums).arg(&self.target_logits).arg(&row_total);
         let one = LaunchConfig { grid_dim: (1, 1, 1), block_dim: (256, 1, 1), shared_mem_bytes: 0 };
-        // SAFETY: the arguments are those of the kernel; there are `rows` sums, and one element more of the result.
+        // SAFETY: the arguments are those of the kernel; there are `rows` sums, and one element more of the
+        // result.
         unsafe { enqueue(&mut launch, one) }?;
         drop(launch);
         Ok(result(self.device, out, 1 + row_count))
@@ -224,8 +226,9 @@ impl<'a> Upstream<'a> {
         let mut launch = kernel.builder();
         launch.arg(&gradients).arg(&logits).arg(&self.log_sums).arg(&self.targets).arg(&self.gradient);
         launch.arg(&row_total).arg(&count).arg(&first);
-        // SAFETY: the arguments are those of the kernel, which may write where it reads; there are `rows` log-sums and
-        // targets and as many rows of logits and gradients, and the upstream gradient has an element.
+        // SAFETY: the arguments are those of the kernel, which may write where it reads; there are `rows`
+        // log-sums and targets and as many rows of logits and gradients, and the upstream gradient has an
+        // element.
         unsafe { enqueue(&mut launch, rows(row_count, columns.count)) }
     }
 }
@@ -269,7 +272,8 @@ impl<T: Float> Head<'_, T> {
         multiply(self.op, self.device, 1, false, destination, hidden, weight)
     }
 
-    /// The gradients of hidden states and weight, each if wanted. That of the hidden states is summed over the tiles in f32.
+    /// The gradients of hidden states and weight, each if wanted. That of the hidden states is summed over
+    /// the tiles in f32.
     fn gradients(
         &self,
         upstream: &Upstream<'_>,

@@ -12,8 +12,8 @@ use crate::ops::input::Input;
 
 module!("embedding");
 
-/// The rows of `weight`, `[V, C]`, that the tokens name. Their values are looked at on the host first: an index out of range is
-/// an error, not a wrong address.
+/// The rows of `weight`, `[V, C]`, that the tokens name. Their values are looked at on the host first: an
+/// index out of range is an error, not a wrong address.
 pub(in crate::ops) fn forward(
     weight: (&CudaStorage, &Layout),
     tokens: (&CudaStorage, &Layout),
@@ -30,7 +30,8 @@ pub(in crate::ops) fn forward(
         let (count, columns) = (tokens.len() as u64, size::<u32>(NAME, width)?);
         let mut launch = kernel.builder();
         launch.arg(&mut out).arg(&weight).arg(&tokens).arg(&count).arg(&columns);
-        // SAFETY: the arguments are those of the kernel; the table has the row of every token, which was checked above.
+        // SAFETY: the arguments are those of the kernel; the table has the row of every token, which was
+        // checked above.
         unsafe { enqueue(&mut launch, rows(tokens.len(), width)) }?;
         Ok(result(device, out, out_shape))
     })
@@ -49,8 +50,9 @@ pub(in crate::ops) fn backward(weight: &Tensor, tokens: &Tensor, grad: &Tensor) 
         let mut launch = kernel.builder();
         launch.arg(&mut gradient).arg(&dy).arg(&tokens).arg(&count).arg(&columns);
         let config = LaunchConfig { block_dim: (256, 1, 1), ..rows(tokens.len(), width) };
-        // SAFETY: the arguments are those of the kernel, which is written for 256 threads; the forward has checked that the
-        // table has the row of every token, and there is a row of upstream gradients for each.
+        // SAFETY: the arguments are those of the kernel, which is written for 256 threads; the forward has
+        // checked that the table has the row of every token, and there is a row of upstream gradients for
+        // each.
         unsafe { enqueue(&mut launch, config) }?;
         Ok(tensor(device, gradient, weight.shape()))
     })

@@ -1,4 +1,5 @@
-//! What the launches of all operations share: element types, inputs, results, kernels by name, sizes of grids.
+//! What the launches of all operations share: element types, inputs, results, kernels by name, sizes of
+//! grids.
 
 use std::sync::Arc;
 
@@ -90,8 +91,8 @@ impl Input<'_> {
 
 /// Memory for a result, which the caller fills before anything reads it.
 pub(super) fn allocate<T: Float>(device: &CudaDevice, elements: usize) -> Result<CudaSlice<T>> {
-    // SAFETY: every element is written by the kernel or product that the caller enqueues next. At least one element, because
-    // not every driver allocates nothing.
+    // SAFETY: every element is written by the kernel or product that the caller enqueues next. At least one
+    // element, because not every driver allocates nothing.
     unsafe { device.alloc(elements.max(1)) }
 }
 
@@ -127,7 +128,8 @@ pub(super) fn size<N: TryFrom<usize> + TryInto<i32> + Copy>(op: &'static str, el
 
 /// Threads of a block whose threads work alone.
 const THREADS: usize = 256;
-/// Blocks that a launch asks for at most; each then takes several units of work. Many times what any device runs at once.
+/// Blocks that a launch asks for at most; each then takes several units of work. Many times what any device
+/// runs at once.
 const BLOCKS: usize = 1 << 14;
 
 /// One thread for each of `units`.
@@ -174,7 +176,8 @@ impl Kernel {
     }
 }
 
-/// Defines what looks kernels of `cuda/$module.cu` up: `kernel_named`, and `kernel`, which adds the element type to the name.
+/// Defines what looks kernels of `cuda/$module.cu` up: `kernel_named`, and `kernel`, which adds the element
+/// type to the name.
 macro_rules! module {
     ($module:literal) => {
         fn kernel_named(

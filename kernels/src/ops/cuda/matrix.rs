@@ -9,8 +9,8 @@ use candle_core::cuda_backend::{CudaDevice, WrapErr, gemm_reduced_precision_f32}
 
 use super::launch::{Float, size};
 
-/// Where the elements of a batch of matrices lie: (i, j) of matrix k at `start + k·batch_stride + i·row_stride + j`, or with rows
-/// and columns exchanged if `transposed`.
+/// Where the elements of a batch of matrices lie: (i, j) of matrix k at
+/// `start + k·batch_stride + i·row_stride + j`, or with rows and columns exchanged if `transposed`.
 #[derive(Clone, Copy)]
 pub(super) struct Shape {
     start: usize,
@@ -57,8 +57,9 @@ impl Shape {
     }
 }
 
-/// `destination = a · b` for each of `batches`, or `destination += a · b` when `accumulate`. Sums are f32, and rounded to the
-/// type of the elements. f32 products use TF32 if candle's `set_gemm_reduced_precision_f32` says so.
+/// `destination = a · b` for each of `batches`, or `destination += a · b` when `accumulate`. Sums are f32,
+/// and rounded to the type of the elements. f32 products use TF32 if candle's
+/// `set_gemm_reduced_precision_f32` says so.
 ///
 /// # Panics
 /// If the shapes do not fit each other or the elements: the operations check theirs.
@@ -97,8 +98,9 @@ pub(super) fn multiply<T: Float>(
     let address = |start: u64, shape: Shape| start + (shape.start * size_of::<T>()) as u64;
     // cuBLAS is column-major, and a row-major matrix is its transpose there: cᵀ = bᵀ · aᵀ.
     //
-    // SAFETY: the shapes fit each other and their elements, which was checked above; the pointers are those of live device
-    // memory of elements of the type that is named; alpha and beta are f32, as the compute type asks for.
+    // SAFETY: the shapes fit each other and their elements, which was checked above; the pointers are those
+    // of live device memory of elements of the type that is named; alpha and beta are f32, as the compute
+    // type asks for.
     unsafe {
         result::gemm_strided_batched_ex(
             *cublas.handle(),

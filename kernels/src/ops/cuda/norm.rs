@@ -35,8 +35,8 @@ pub(in crate::ops) fn forward(
             launch.arg(bias);
         }
         launch.arg(&count).arg(&width).arg(&eps);
-        // SAFETY: the arguments are those of the kernel: a layer norm has a bias, an RMS norm has none. The rows are `width`
-        // wide, as weight and bias are.
+        // SAFETY: the arguments are those of the kernel: a layer norm has a bias, an RMS norm has none. The
+        // rows are `width` wide, as weight and bias are.
         unsafe { enqueue(&mut launch, rows(row_count, weight.len())) }?;
         Ok(result(device, out, xs.1.shape()))
     })
@@ -63,8 +63,8 @@ pub(in crate::ops) fn backward(
         let count = row_count as u64;
         let mut launch = kernel.builder();
         launch.arg(&mut dx).arg(&mut statistics).arg(&x).arg(&dy).arg(&w).arg(&count).arg(&width).arg(&eps);
-        // SAFETY: the arguments are those of the kernel; the rows are `width` wide, as the weight is, and each has a pair of
-        // statistics.
+        // SAFETY: the arguments are those of the kernel; the rows are `width` wide, as the weight is, and
+        // each has a pair of statistics.
         unsafe { enqueue(&mut launch, rows(row_count, w.len())) }?;
         drop(launch);
         let inputs = Some((&x, &statistics));
@@ -103,7 +103,8 @@ const GROUP_ROWS: usize = 64;
 /// Columns of a thread block that sums them, as there.
 const BLOCK_COLUMNS: u32 = 128;
 
-/// Sums over the rows of `dy`, if asked for, and of `dy` times the normalised input, if that and its statistics are given.
+/// Sums over the rows of `dy`, if asked for, and of `dy` times the normalised input, if that and its
+/// statistics are given.
 fn column_sums<T: Float>(
     device: &CudaDevice,
     dy: &CudaView<'_, T>,
@@ -130,8 +131,8 @@ fn column_sums<T: Float>(
         launch.arg(&sums).arg(&products).arg(dy).arg(&xs).arg(&statistics).arg(&count).arg(&width);
         let grid = (width.div_ceil(BLOCK_COLUMNS), blocks(groups, 65_535), 1);
         let config = LaunchConfig { grid_dim: grid, block_dim: (32, 8, 1), shared_mem_bytes: 0 };
-        // SAFETY: the arguments are those of the kernel; inputs have `row_count` rows of `width` elements, each with a pair
-        // of statistics, and there is a partial sum for every group of rows and column.
+        // SAFETY: the arguments are those of the kernel; inputs have `row_count` rows of `width` elements,
+        // each with a pair of statistics, and there is a partial sum for every group of rows and column.
         unsafe { enqueue(&mut launch, config) }?;
     }
     let total = |partial: Option<CudaSlice<f32>>| {

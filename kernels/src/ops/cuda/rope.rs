@@ -70,8 +70,8 @@ impl Rotation {
             .arg(&table_rows)
             .arg(&self.direction)
             .arg(&interleaved);
-        // SAFETY: the arguments are those of the kernel, and `Sizes` has checked that the tables have a row for every row of
-        // the input.
+        // SAFETY: the arguments are those of the kernel, and `Sizes` has checked that the tables have a row
+        // for every row of the input.
         unsafe { enqueue(&mut launch, threads(row_count * (head_width / 2).div_ceil(4))) }?;
         drop(launch);
         Ok(out)

@@ -33,8 +33,10 @@ pub(in crate::ops) fn forward(
         let sizes = sizes(op, shape)?;
         let count = row_count as u64;
         let mut launch = kernel.builder();
-        launch.arg(&mut out).arg(&scores).arg(&count).arg(&sizes[0]).arg(&sizes[1]).arg(&sizes[2]).arg(&scale);
-        // SAFETY: the arguments are those of the kernel; input and output have `count` rows of `columns` elements.
+        launch.arg(&mut out).arg(&scores).arg(&count);
+        launch.arg(&sizes[0]).arg(&sizes[1]).arg(&sizes[2]).arg(&scale);
+        // SAFETY: the arguments are those of the kernel; input and output have `count` rows of `columns`
+        // elements.
         unsafe { enqueue(&mut launch, rows(row_count, shape.columns)) }?;
         Ok(result(device, out, layout.shape()))
     })
@@ -59,7 +61,8 @@ pub(in crate::ops) fn backward(
         let sizes = sizes(op, shape)?;
         let count = row_count as u64;
         let mut launch = kernel.builder();
-        launch.arg(&mut dx).arg(&dy).arg(&y).arg(&count).arg(&sizes[0]).arg(&sizes[1]).arg(&sizes[2]).arg(&scale);
+        launch.arg(&mut dx).arg(&dy).arg(&y).arg(&count);
+        launch.arg(&sizes[0]).arg(&sizes[1]).arg(&sizes[2]).arg(&scale);
         // SAFETY: the arguments are those of the kernel; all have `count` rows of `columns` elements.
         unsafe { enqueue(&mut launch, rows(row_count, shape.columns)) }?;
         Ok(tensor(device, dx, probabilities.shape()))
@@ -83,7 +86,8 @@ pub(super) fn forward_in_place<T: Float>(
     let (scores, _written) = scores.device_ptr_mut(&stream);
     let mut launch = kernel.builder();
     launch.arg(&scores).arg(&scores).arg(&count).arg(&sizes[0]).arg(&sizes[1]).arg(&sizes[2]).arg(&scale);
-    // SAFETY: the arguments are those of the kernel, which may write where it reads, and the rows were checked above.
+    // SAFETY: the arguments are those of the kernel, which may write where it reads, and the rows were
+    // checked above.
     unsafe { enqueue(&mut launch, rows(row_count, shape.columns)) }
 }
 
@@ -108,6 +112,7 @@ pub(super) fn backward_in_place<T: Float>(
     let mut launch = kernel.builder();
     launch.arg(&gradients).arg(&gradients).arg(&probabilities).arg(&count);
     launch.arg(&sizes[0]).arg(&sizes[1]).arg(&sizes[2]).arg(&scale);
-    // SAFETY: the arguments are those of the kernel, which may write where it reads, and the rows were checked above.
+    // SAFETY: the arguments are those of the kernel, which may write where it reads, and the rows were
+    // checked above.
     unsafe { enqueue(&mut launch, rows(row_count, shape.columns)) }
 }

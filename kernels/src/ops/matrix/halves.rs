@@ -1,7 +1,9 @@
-//! Products of matrices in 16 bits, or of f32 that is rounded to bf16 for them: summed in f32, and rounded once where the result is in 16 bits too.
+//! Products of matrices in 16 bits, or of f32 that is rounded to bf16 for them: summed in f32, and rounded
+//! once where the result is in 16 bits too.
 //!
-//! Where the processor multiplies bf16 by tiles it does; elsewhere elements are widened, some rows or columns at a time, and multiplied in f32. The
-//! order of sums depends on shapes alone, for any number of threads, but is not the same on both ways.
+//! Where the processor multiplies bf16 by tiles it does; elsewhere elements are widened, some rows or columns
+//! at a time, and multiplied in f32. The order of sums depends on shapes alone, for any number of threads,
+//! but is not the same on both ways.
 
 use rayon::prelude::*;
 
@@ -12,12 +14,14 @@ use crate::Element;
 use crate::ops::input::Elements;
 use crate::simd::{Path, on_paths};
 
-/// Elements of the sums that are taken at once. Longer ones are added up in f32, so that what both factors give to a product fits a cache.
+/// Elements of the sums that are taken at once. Longer ones are added up in f32, so that what both factors
+/// give to a product fits a cache.
 const DEPTH: usize = 4096;
 /// Vectors of the larger factor that one task takes.
 pub(super) const STRIP: usize = 128;
 
-/// `destination = a · b`, or `destination += a · b` when `accumulate`, on the threads of the current rayon pool.
+/// `destination = a · b`, or `destination += a · b` when `accumulate`, on the threads of the current rayon
+/// pool.
 pub(super) fn multiply<E: Element>(
     destination: MatrixMut<'_, E>,
     accumulate: bool,
@@ -67,7 +71,8 @@ fn multiply_once<E: Element>(destination: MatrixMut<'_, E>, accumulate: bool, a:
     multiply_widened(destination, accumulate, a, b);
 }
 
-/// The larger factor is cut into strips, each widened by the task that multiplies it by all of the smaller one, which is widened before.
+/// The larger factor is cut into strips, each widened by the task that multiplies it by all of the smaller
+/// one, which is widened before.
 fn multiply_widened<E: Element>(
     destination: MatrixMut<'_, E>,
     accumulate: bool,
@@ -117,7 +122,8 @@ fn multiply_row<E: Element, T: Element>(
 const LANES: usize = 64;
 
 on_paths! {
-    /// The sums of the products of a row and each of some columns, of which each starts `stride` elements after the one before.
+    /// The sums of the products of a row and each of some columns, of which each starts `stride` elements
+    /// after the one before.
     fn dots[T: Element](sums: &mut [f32], row: &[f32], columns: &[T], stride: usize) {
         let (row_blocks, row_tail) = row.as_chunks::<LANES>();
         for (sum, column) in sums.iter_mut().zip(columns.chunks(stride)) {
@@ -134,7 +140,8 @@ on_paths! {
             *sum = lanes.iter().sum();
         }
     }
-    /// Rounds rows of sums, of which each starts `stride` elements after the one before, into a matrix, or adds them to it.
+    /// Rounds rows of sums, of which each starts `stride` elements after the one before, into a matrix, or
+    /// adds them to it.
     fn put[E: Element](destination: MatrixMut<'_, E>, sums: &[f32], stride: usize, accumulate: bool) {
         let mut destination = destination;
         for (row, sums) in sums.chunks(stride).enumerate().take(destination.rows) {

@@ -12,8 +12,9 @@ use crate::simd::Path;
 pub(super) use instructions::Tiles;
 use instructions::{Order, PANEL, Sums};
 
-/// `destination = a · b`, or `destination += a · b` when `accumulate`, of matrices with their elements. The larger factor is cut into strips,
-/// each packed by the task that multiplies it by all of the smaller one, which is packed before.
+/// `destination = a · b`, or `destination += a · b` when `accumulate`, of matrices with their elements. The
+/// larger factor is cut into strips, each packed by the task that multiplies it by all of the smaller one,
+/// which is packed before.
 pub(super) fn multiply<E: Element, T: Factor>(
     tiles: Tiles,
     destination: MatrixMut<'_, E>,

@@ -14,8 +14,8 @@ use crate::io::{
 /// Marks the wake-up among the completions; parts are marked by their place.
 const WAKE: u64 = u64::MAX;
 
-/// Times in a row, a millisecond apart, that the system may refuse to be entered: where it asks to be asked again, and where
-/// it gives another reason.
+/// Times in a row, a millisecond apart, that the system may refuse to be entered: where it asks to be asked
+/// again, and where it gives another reason.
 const REFUSALS_MAX: [u32; 2] = [30_000, 100];
 
 /// A request on its way to the thread.
@@ -60,8 +60,8 @@ pub(super) struct Ring {
     refusals: u32,
 }
 
-/// Requests own their buffers, and the kernel may be writing to them: if this thread were to unwind and drop them, other
-/// parts of the process would find foreign bytes in their memory.
+/// Requests own their buffers, and the kernel may be writing to them: if this thread were to unwind and drop
+/// them, other parts of the process would find foreign bytes in their memory.
 struct AbortOnPanic;
 
 impl Drop for AbortOnPanic {
@@ -184,8 +184,9 @@ impl Ring {
             let Some(part) = self.waiting.pop_front() else { return };
             let Some(Some(active)) = self.active.get_mut(part.request) else { continue };
             let entry = entry(&part, &mut active.submission.request);
-            // SAFETY: the buffer is a part of the lease that `active` owns until all of the request's parts have
-            // completed, and this thread aborts rather than drop it earlier. `self.directory` keeps the file open.
+            // SAFETY: the buffer is a part of the lease that `active` owns until all of the request's parts
+            // have completed, and this thread aborts rather than drop it earlier. `self.directory` keeps the
+            // file open.
             let pushed = unsafe { self.ring.submission().push(&entry.user_data(place as u64)) };
             if pushed.is_err() {
                 // The queue takes all parts and the wake-up, so it is full only after a refused submission.
@@ -220,10 +221,12 @@ impl Ring {
         Ok(())
     }
 
-    /// Ends all requests, and those that are still to come, with an error. The kernel is not entered any more.
+    /// Ends all requests, and those that are still to come, with an error. The kernel is not entered any
+    /// more.
     fn give_up(mut self, error: &io::Error) {
         tracing::error!(%error, "io_uring takes no more submissions");
-        // What the kernel has not taken it never will; all else completes by itself, and owns its buffer until then.
+        // What the kernel has not taken it never will; all else completes by itself, and owns its buffer
+        // until then.
         for place in std::mem::take(&mut self.pushed) {
             if let Some(slot) = self.in_flight.get_mut(place as usize) {
                 *slot = None;

@@ -1,9 +1,9 @@
 //! How large parts are and how many are in flight: measured once for each device and remembered.
 //!
-//! What a disk likes best differs from disk to disk, and no user should have to know it. So a store that is made on
-//! a disk not seen before reads a little from its own, still empty files in several ways and keeps the fastest.
-//! Reads decide, so that the measurement wears the disk by little more than the one region that it has to write first;
-//! but what reads faster is kept only if it does not write more slowly.
+//! What a disk likes best differs from disk to disk, and no user should have to know it. So a store that is
+//! made on a disk not seen before reads a little from its own, still empty files in several ways and keeps
+//! the fastest. Reads decide, so that the measurement wears the disk by little more than the one region that
+//! it has to write first; but what reads faster is kept only if it does not write more slowly.
 
 use std::{
     collections::BTreeMap,
@@ -33,8 +33,8 @@ const DEPTH_MAX: usize = 64;
 /// Submission entries: all parts and the wake-up.
 pub(super) const ENTRIES: u32 = 2 * DEPTH_MAX as u32;
 
-/// What is right for most drives, and stays unless another way is clearly faster. Large parts cost the least time of
-/// the processor, which the optimizer wants; the kernel splits what is too long for the drive.
+/// What is right for most drives, and stays unless another way is clearly faster. Large parts cost the least
+/// time of the processor, which the optimizer wants; the kernel splits what is too long for the drive.
 const DEFAULT: Shape = Shape { part_bytes: 4 << 20, depth: 16 };
 
 /// Ways to try, the default first.
@@ -64,8 +64,8 @@ const ROUNDS_MIN: usize = 3;
 /// After this the measurement ends with what it knows.
 const TIME_MAX: Duration = Duration::from_millis(1000);
 
-/// To replace the default, a way must take less than this part of its time, and in every round: others may be using the
-/// disk.
+/// To replace the default, a way must take less than this part of its time, and in every round: others may be
+/// using the disk.
 const CLEARLY_FASTER: f64 = 0.95;
 
 impl Shape {
@@ -118,7 +118,8 @@ fn device_name(file: &File, device: u64) -> String {
     format!("{major}:{minor} {kind:x}")
 }
 
-/// Writes a region of a file, reads it in all ways, in turns, and writes some of it again if that is worth it.
+/// Writes a region of a file, reads it in all ways, in turns, and writes some of it again if that is worth
+/// it.
 fn measure(ring: &mut IoUring, file: &File, region_bytes: u64, time_max: Duration) -> io::Result<Shape> {
     let deadline = Instant::now() + time_max;
     // Gone before the store is made, and so before anything large is allocated.
@@ -184,8 +185,8 @@ fn sweep(
                 }
                 Verb::Write => opcode::Write::new(file, memory.as_ptr(), length).offset(offset_bytes).build(),
             };
-            // SAFETY: the buffer is as long as a part and is borrowed until all parts have completed, below. What
-            // several parts leave in it at once is never looked at.
+            // SAFETY: the buffer is as long as a part and is borrowed until all parts have completed, below.
+            // What several parts leave in it at once is never looked at.
             match unsafe { ring.submission().push(&entry) } {
                 Ok(()) => in_flight += 1,
                 Err(_) => result = Err(io::Error::other("the ring is full")),
@@ -194,7 +195,8 @@ fn sweep(
         if in_flight == 0 {
             return result.map(|()| started.elapsed().as_secs_f64());
         }
-        // Whatever the error, the kernel may still be using the buffer: there is nothing to do but to try again.
+        // Whatever the error, the kernel may still be using the buffer: there is nothing to do but to try
+        // again.
         if ring.submit_and_wait(1).is_err_and(|error| error.kind() != io::ErrorKind::Interrupted) {
             thread::sleep(Duration::from_millis(1));
         }
@@ -209,8 +211,8 @@ fn sweep(
     }
 }
 
-/// Shapes by device, in a file of the user's. It only saves time: what cannot be read is measured again, and what
-/// cannot be written is measured every time.
+/// Shapes by device, in a file of the user's. It only saves time: what cannot be read is measured again, and
+/// what cannot be written is measured every time.
 struct Cache {
     path: PathBuf,
 }
@@ -300,7 +302,8 @@ mod tests {
         cache.save("8:1 ef53".into(), DEFAULT);
         let expected = [("254:0 ef53".to_owned(), CANDIDATES[3]), ("8:1 ef53".to_owned(), DEFAULT)];
         assert_eq!(cache.load(), Shapes::from(expected));
-        let unsound = r#"{"a":{"part_bytes":4096,"depth":0},"b":{"part_bytes":1,"depth":8},"c":{"part_bytes":4096,"depth":8}}"#;
+        let unsound = r#"{"a":{"part_bytes":4096,"depth":0},"b":{"part_bytes":1,"depth":8},
+            "c":{"part_bytes":4096,"depth":8}}"#;
         for (text, devices) in [("", 0), ("{", 0), ("[1]", 0), (r#"{"a":7}"#, 0), (unsound, 1)] {
             fs::write(&cache.path, text).unwrap();
             assert_eq!(cache.load().len(), devices, "{text}");

@@ -1,8 +1,8 @@
 //! How the ring's thread is woken while it waits for completions: a pipe that the ring itself watches.
 //!
-//! A pipe that is closed wakes who reads from it. So a wake-up that cannot be written closes it,
-//! and the thread then waits for submissions by their channel whenever it has nothing in flight: less goes on at once,
-//! and nothing waits for ever.
+//! A pipe that is closed wakes who reads from it. So a wake-up that cannot be written closes it, and the
+//! thread then waits for submissions by their channel whenever it has nothing in flight: less goes on at
+//! once, and nothing waits for ever.
 
 use std::{
     io::{self, PipeReader, PipeWriter, Read, Write},

@@ -1,8 +1,9 @@
 //! Products of bf16 by the matrix tiles of a processor: Intel's Advanced Matrix Extensions, AMX.
 //!
-//! A tile is 16 rows of 64 bytes. `tdpbf16ps` multiplies a tile of 16 rows of 32 elements by one that holds 16 columns of 32 elements, which lie in it
-//! as 16 rows of pairs, and adds to a tile of 16 × 16 sums in f32 (*Intel 64 and IA-32 Architectures Software Developer's Manual*, volume 2,
-//! TDPBF16PS). Subnormal numbers count as zero. Rust has no stable intrinsics for tiles, so the instructions are written out.
+//! A tile is 16 rows of 64 bytes. `tdpbf16ps` multiplies a tile of 16 rows of 32 elements by one that holds
+//! 16 columns of 32 elements, which lie in it as 16 rows of pairs, and adds to a tile of 16 × 16 sums in f32
+//! (*Intel 64 and IA-32 Architectures Software Developer's Manual*, volume 2, TDPBF16PS). Subnormal numbers
+//! count as zero. Rust has no stable intrinsics for tiles, so the instructions are written out.
 
 use std::arch::asm;
 use std::arch::x86_64::*;
@@ -44,8 +45,8 @@ impl Tiles {
         depth.div_ceil(DEPTH) * 2 * TILE
     }
 
-    /// Packs up to [`PANEL`] vectors: for each 32 of their elements a tile of the first 16 vectors and one of the others, zeros where there is
-    /// nothing.
+    /// Packs up to [`PANEL`] vectors: for each 32 of their elements a tile of the first 16 vectors and one of
+    /// the others, zeros where there is nothing.
     pub(super) fn pack<T: Factor>(self, vectors: Vectors<'_, T>, order: Order, panel: &mut [u16]) {
         let (tiles, _) = panel.as_chunks_mut::<TILE>();
         for (number, tile) in tiles.iter_mut().enumerate() {
@@ -63,8 +64,8 @@ impl Tiles {
             sums.0.fill(0.0);
             return;
         }
-        // SAFETY: the processor has tiles and the system lets them be used, or there would be no `Tiles`. Both panels hold `steps` times two tiles of
-        // 1024 bytes, and the sums are 32 rows of 128 bytes.
+        // SAFETY: the processor has tiles and the system lets them be used, or there would be no `Tiles`.
+        // Both panels hold `steps` times two tiles of 1024 bytes, and the sums are 32 rows of 128 bytes.
         unsafe {
             asm!(
                 "ldtilecfg [{shape}]",
@@ -158,8 +159,8 @@ fn has_tiles() -> bool {
     keeps_state && has_instructions && unsafe { _xgetbv(0) } & TILE_STATE == TILE_STATE
 }
 
-/// Asks Linux for the use of tiles, whose state is too large for it to keep for everybody (its documentation: *Using XSTATE features in user space
-/// applications*). The answer is for all threads.
+/// Asks Linux for the use of tiles, whose state is too large for it to keep for everybody (its documentation:
+/// *Using XSTATE features in user space applications*). The answer is for all threads.
 fn may_use_tiles() -> bool {
     const REQUEST_PERMISSION: libc::c_long = 0x1023;
     const TILE_DATA: libc::c_long = 18;
@@ -205,8 +206,8 @@ fn pack_tile<T: Factor>(vectors: Vectors<'_, T>, order: Order, tile: &mut [u16; 
     }
 }
 
-/// Exchanges vectors and pairs: rows and columns of 16 × 16 pairs. Pairs change places between rows that are 1, 2, 4 and 8
-/// apart.
+/// Exchanges vectors and pairs: rows and columns of 16 × 16 pairs. Pairs change places between rows that are
+/// 1, 2, 4 and 8 apart.
 #[target_feature(enable = "avx512f")]
 fn transpose(tile: &mut [u16; TILE]) {
     let tile = tile.as_mut_ptr();
