@@ -7,5 +7,5 @@ mod start;
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
-    start::start(|| ferrozero::command::bench("adamw"))
+    start::start(|| ferrozero::internals::command::bench("adamw"))
 }

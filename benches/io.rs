@@ -6,5 +6,5 @@ mod start;
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
-    start::start(|| ferrozero::command::bench("io"))
+    start::start(|| ferrozero::internals::command::bench("io"))
 }

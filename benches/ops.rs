@@ -7,5 +7,5 @@ mod start;
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
-    start::start(|| ferrozero::command::bench("ops"))
+    start::start(|| ferrozero::internals::command::bench("ops"))
 }

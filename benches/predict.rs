@@ -6,5 +6,5 @@ mod start;
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
-    start::start(|| ferrozero::command::bench("predict"))
+    start::start(|| ferrozero::internals::command::bench("predict"))
 }

@@ -60,6 +60,7 @@ impl TryFrom<String> for ByteSize {
     }
 }
 
+#[cfg(feature = "cli")]
 impl schemars::JsonSchema for ByteSize {
     fn schema_name() -> std::borrow::Cow<'static, str> {
         "ByteSize".into()

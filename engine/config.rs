@@ -1,13 +1,17 @@
 //! Settings of a run, as a user's code gives them.
 
+#[cfg(feature = "testing")]
 use crate::device::compute::CudaFault;
 use crate::execution::initial_values::InitialValues;
 use crate::planner::machine::Machine;
 use crate::planner::plan::{Placement, Updates};
 use candle_core::{DType, Device};
 use ferrozero_kernels::ops::Products;
+#[cfg(feature = "testing")]
+use ferrozero_offload::Throttle;
+#[cfg(feature = "testing")]
 use ferrozero_offload::io::FaultPlan;
-use ferrozero_offload::{BackendChoice, Throttle, Tier};
+use ferrozero_offload::{BackendChoice, Tier};
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -79,10 +83,13 @@ pub struct Config {
     /// second.
     pub machine: Option<Machine>,
     /// Faults that the disk tier acts out, for tests.
+    #[cfg(feature = "testing")]
     pub faults: Option<FaultPlan>,
     /// Bandwidths of a slower disk, for tests and measurements.
+    #[cfg(feature = "testing")]
     pub throttle: Option<Throttle>,
     /// A call of the CUDA driver's that fails, for tests.
+    #[cfg(feature = "testing")]
     pub cuda_fault: Option<CudaFault>,
 }
 
@@ -116,8 +123,11 @@ impl Default for Config {
             vertical: None,
             kept: None,
             machine: None,
+            #[cfg(feature = "testing")]
             faults: None,
+            #[cfg(feature = "testing")]
             throttle: None,
+            #[cfg(feature = "testing")]
             cuda_fault: None,
         }
     }

@@ -54,7 +54,11 @@ impl Engine {
             return invalid("clip must be a finite number above 0; leave it out for no clipping");
         }
         check_piece(config.piece_bytes)?;
-        let device = ComputeDevice::new(&config.device, config.dtype, config.products, config.cuda_fault)?;
+        #[cfg(feature = "testing")]
+        let fault = config.cuda_fault;
+        #[cfg(not(feature = "testing"))]
+        let fault = None;
+        let device = ComputeDevice::new(&config.device, config.dtype, config.products, fault)?;
         let device = Arc::new(device);
         let opened = stores::open(&config)?;
         let piece_bytes = match &opened {
@@ -180,7 +184,9 @@ impl Engine {
                 device: &self.device,
             })
         };
+        #[cfg_attr(not(feature = "testing"), expect(unused_mut, reason = "only a test's disk is made slow"))]
         let mut machine = config.machine.clone().unwrap_or_else(measured);
+        #[cfg(feature = "testing")]
         if let Some(throttle) = &config.throttle {
             machine.disk_read_bytes_per_s = machine.disk_read_bytes_per_s.min(throttle.read_bytes_per_s());
             machine.disk_write_bytes_per_s = machine.disk_write_bytes_per_s.min(throttle.write_bytes_per_s());

@@ -74,7 +74,7 @@ pub enum Error {
     /// Trainable parameters that received no gradient in a backward pass.
     #[error(
         "no gradient reached {}: usual culprits are fast candle-nn layers without a backward (LayerNorm, \
-         RmsNorm, softmax_last_dim, rope, sdpa: use ferrozero's ops of the same names), a detach(), or a \
+         RmsNorm, softmax_last_dim, rope, sdpa: use those of ferrozero::ops), a detach(), or a \
          part of the model that the loss does not use (freeze it with Engine::freeze)",
         list_names(.names)
     )]

@@ -5,10 +5,9 @@
 //! changes what comes out: losses and weights have the same bits under every placement.
 //!
 //! ```
-//! use candle_core::{DType, Device, Module, Tensor};
-//! use candle_nn::VarBuilder;
-//! use ferrozero::{AdamW, Config, Engine};
-//! use ferrozero_kernels::ops;
+//! use ferrozero::candle_core::{self, DType, Device, Module, Tensor};
+//! use ferrozero::candle_nn::{self, VarBuilder};
+//! use ferrozero::{AdamW, Config, Engine, ops};
 //!
 //! /// A part of a model: plain candle.
 //! struct Block {
@@ -60,50 +59,106 @@
 //! What is within a segment is computed again in the backward. Where a limit is granted and leaves room, the
 //! last segments keep it instead ([`Config::kept`]).
 //!
-//! # Modules
+//! # Features
 //!
-//! A step is data: [`schedule`] says what operations are and makes lists of them, [`planner`] counts and
-//! costs them before anything is allocated, the executor runs them, and a [trace](schedule::trace) records
-//! what happened. [`Segment`] is where candle's autograd and the schedule meet.
+//! | feature | what it adds | default |
+//! |---|---|---|
+//! | `cli` | the program `ferrozero`; implies `models` and `testing`. Embedders leave it out: `default-features = false` | yes |
+//! | `models` | models of the GPT-2 and Llama families and their tokenizers: [`Pretrained`] | with `cli` |
+//! | `cuda` | CUDA devices; needs the CUDA toolkit to build | no |
+//! | `testing` | disks that fail or are slow: [`testing`] | with `cli` |
 
 mod autograd;
-pub mod byte_size;
-pub mod command;
+mod byte_size;
+#[cfg(feature = "cli")]
+mod command;
 mod config;
-pub mod data;
+#[cfg(feature = "models")]
+mod data;
 mod device;
 mod disk;
 mod engine;
 mod error;
-pub mod estimate;
+#[cfg(feature = "models")]
+mod estimate;
 mod execution;
-pub mod models;
-pub mod observe;
-pub mod planner;
+#[cfg(feature = "models")]
+mod models;
+mod observe;
+mod planner;
 mod probe;
-pub mod schedule;
+mod schedule;
 mod statistics;
 mod sync;
+mod tiled_linear;
 mod train;
 
-pub use autograd::gradient::{Gradient, GradientObserver};
+pub use candle_core;
+pub use candle_nn;
+pub use ferrozero_kernels::ops;
+
+pub use autograd::gradient::Gradient;
 pub use autograd::segment::Segment;
 pub use config::Config;
-#[cfg(feature = "cuda")]
-pub use device::compute::{CudaCall, CudaFailure, CudaLane};
-pub use device::compute::{CudaFault, DeviceCounter, DeviceCounts, Moved, open as open_device};
+pub use device::compute::open as open_device;
 pub use disk::checkpoint::{Checkpoint, Damage, GroupSummary, Summary};
 pub use disk::import::import_safetensors;
 pub use engine::Engine;
 pub use error::{Error, Result};
 pub use execution::initial_values::InitialValues;
 pub use ferrozero_kernels::ops::Products;
-pub use ferrozero_offload::io::{Fault, FaultKind, FaultPlan, FaultPoint};
 pub use ferrozero_offload::memory::CountingAllocator;
-pub use ferrozero_offload::{BackendChoice, Notice, Throttle, Tier};
-pub use models::tiled_linear::TiledLinear;
+pub use ferrozero_offload::{BackendChoice, Notice, Tier};
+pub use planner::machine::Machine;
 pub use planner::optimizer::AdamW;
 pub use planner::plan::{Choices, Placement, Plan, Updates};
+pub use schedule::buffer_plan::GroupPlacement;
 pub use schedule::layout::ParameterRule;
+pub use schedule::trace::Trace;
+pub use tiled_linear::TiledLinear;
 pub use train::report::{StepReport, Usage};
 pub use train::trainer::Trainer;
+
+#[cfg(feature = "models")]
+pub use data::tokenizer::Tokenizer;
+#[cfg(feature = "models")]
+pub use models::linear::Adapting;
+#[cfg(feature = "models")]
+pub use models::pretrained::{LanguageModel, Pretrained, StreamedModel};
+
+/// Disks that fail or are slow, and calls of the CUDA driver that fail.
+#[cfg(feature = "testing")]
+pub mod testing {
+    pub use crate::device::compute::CudaFault;
+    #[cfg(feature = "cuda")]
+    pub use crate::device::compute::{CudaCall, CudaFailure, CudaLane};
+    pub use ferrozero_offload::Throttle;
+    pub use ferrozero_offload::io::{Fault, FaultKind, FaultPlan, FaultPoint};
+}
+
+/// What this project's own tests and program reach. It may change with every version.
+#[doc(hidden)]
+pub mod internals {
+    macro_rules! open {
+        ($($(#[$when:meta])* $room:ident),* $(,)?) => {
+            $($(#[$when])* pub mod $room { pub use crate::$room::*; })*
+        };
+    }
+    open!(
+        byte_size,
+        #[cfg(feature = "cli")]
+        command,
+        #[cfg(feature = "models")]
+        data,
+        device,
+        #[cfg(feature = "models")]
+        estimate,
+        #[cfg(feature = "models")]
+        models,
+        observe,
+        planner,
+        probe,
+        schedule,
+        train,
+    );
+}

@@ -1,6 +1,7 @@
 //! What measurements are reckoned with.
 
 /// Seconds of a day.
+#[cfg(feature = "cli")]
 pub const SECONDS_PER_DAY: f64 = 86_400.0;
 
 /// The middle of several numbers, of two middle ones the larger; NaN of none.

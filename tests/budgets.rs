@@ -4,9 +4,9 @@ mod support;
 
 use candle_core::Tensor;
 use candle_nn::Init;
-use ferrozero::models::cache::{LayerCache, scores_bytes};
-use ferrozero::models::linear::Adapting;
-use ferrozero::models::pretrained::Pretrained;
+use ferrozero::internals::models::cache::{LayerCache, scores_bytes};
+use ferrozero::internals::models::linear::Adapting;
+use ferrozero::internals::models::pretrained::Pretrained;
 use ferrozero::{
     AdamW, BackendChoice, Checkpoint, Config, CountingAllocator, Engine, Error, Placement, Tier,
 };

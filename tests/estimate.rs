@@ -2,11 +2,11 @@
 //! process.
 
 use candle_core::{DType, Device, Tensor};
-use ferrozero::estimate::model_shape::ModelShape;
-use ferrozero::estimate::question::Question;
-use ferrozero::models::gpt::{Gpt, GptConfig, StreamedBlock};
-use ferrozero::models::linear::Adapting;
-use ferrozero::planner::machine::Machine;
+use ferrozero::internals::estimate::model_shape::ModelShape;
+use ferrozero::internals::estimate::question::Question;
+use ferrozero::internals::models::gpt::{Gpt, GptConfig, StreamedBlock};
+use ferrozero::internals::models::linear::Adapting;
+use ferrozero::internals::planner::machine::Machine;
 use ferrozero::{AdamW, Choices, Config, CountingAllocator, Engine, Placement, Products, Tier};
 
 // What a rehearsal measures is what this allocator counts.

@@ -1,7 +1,7 @@
 //! A steady step takes the memory of the step before it: it does not have pages cleared anew for its tensors.
 
 use candle_core::{Device, Tensor};
-use ferrozero::models::gpt::{Block, Gpt, GptConfig};
+use ferrozero::internals::models::gpt::{Block, Gpt, GptConfig};
 use ferrozero::{AdamW, Config, CountingAllocator, Engine, Placement, Tier};
 use ferrozero_offload::memory;
 use std::alloc::{GlobalAlloc, Layout};

@@ -5,5 +5,5 @@ mod start;
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
-    start::start(ferrozero::command::run)
+    start::start(ferrozero::internals::command::run)
 }

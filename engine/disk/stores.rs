@@ -71,7 +71,9 @@ fn options(config: &Config, piece_bytes: usize) -> StoreOptions {
         in_place: config.in_place,
         stripes: config.stripes.clone(),
         backend: config.backend,
+        #[cfg(feature = "testing")]
         faults: config.faults.clone(),
+        #[cfg(feature = "testing")]
         throttle: config.throttle.clone(),
         ..StoreOptions::default()
     }

@@ -11,7 +11,7 @@ use super::linear::{Adapting, Linear};
 use super::llama_config::LlamaConfig;
 use crate::engine::Engine;
 use crate::error::Result as EngineResult;
-use crate::models::tiled_linear::{TiledLinear, linear_by_rows};
+use crate::tiled_linear::{TiledLinear, linear_by_rows};
 use candle_core::{Result, Tensor};
 use candle_nn::{Init, VarBuilder};
 use ferrozero_kernels::ops;

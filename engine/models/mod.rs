@@ -12,5 +12,4 @@ mod merged;
 pub mod pretrained;
 mod reader;
 pub mod rope;
-pub mod tiled_linear;
 pub mod weights;

@@ -3,5 +3,6 @@
 pub mod chrome;
 pub mod occupancy;
 pub mod run_log;
+#[cfg(feature = "cli")]
 pub mod tensorboard;
 pub mod timeline;

@@ -70,6 +70,7 @@ pub struct Choices {
 
 impl Choices {
     /// These with slots, pieces, gradient sets and micro-batches as in `depths`.
+    #[cfg(feature = "models")]
     pub(crate) fn with_depths(&self, depths: Depths) -> Self {
         let Depths { slots, look_ahead, state_pieces, gradient_sets, vertical, kept: _ } = depths;
         Self {
@@ -296,6 +297,7 @@ impl Plan {
     }
 
     /// Bytes on disk of what no commit keeps: gradients and boundary activations.
+    #[cfg(feature = "models")]
     pub(crate) fn scratch_disk_bytes(&self) -> u64 {
         let boundaries = match self.buffer_plan.boundary_home {
             Tier::Disk => self.boundary_bytes(),

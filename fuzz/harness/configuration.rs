@@ -1,7 +1,7 @@
 //! What is done with a text that may be a configuration: by the fuzzer, and by the tests on the stored texts.
 
-use ferrozero::byte_size::ByteSize;
-use ferrozero::command::{Settings, TrainArguments, TrainSettings};
+use ferrozero::internals::byte_size::ByteSize;
+use ferrozero::internals::command::{Settings, TrainArguments, TrainSettings};
 use std::path::Path;
 
 /// Reads the text as a size and as settings in JSON. What is accepted comes back the same after it was

@@ -2,7 +2,8 @@
 
 use super::{folder, homes, on_cuda, runs_at_once, tokens, train, trainer};
 use candle_core::DType;
-use ferrozero::{BackendChoice, Config, CudaCall, CudaFailure, CudaFault, CudaLane, Error, Tier, Trainer};
+use ferrozero::testing::{CudaCall, CudaFailure, CudaFault, CudaLane};
+use ferrozero::{BackendChoice, Config, Error, Tier, Trainer};
 use std::path::Path;
 
 const BLOCKS: usize = 1;

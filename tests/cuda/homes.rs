@@ -1,7 +1,7 @@
 //! Which homes a plan finds by itself on a device with memory of its own.
 
 use super::{BLOCKS, homes, on_cuda, tokens, train, trainer};
-use ferrozero::planner::machine::Machine;
+use ferrozero::internals::planner::machine::Machine;
 use ferrozero::{Config, Placement, Tier};
 
 /// Of the model's own tensors: more than they take.

@@ -13,8 +13,8 @@ mod steady;
 mod support;
 
 use candle_core::{DType, Device, Tensor};
-use ferrozero::models::gpt::{Block, Gpt, GptConfig};
-use ferrozero::schedule::buffer_plan::GroupPlacement;
+use ferrozero::internals::models::gpt::{Block, Gpt, GptConfig};
+use ferrozero::internals::schedule::buffer_plan::GroupPlacement;
 use ferrozero::{AdamW, BackendChoice, Config, Engine, Placement, Segment, Tier, Trainer};
 use support::Model;
 

@@ -1,7 +1,8 @@
 //! A wait between streams that is left out is seen.
 
 use super::{folder, homes, on_cuda, train};
-use ferrozero::{Config, CudaCall, CudaFailure, CudaFault, CudaLane, Tier};
+use ferrozero::testing::{CudaCall, CudaFailure, CudaFault, CudaLane};
+use ferrozero::{Config, Tier};
 
 /// What the software driver says of the runs below is read from a file of theirs, named like this.
 const RACES: &str = "SIMCUDA_RACE_FILE";

@@ -5,9 +5,10 @@
 use super::support::{Block, Model};
 use super::{WIDTH, homes, on_cuda, runs_at_once, tokens};
 use candle_core::{Module, Tensor, bail};
-use ferrozero::schedule::operation::Operation;
-use ferrozero::schedule::trace::TraceEvent;
-use ferrozero::{AdamW, Config, DeviceCounter, DeviceCounts, Engine, Plan, Segment, Tier};
+use ferrozero::internals::device::compute::{DeviceCounter, DeviceCounts};
+use ferrozero::internals::schedule::operation::Operation;
+use ferrozero::internals::schedule::trace::TraceEvent;
+use ferrozero::{AdamW, Config, Engine, Plan, Segment, Tier};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 

@@ -2,7 +2,7 @@
 
 use super::{homes, on_cuda, tokens, trainer};
 use candle_core::{DType, Device, Tensor};
-use ferrozero::models::gpt::{Block, Gpt, GptConfig};
+use ferrozero::internals::models::gpt::{Block, Gpt, GptConfig};
 use ferrozero::{AdamW, Config, Engine, Tier};
 use ferrozero_offload::cuda::{Cuda, CudaCopy, DeviceRange};
 use ferrozero_offload::{Arena, Budget};

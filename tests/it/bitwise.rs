@@ -4,7 +4,7 @@
 //! computed again.
 
 use crate::support::{tokens, train, trainer};
-use ferrozero::schedule::buffer_plan::GroupPlacement;
+use ferrozero::internals::schedule::buffer_plan::GroupPlacement;
 use ferrozero::{BackendChoice, Config, Placement, Tier, Updates};
 
 const BLOCKS: usize = 4;

@@ -6,7 +6,7 @@ mod configuration;
 #[path = "../../fuzz/harness/mutation.rs"]
 mod mutation;
 
-use ferrozero::command::{RunArguments, TrainArguments, TrainSettings};
+use ferrozero::internals::command::{RunArguments, TrainArguments, TrainSettings};
 use std::path::Path;
 
 /// Changes of each stored text.

@@ -5,7 +5,8 @@
 //! The long form: `scripts/crash_soak`.
 
 use crate::support::{tokens, train, trainer};
-use ferrozero::{BackendChoice, Config, Engine, Fault, FaultKind, FaultPlan, FaultPoint, Placement, Tier};
+use ferrozero::testing::{Fault, FaultKind, FaultPlan, FaultPoint};
+use ferrozero::{BackendChoice, Config, Engine, Placement, Tier};
 use std::io::{BufRead, BufReader};
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};

@@ -3,7 +3,8 @@
 //! fault.
 
 use crate::support::{tokens, train, trainer};
-use ferrozero::{BackendChoice, Config, Error, Fault, FaultKind, FaultPlan, FaultPoint, Placement, Tier};
+use ferrozero::testing::{Fault, FaultKind, FaultPlan, FaultPoint};
+use ferrozero::{BackendChoice, Config, Error, Placement, Tier};
 use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::{RecvTimeoutError, channel};

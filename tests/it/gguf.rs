@@ -3,9 +3,9 @@
 use candle_core::quantized::gguf_file::{self, Value};
 use candle_core::quantized::{GgmlDType, QTensor};
 use candle_core::{Device, Tensor};
-use ferrozero::data::tokenizer::Tokenizer;
-use ferrozero::models::linear::Adapting;
-use ferrozero::models::pretrained::Pretrained;
+use ferrozero::internals::data::tokenizer::Tokenizer;
+use ferrozero::internals::models::linear::Adapting;
+use ferrozero::internals::models::pretrained::Pretrained;
 use ferrozero::{AdamW, Config, Engine};
 use std::fs::File;
 use std::path::{Path, PathBuf};

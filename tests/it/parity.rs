@@ -3,7 +3,7 @@
 //! candle.
 
 use candle_core::{D, Device, Result, Tensor, Var, bail};
-use ferrozero::models::gpt::{Block, Gpt, GptConfig};
+use ferrozero::internals::models::gpt::{Block, Gpt, GptConfig};
 use ferrozero::{AdamW, BackendChoice, Config, Engine, Placement, Tier, Trainer};
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};

@@ -1,11 +1,11 @@
 //! Plans of models that do not exist: they keep to every limit, they are as published systems found, and what
 //! is better makes nothing slower.
 
-use ferrozero::estimate::model_shape::ModelShape;
-use ferrozero::estimate::question::{Answer, Question};
-use ferrozero::planner::catalog::{DRIVES, Description, GPUS};
-use ferrozero::planner::machine::Machine;
-use ferrozero::schedule::buffer_plan::Depths;
+use ferrozero::internals::estimate::model_shape::ModelShape;
+use ferrozero::internals::estimate::question::{Answer, Question};
+use ferrozero::internals::planner::catalog::{DRIVES, Description, GPUS};
+use ferrozero::internals::planner::machine::Machine;
+use ferrozero::internals::schedule::buffer_plan::Depths;
 use ferrozero::{Choices, Error, Placement, Products, Tier, Updates};
 
 const GIB: u64 = 1 << 30;

@@ -3,10 +3,10 @@
 
 use crate::support::{tokens, train, trainer};
 use candle_core::{DType, Device, Module, Tensor};
-use ferrozero::models::gpt::{self, Gpt, GptConfig};
-use ferrozero::models::linear::Adapting;
-use ferrozero::models::llama::{self, Llama};
-use ferrozero::models::llama_config::LlamaConfig;
+use ferrozero::internals::models::gpt::{self, Gpt, GptConfig};
+use ferrozero::internals::models::linear::Adapting;
+use ferrozero::internals::models::llama::{self, Llama};
+use ferrozero::internals::models::llama_config::LlamaConfig;
 use ferrozero::{AdamW, BackendChoice, Config, Engine, Placement, Products, Tier, Trainer};
 use serde_json::json;
 

@@ -1,7 +1,7 @@
 //! What a run leaves to be read: its log, the page that is made of it, and TensorBoard's events; and that a
 //! command which is asked to be quiet is.
 
-use ferrozero::observe::run_log::{FILE, History, Record};
+use ferrozero::internals::observe::run_log::{FILE, History, Record};
 use std::io::Write;
 use std::path::Path;
 use std::process::{Command, Output};
@@ -84,7 +84,7 @@ fn a_log_says_what_was_planned_predicted_and_used() {
     }
     let timeline = history.timeline.unwrap();
     assert_eq!(timeline.step, 2);
-    let held = |of: fn(&ferrozero::observe::occupancy::Occupancy) -> u64| {
+    let held = |of: fn(&ferrozero::internals::observe::occupancy::Occupancy) -> u64| {
         timeline.occupancy.iter().map(of).max().unwrap()
     };
     assert!(held(|level| level.device_bytes) <= history.start.planned_device_bytes);

@@ -103,7 +103,7 @@ fn unsafe_code_stays_where_it_is_needed() {
 
 /// The rooms of the engine, files or folders, from the bottom to the top: each may use itself and those
 /// before it.
-const ROOMS: [&str; 21] = [
+const ROOMS: [&str; 22] = [
     "error",
     "sync",
     "statistics",
@@ -119,6 +119,7 @@ const ROOMS: [&str; 21] = [
     "disk",
     "train",
     "engine",
+    "tiled_linear",
     "observe",
     "models",
     "estimate",

@@ -2,8 +2,8 @@
 
 use candle_core::{Device, Tensor};
 use candle_nn::{Init, VarBuilder};
-use ferrozero::models::linear::Adapting;
-use ferrozero::models::pretrained::Pretrained;
+use ferrozero::internals::models::linear::Adapting;
+use ferrozero::internals::models::pretrained::Pretrained;
 use ferrozero::{
     AdamW, BackendChoice, Checkpoint, Config, Engine, Error, Placement, Result, Segment, Tier, TiledLinear,
     Trainer,

@@ -2,11 +2,11 @@
 //! memory.
 
 use candle_core::{Device, Tensor};
-use ferrozero::estimate::model_shape::ModelShape;
-use ferrozero::models::gpt::{Gpt, GptConfig, StreamedBlock};
-use ferrozero::models::linear::Adapting;
-use ferrozero::models::pretrained::{Pretrained, StreamedModel};
-use ferrozero::schedule::layout::Layout;
+use ferrozero::internals::estimate::model_shape::ModelShape;
+use ferrozero::internals::models::gpt::{Gpt, GptConfig, StreamedBlock};
+use ferrozero::internals::models::linear::Adapting;
+use ferrozero::internals::models::pretrained::{Pretrained, StreamedModel};
+use ferrozero::internals::schedule::layout::Layout;
 use ferrozero::{AdamW, BackendChoice, Checkpoint, Config, Engine, Error, Placement, Result, Tier, Trainer};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};

@@ -1,8 +1,8 @@
 //! The timeline of a run: valid JSON after every step, a named track a queue, every operation of the schedule
 //! once, and what each tier held within what the plan has for it.
 
-use ferrozero::observe::chrome::ChromeTrace;
-use ferrozero::schedule::operation::Queue;
+use ferrozero::internals::observe::chrome::ChromeTrace;
+use ferrozero::internals::schedule::operation::Queue;
 use ferrozero::{BackendChoice, Config, Placement, Tier};
 use serde_json::Value;
 use std::collections::{BTreeMap, HashMap};

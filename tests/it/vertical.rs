@@ -4,7 +4,7 @@
 use crate::support::{Block, tokens, train, trainer};
 use candle_core::{CpuStorage, CustomOp1, DType, Device, Layout, Module, Result, Shape, Tensor, bail};
 use candle_nn::{Init, VarBuilder};
-use ferrozero::schedule::operation::Operation;
+use ferrozero::internals::schedule::operation::Operation;
 use ferrozero::{AdamW, BackendChoice, Config, Engine, Error, Placement, Segment, Tier, Trainer};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 

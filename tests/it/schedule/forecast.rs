@@ -1,10 +1,10 @@
 //! Forecasts of every schedule are between what a step cannot be shorter and what it cannot be longer than.
 
 use super::{Case, case};
-use ferrozero::planner::machine::Machine;
-use ferrozero::planner::simulator::{Compute, ComputeTime, Simulator};
-use ferrozero::schedule::buffer_plan::{BufferPlan, Needs};
-use ferrozero::schedule::builder::{Builder, gradient_passes_through};
+use ferrozero::internals::planner::machine::Machine;
+use ferrozero::internals::planner::simulator::{Compute, ComputeTime, Simulator};
+use ferrozero::internals::schedule::buffer_plan::{BufferPlan, Needs};
+use ferrozero::internals::schedule::builder::{Builder, gradient_passes_through};
 use proptest::prelude::*;
 
 fn machine() -> impl Strategy<Value = Machine> {

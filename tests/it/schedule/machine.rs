@@ -1,9 +1,9 @@
 //! A machine that runs operations on what buffers, slots and disk *mean*, and refuses an operation that is
 //! given something else than it should have.
 
-use ferrozero::schedule::buffer_plan::BufferPlan;
-use ferrozero::schedule::layout::Layout;
-use ferrozero::schedule::operation::{Buffer, Call, Extent, MasterPlace, Operation, Stream};
+use ferrozero::internals::schedule::buffer_plan::BufferPlan;
+use ferrozero::internals::schedule::layout::Layout;
+use ferrozero::internals::schedule::operation::{Buffer, Call, Extent, MasterPlace, Operation, Stream};
 use std::collections::{BTreeSet, HashMap};
 
 /// The moment that an operation belongs to.

@@ -8,10 +8,10 @@ mod overlap;
 
 use candle_core::DType;
 use ferrozero::Tier;
-use ferrozero::schedule::buffer_plan::{BufferPlan, Depths, DeviceKind, GroupPlacement, Needs};
-use ferrozero::schedule::builder::{Builder, gradient_passes_through};
-use ferrozero::schedule::layout::{ALIGNMENT_ELEMENTS, Group, Layout};
-use ferrozero::schedule::operation::{Call, Operation, Queue, Resource};
+use ferrozero::internals::schedule::buffer_plan::{BufferPlan, Depths, DeviceKind, GroupPlacement, Needs};
+use ferrozero::internals::schedule::builder::{Builder, gradient_passes_through};
+use ferrozero::internals::schedule::layout::{ALIGNMENT_ELEMENTS, Group, Layout};
+use ferrozero::internals::schedule::operation::{Call, Operation, Queue, Resource};
 use machine::{Machine, Moment};
 use proptest::prelude::*;
 use std::collections::{HashMap, VecDeque};

@@ -6,13 +6,13 @@
 use super::layout;
 use candle_core::DType;
 use ferrozero::Tier;
-use ferrozero::planner::machine::Machine;
-use ferrozero::planner::simulator::{Compute, ComputeTime, Forecast, Simulator};
-use ferrozero::schedule::buffer_plan::{BufferPlan, Depths, DeviceKind, GroupPlacement, Needs};
-use ferrozero::schedule::builder::{Builder, gradient_passes_through};
-use ferrozero::schedule::layout::{ALIGNMENT_ELEMENTS, Layout};
-use ferrozero::schedule::operation::{Call, Operation, Queue};
-use ferrozero::schedule::trace::{Trace, TraceEvent};
+use ferrozero::internals::planner::machine::Machine;
+use ferrozero::internals::planner::simulator::{Compute, ComputeTime, Forecast, Simulator};
+use ferrozero::internals::schedule::buffer_plan::{BufferPlan, Depths, DeviceKind, GroupPlacement, Needs};
+use ferrozero::internals::schedule::builder::{Builder, gradient_passes_through};
+use ferrozero::internals::schedule::layout::{ALIGNMENT_ELEMENTS, Layout};
+use ferrozero::internals::schedule::operation::{Call, Operation, Queue};
+use ferrozero::internals::schedule::trace::{Trace, TraceEvent};
 
 const LAYERS: usize = 12;
 const LAYER_ELEMENTS: usize = 4 * ALIGNMENT_ELEMENTS;

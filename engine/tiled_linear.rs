@@ -85,6 +85,7 @@ impl TiledLinear {
     ///
     /// # Errors
     /// As [`Segment::call`].
+    #[cfg(feature = "models")]
     pub(crate) fn forward_by_rows(&self, xs: &Tensor) -> candle_core::Result<Tensor> {
         let outputs = self.tiles.iter().map(|(_, tile)| {
             tile.call(&[&self.nothing, xs], |tile, inputs| {
@@ -124,6 +125,7 @@ impl TiledLinear {
 }
 
 /// The layer of each row of `xs` [N, in] on its own. A product of several rows may sum in another order.
+#[cfg(feature = "models")]
 pub(crate) fn linear_by_rows(
     xs: &Tensor,
     weight: &Tensor,
