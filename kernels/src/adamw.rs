@@ -57,8 +57,8 @@ pub(crate) struct Numbers {
     one_minus_beta2: f32,
     first_correction: f32,
     second_correction: f32,
-    keep: f32,
-    learning_rate: f32,
+    pub(crate) keep: f32,
+    pub(crate) learning_rate: f32,
     epsilon: f32,
 }
 
@@ -79,6 +79,19 @@ impl Numbers {
             epsilon: step.epsilon as f32,
         }
     }
+
+    /// The moments after a gradient.
+    #[inline(always)]
+    pub(crate) fn moments(&self, first: f32, second: f32, gradient: f32) -> (f32, f32) {
+        let first = first * self.beta1 + gradient * self.one_minus_beta1;
+        (first, second * self.beta2 + gradient * gradient * self.one_minus_beta2)
+    }
+
+    /// What a parameter moves against, before the learning rate.
+    #[inline(always)]
+    pub(crate) fn direction(&self, first: f32, second: f32) -> f32 {
+        (first * self.first_correction) / ((second * self.second_correction).sqrt() + self.epsilon)
+    }
 }
 
 on_paths! {
@@ -91,10 +104,8 @@ on_paths! {
         let gradient = &gradient[..elements];
         for i in 0..elements {
             let g = gradient[i].widen() * numbers.gradient_scale;
-            let m = first_moment[i] * numbers.beta1 + g * numbers.one_minus_beta1;
-            let v = second_moment[i] * numbers.beta2 + g * g * numbers.one_minus_beta2;
-            let direction = (m * numbers.first_correction) / ((v * numbers.second_correction).sqrt() + numbers.epsilon);
-            master[i] = master[i] * numbers.keep - direction * numbers.learning_rate;
+            let (m, v) = numbers.moments(first_moment[i], second_moment[i], g);
+            master[i] = master[i] * numbers.keep - numbers.direction(m, v) * numbers.learning_rate;
             first_moment[i] = m;
             second_moment[i] = v;
         }

@@ -1,10 +1,11 @@
 //! Random numbers that are a pure function of seed, name and position (Salmon et al., "Parallel random numbers: as easy as
 //! 1, 2, 3", SC 2011), so that any part of a tensor can be made at any time.
 
+const MULTIPLIERS: [u32; 2] = [0xD251_1F53, 0xCD9E_8D57];
+const WEYL: [u32; 2] = [0x9E37_79B9, 0xBB67_AE85];
+
 /// One block of Philox4x32 with ten rounds: four random words for a counter and a key.
 pub fn philox4x32(counter: [u32; 4], key: [u32; 2]) -> [u32; 4] {
-    const MULTIPLIERS: [u32; 2] = [0xD251_1F53, 0xCD9E_8D57];
-    const WEYL: [u32; 2] = [0x9E37_79B9, 0xBB67_AE85];
     let [mut c0, mut c1, mut c2, mut c3] = counter;
     let [mut k0, mut k1] = key;
     for _ in 0..10 {
@@ -12,6 +13,22 @@ pub fn philox4x32(counter: [u32; 4], key: [u32; 2]) -> [u32; 4] {
         let second = u64::from(MULTIPLIERS[1]) * u64::from(c2);
         (c0, c1, c2, c3) =
             ((second >> 32) as u32 ^ c1 ^ k0, second as u32, (first >> 32) as u32 ^ c3 ^ k1, first as u32);
+        (k0, k1) = (k0.wrapping_add(WEYL[0]), k1.wrapping_add(WEYL[1]));
+    }
+    [c0, c1, c2, c3]
+}
+
+/// As [`philox4x32`], for loops over many blocks: words in the lower halves of 64 bits, so that a vector instruction
+/// makes both halves of a product. What is in the upper halves of the result says nothing.
+#[inline(always)]
+pub(crate) fn philox4x32_wide(counter: [u64; 4], key: [u32; 2]) -> [u64; 4] {
+    let multiply = |word: u64, multiplier: u32| (word & 0xffff_ffff) * u64::from(multiplier);
+    let [mut c0, mut c1, mut c2, mut c3] = counter;
+    let [mut k0, mut k1] = key;
+    for _ in 0..10 {
+        let (first, second) = (multiply(c0, MULTIPLIERS[0]), multiply(c2, MULTIPLIERS[1]));
+        (c0, c1) = ((second >> 32) ^ c1 ^ u64::from(k0), second);
+        (c2, c3) = ((first >> 32) ^ c3 ^ u64::from(k1), first);
         (k0, k1) = (k0.wrapping_add(WEYL[0]), k1.wrapping_add(WEYL[1]));
     }
     [c0, c1, c2, c3]
@@ -80,6 +97,9 @@ mod tests {
             philox4x32([0x243f_6a88, 0x85a3_08d3, 0x1319_8a2e, 0x0370_7344], [0xa409_3822, 0x299f_31d0]),
             [0xd16c_fe09, 0x94fd_cceb, 0x5001_e420, 0x2412_6ea1]
         );
+        let counter = [0x243f_6a88, 0x85a3_08d3, 0x1319_8a2e, 0x0370_7344];
+        let wide = philox4x32_wide(counter.map(u64::from), [0xa409_3822, 0x299f_31d0]);
+        assert_eq!(wide.map(|word| word as u32), philox4x32(counter, [0xa409_3822, 0x299f_31d0]));
         assert_eq!(key_of_name(""), 0xcbf2_9ce4_8422_2325);
         assert_eq!(key_of_name("a"), 0xaf63_dc4c_8601_ec8c);
     }

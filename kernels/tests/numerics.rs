@@ -8,7 +8,6 @@ use ferrozero_kernels::gradient::{
     Accumulate, BLOCK_ELEMENTS, GradientStatistics, accumulate, accumulate_on,
 };
 use ferrozero_kernels::philox::Stream;
-use ferrozero_kernels::quantize::{self, Code};
 use ferrozero_kernels::{Element, Path, Pool};
 use half::{bf16, f16};
 use proptest::prelude::*;
@@ -171,57 +170,4 @@ fn what_is_not_finite_is_counted() {
     accumulate(&Pool::new(2).unwrap(), &mut sum, &gradient, 1.0, Accumulate::Overwrite, &mut statistics)
         .unwrap();
     assert_eq!(statistics.non_finite, 2);
-}
-
-#[test]
-fn eight_bits_keep_the_relative_error_that_their_codes_promise() {
-    let pool = Pool::new(2).unwrap();
-    let elements = 150_001;
-    let signed = values("m", elements);
-    let squares: Vec<f32> = signed.iter().map(|m| m * m).collect();
-    for (code, from, smallest) in
-        [(Code::Signed, &signed, 0.5f32.powi(15)), (Code::Unsigned, &squares, 0.5f32.powi(31))]
-    {
-        let blocks = elements.div_ceil(quantize::BLOCK_ELEMENTS);
-        let (mut codes, mut scales, mut back) = (vec![0; elements], vec![0.0; blocks], vec![0.0; elements]);
-        quantize::quantize(&pool, code, from, &mut codes, &mut scales).unwrap();
-        quantize::dequantize(&pool, code, &codes, &scales, &mut back).unwrap();
-        let pairs = from.chunks(quantize::BLOCK_ELEMENTS).zip(back.chunks(quantize::BLOCK_ELEMENTS));
-        for (from, back) in pairs {
-            let largest = from.iter().fold(0f32, |largest, x| largest.max(x.abs()));
-            for (&x, &y) in from.iter().zip(back) {
-                let error = (x - y).abs();
-                assert!(error <= x.abs() / 16.0 + largest * smallest, "{code:?}: {x} became {y}");
-                assert!(code == Code::Signed || (x == 0.0) == (y == 0.0), "{x} became {y}");
-            }
-        }
-    }
-}
-
-#[test]
-fn eight_bits_hide_nothing_that_is_not_a_number() {
-    let pool = Pool::new(1).unwrap();
-    for (code, bad) in [
-        (Code::Signed, f32::NAN),
-        (Code::Signed, f32::NEG_INFINITY),
-        (Code::Unsigned, f32::INFINITY),
-        (Code::Unsigned, -1e-30),
-    ] {
-        let mut from = vec![1.0; 600];
-        from[300] = bad;
-        let (mut codes, mut scales, mut back) = (vec![0; 600], vec![0.0; 3], vec![0.0; 600]);
-        quantize::quantize(&pool, code, &from, &mut codes, &mut scales).unwrap();
-        quantize::dequantize(&pool, code, &codes, &scales, &mut back).unwrap();
-        assert!(back[256..512].iter().all(|x| x.is_nan()), "{code:?} hid {bad}");
-        assert!(back[..256].iter().chain(&back[512..]).all(|&x| x == 1.0), "{code:?} spread {bad}");
-    }
-}
-
-#[test]
-fn runs_of_eight_bits_must_have_fitting_lengths() {
-    let pool = Pool::new(1).unwrap();
-    let mut codes = vec![0; 300];
-    assert!(quantize::quantize(&pool, Code::Signed, &[0.0; 300], &mut codes, &mut [0.0; 1]).is_err());
-    assert!(quantize::quantize(&pool, Code::Signed, &[0.0; 299], &mut codes, &mut [0.0; 2]).is_err());
-    assert!(quantize::dequantize(&pool, Code::Signed, &codes, &[0.0; 2], &mut [0.0; 301]).is_err());
 }

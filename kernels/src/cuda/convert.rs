@@ -1,6 +1,4 @@
-//! Conversions between f32 and the 16-bit types, and block-wise 8-bit numbers.
-
-mod quantize;
+//! Conversions between f32 and the 16-bit types.
 
 use std::sync::Arc;
 

@@ -5,7 +5,6 @@
 //! | [`Kernels::adamw`] | [`crate::adamw`] | the same |
 //! | [`Kernels::accumulate`] | [`crate::gradient`] | the same, norm included |
 //! | [`Kernels::narrow`], [`Kernels::widen`] | [`crate::convert`] | the same, NaN included |
-//! | [`Kernels::quantize`], [`Kernels::dequantize`] | [`crate::quantize`] | the same |
 //!
 //! "The same" is said of numbers: where arithmetic makes a NaN, its bits are the machine's.
 //!

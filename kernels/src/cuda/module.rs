@@ -25,7 +25,6 @@ pub struct Kernels {
     pub(super) adamw: Arc<CudaModule>,
     pub(super) gradient: Arc<CudaModule>,
     pub(super) convert: Arc<CudaModule>,
-    pub(super) quantize: Arc<CudaModule>,
     processors: u32,
 }
 
@@ -42,7 +41,6 @@ impl Kernels {
             adamw: load(ptx!("adamw"))?,
             gradient: load(ptx!("gradient"))?,
             convert: load(ptx!("convert"))?,
-            quantize: load(ptx!("quantize"))?,
             processors: u32::try_from(processors).unwrap_or(1).max(1),
         })
     }

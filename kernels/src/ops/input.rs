@@ -12,7 +12,7 @@ use crate::simd::Path;
 
 /// Elements of a type that operations compute with.
 #[derive(Clone, Copy)]
-pub(super) enum Elements<'a> {
+pub(crate) enum Elements<'a> {
     F32(&'a [f32]),
     BF16(&'a [bf16]),
     F16(&'a [f16]),

@@ -20,7 +20,7 @@ pub(super) fn has_tiles() -> bool {
 
 /// Whether a product may use rayon's threads. Each element is summed in the same order either way.
 #[derive(Clone, Copy)]
-pub(super) enum Threads {
+pub(crate) enum Threads {
     /// The calling thread alone: for products inside a threaded loop.
     One,
     /// The threads of the current rayon pool.
@@ -29,7 +29,7 @@ pub(super) enum Threads {
 
 /// A matrix to read. Element (i, j) lies at `i·row_stride + j·column_stride`.
 #[derive(Clone, Copy)]
-pub(super) struct Matrix<'a> {
+pub(crate) struct Matrix<'a> {
     elements: Elements<'a>,
     rows: usize,
     columns: usize,
@@ -39,7 +39,7 @@ pub(super) struct Matrix<'a> {
 
 impl<'a> Matrix<'a> {
     /// A row-major matrix whose rows follow each other without gaps.
-    pub(super) fn new(elements: impl Into<Elements<'a>>, rows: usize, columns: usize) -> Self {
+    pub(crate) fn new(elements: impl Into<Elements<'a>>, rows: usize, columns: usize) -> Self {
         Self::strided(elements, rows, columns, columns)
     }
 
@@ -67,18 +67,18 @@ impl<'a> Matrix<'a> {
     }
 
     /// Elements a row.
-    pub(super) fn columns(self) -> usize {
+    pub(crate) fn columns(self) -> usize {
         self.columns
     }
 
     /// `rows` rows from `first` on.
-    pub(super) fn rows(self, first: usize, rows: usize) -> Self {
+    pub(crate) fn rows(self, first: usize, rows: usize) -> Self {
         assert!(first + rows <= self.rows, "rows outside the matrix");
         Matrix { elements: self.elements.after(first * self.row_stride), rows, ..self }
     }
 
     /// The same elements with rows and columns exchanged.
-    pub(super) fn transposed(self) -> Self {
+    pub(crate) fn transposed(self) -> Self {
         Matrix {
             rows: self.columns,
             columns: self.rows,
@@ -103,7 +103,7 @@ impl<'a> Matrix<'a> {
 }
 
 /// A row-major matrix to write, which may be a block of a larger one.
-pub(super) struct MatrixMut<'a, E = f32> {
+pub(crate) struct MatrixMut<'a, E = f32> {
     start: *mut E,
     rows: usize,
     columns: usize,
@@ -116,7 +116,7 @@ unsafe impl<E: Send> Send for MatrixMut<'_, E> {}
 
 impl<'a, E> MatrixMut<'a, E> {
     /// A row-major matrix whose rows follow each other without gaps.
-    pub(super) fn new(elements: &'a mut [E], rows: usize, columns: usize) -> Self {
+    pub(crate) fn new(elements: &'a mut [E], rows: usize, columns: usize) -> Self {
         assert!(rows * columns <= elements.len(), "matrix larger than its elements");
         let start = elements.as_mut_ptr();
         MatrixMut { start, rows, columns, row_stride: columns, elements: PhantomData }
@@ -232,7 +232,7 @@ fn written<E: Element>(
 
 /// `destination = a · b`, or `destination += a · b` when `accumulate`. Factors in 16 bits take all threads; for those in f32 on all threads, it
 /// is as [`products`] says.
-pub(super) fn multiply(
+pub(crate) fn multiply(
     destination: MatrixMut<'_>,
     accumulate: bool,
     a: Matrix<'_>,

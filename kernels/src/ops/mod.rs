@@ -41,7 +41,7 @@ mod error;
 mod input;
 mod linear;
 mod log_sums;
-mod matrix;
+pub(crate) mod matrix;
 mod norm;
 mod output;
 mod products;

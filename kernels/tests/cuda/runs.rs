@@ -12,7 +12,6 @@ use ferrozero_kernels::cuda::{
 };
 use ferrozero_kernels::gradient::{Accumulate, BLOCK_ELEMENTS, GradientStatistics, accumulate};
 use ferrozero_kernels::philox::Stream;
-use ferrozero_kernels::quantize::{self, Code, dequantize};
 use ferrozero_kernels::{Pool, convert};
 use half::{bf16, f16};
 
@@ -293,56 +292,6 @@ fn conversions_are_those_of_the_cpu<E: Half>() {
 fn conversions_have_the_bits_of_the_cpu() {
     conversions_are_those_of_the_cpu::<bf16>();
     conversions_are_those_of_the_cpu::<f16>();
-}
-
-#[test]
-fn quantization_has_the_bits_of_the_cpu() {
-    let Some((kernels, stream)) = machine() else { return };
-    let pool = Pool::new(1).unwrap();
-    for case in cases() {
-        let Case { elements, offset, .. } = case;
-        let blocks = elements.div_ceil(quantize::BLOCK_ELEMENTS);
-        let mut signed = values("m", elements);
-        // Every scale that blocks can have: subnormal numbers, zeros, and two that are not finite.
-        for (block, values) in signed.chunks_mut(quantize::BLOCK_ELEMENTS).enumerate() {
-            let factor = [1.0, 1e-42, 0.0, 1e35, 1e-20][block % 5];
-            values.iter_mut().for_each(|value| *value *= factor);
-            match block {
-                11 => values[3] = f32::NAN,
-                12 => values[200] = f32::NEG_INFINITY,
-                _ => {}
-            }
-        }
-        let squares: Vec<f32> = signed.iter().map(|m| m.abs()).collect();
-        // The unsigned code says so of negative elements too.
-        for (code, from) in [(Code::Signed, &signed), (Code::Unsigned, &squares), (Code::Unsigned, &signed)] {
-            let what = format!("{code:?}, {case:?}");
-            let (mut codes, mut scales, mut back) =
-                (vec![0; elements], vec![0.0; blocks], vec![0.0; elements]);
-            quantize::quantize(&pool, code, from, &mut codes, &mut scales).unwrap();
-            dequantize(&pool, code, &codes, &scales, &mut back).unwrap();
-
-            let device_from = upload(&stream, from, offset);
-            let mut device_codes = upload(&stream, &vec![0xa5u8; elements], offset);
-            let mut device_scales = upload(&stream, &vec![0f32; blocks], offset);
-            let mut device_back = upload(&stream, &vec![0f32; elements], offset);
-            let (range, block_range) = (case.range(), offset..offset + blocks);
-            let source = device_from.slice(range.clone());
-            let mut codes_out = device_codes.slice_mut(range.clone());
-            let mut scales_out = device_scales.slice_mut(block_range.clone());
-            case.launch(|| kernels.quantize(&stream, code, &source, &mut codes_out, &mut scales_out));
-            let (codes_in, scales_in) = (device_codes.slice(range.clone()), device_scales.slice(block_range));
-            let mut back_out = device_back.slice_mut(range);
-            case.launch(|| kernels.dequantize(&stream, code, &codes_in, &scales_in, &mut back_out));
-
-            assert_eq!(fetch(&stream, &device_codes, offset, elements), codes, "{what}");
-            let numbers = |values: &[f32]| -> Vec<Option<u32>> {
-                values.iter().map(|value| (!value.is_nan()).then(|| value.to_bits())).collect()
-            };
-            assert_eq!(numbers(&fetch(&stream, &device_scales, offset, blocks)), numbers(&scales), "{what}");
-            assert_eq!(numbers(&fetch(&stream, &device_back, offset, elements)), numbers(&back), "{what}");
-        }
-    }
 }
 
 #[test]
