@@ -48,7 +48,7 @@ def of_torch(make, shapes):
 
 
 def of_formula(update, shapes):
-    """The parameters after a run of `update(parameter, gradient, state, step)`, which answers the next ones."""
+    """The parameters after a run of `update(parameter, gradient, state, step)`, which returns new ones."""
     parameters = [values(n, s).astype(numpy.float64) for n, s in enumerate(shapes)]
     states = [{} for _ in shapes]
     for step in range(1, STEPS + 1):

@@ -1,7 +1,7 @@
 //! Updates of stored states against plain loops that read and write the same bytes.
 //!
-//! The two take turns, so that whatever else the machine does hits both; the table has the medians. The arguments
-//! are the number of elements in Mi (16) and of threads (2).
+//! The two take turns, so that whatever else the machine does hits both; the table has the medians. The
+//! arguments are the number of elements in Mi (16) and of threads (2).
 
 use std::sync::Arc;
 use std::time::Instant;

@@ -7,7 +7,8 @@ use crate::simd::{Path, on_paths};
 use crate::{Element, Error, Pool};
 use half::{bf16, f16};
 
-/// The numbers of one AdamW step (Loshchilov and Hutter, "Decoupled weight decay regularization", arXiv 1711.05101).
+/// The numbers of one AdamW step (Loshchilov and Hutter, "Decoupled weight decay regularization", arXiv
+/// 1711.05101).
 #[derive(Debug, Clone, PartialEq)]
 pub struct AdamWStep {
     /// Learning rate.
@@ -95,7 +96,8 @@ impl Numbers {
 }
 
 on_paths! {
-    /// In the order of operations of `candle_nn::AdamW`. Only IEEE operations and no contraction: the same bits everywhere.
+    /// In the order of operations of `candle_nn::AdamW`. Only IEEE operations and no contraction: the same
+    /// bits everywhere.
     fn adamw_chunk[G: Element](numbers: Numbers, state: AdamWState<'_>, gradient: &[G]) {
         let AdamWState { master, first_moment, second_moment } = state;
         let elements = master.len();

@@ -1,5 +1,5 @@
-//! Random numbers that are a pure function of seed, name and position (Salmon et al., "Parallel random numbers: as easy as
-//! 1, 2, 3", SC 2011), so that any part of a tensor can be made at any time.
+//! Random numbers that are a pure function of seed, name and position (Salmon et al., "Parallel random
+//! numbers: as easy as 1, 2, 3", SC 2011), so that any part of a tensor can be made at any time.
 
 const MULTIPLIERS: [u32; 2] = [0xD251_1F53, 0xCD9E_8D57];
 const WEYL: [u32; 2] = [0x9E37_79B9, 0xBB67_AE85];
@@ -18,8 +18,8 @@ pub fn philox4x32(counter: [u32; 4], key: [u32; 2]) -> [u32; 4] {
     [c0, c1, c2, c3]
 }
 
-/// As [`philox4x32`], for loops over many blocks: words in the lower halves of 64 bits, so that a vector instruction
-/// makes both halves of a product. What is in the upper halves of the result says nothing.
+/// As [`philox4x32`], for loops over many blocks: words in the lower halves of 64 bits, so that a vector
+/// instruction makes both halves of a product. What is in the upper halves of the result says nothing.
 #[inline(always)]
 pub(crate) fn philox4x32_wide(counter: [u64; 4], key: [u32; 2]) -> [u64; 4] {
     let multiply = |word: u64, multiplier: u32| (word & 0xffff_ffff) * u64::from(multiplier);

@@ -1,5 +1,5 @@
-//! AdamW and gradient accumulation: the same bits on every path, for every number of threads and any cut, and close to
-//! references.
+//! AdamW and gradient accumulation: the same bits on every path, for every number of threads and any cut, and
+//! close to references.
 
 use candle_core::{Device, Tensor, Var};
 use candle_nn::{Optimizer, ParamsAdamW};
@@ -151,7 +151,8 @@ proptest! {
             let cut = (cut * BLOCK_ELEMENTS).min(elements);
             for range in [0..cut, cut..elements] {
                 let (sum, part) = (&mut found[range.clone()], &gradient[range]);
-                accumulate_on(path, &Pool::new(threads).unwrap(), sum, part, 0.25, how, &mut statistics).unwrap();
+                let pool = Pool::new(threads).unwrap();
+                accumulate_on(path, &pool, sum, part, 0.25, how, &mut statistics).unwrap();
             }
             prop_assert!(found == expected);
             prop_assert_eq!(statistics, whole);

@@ -58,8 +58,8 @@ impl Kernels {
         let count = elements as u64;
         let mut launch = stream.launch_builder(&kernel);
         launch.arg(from).arg(to).arg(&count);
-        // SAFETY: the arguments are those of the kernel that converts between these types, and both runs have `elements`
-        // elements.
+        // SAFETY: the arguments are those of the kernel that converts between these types, and both runs have
+        // `elements` elements.
         unsafe { launch.launch(self.launch_for(elements.div_ceil(4), 1)) }.doing("launching a conversion")?;
         Ok(())
     }

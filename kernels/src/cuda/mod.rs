@@ -8,10 +8,11 @@
 //!
 //! "The same" is said of numbers: where arithmetic makes a NaN, its bits are the machine's.
 //!
-//! **Streams.** Every call takes the stream that it is enqueued on, and returns before the work is done. Joins with other
-//! streams are the caller's: candle's own kernels are invisible to cudarc's event tracking, so a program that uses several
-//! streams turns it off. Nothing here allocates, except [`DeviceStatistics::new`] and [`Pinned::new`], and nothing waits, except
-//! [`DeviceStatistics::read`] and [`Pinned`].
+//! **Streams.** Every call takes the stream that it is enqueued on, and returns before the work is done.
+//! Joins with other streams are the caller's: candle's own kernels are invisible to cudarc's event tracking,
+//! so a program that uses several streams turns it off. Nothing here allocates, except
+//! [`DeviceStatistics::new`] and [`Pinned::new`], and nothing waits, except [`DeviceStatistics::read`] and
+//! [`Pinned`].
 //!
 //! The sources are `kernels/cuda/*.cu`; `build.rs` compiles them to the PTX that is embedded here.
 

@@ -45,7 +45,8 @@ impl Kernels {
         })
     }
 
-    /// A launch of at most as many thread blocks as the device runs at once; `units` are what `unit_threads` threads do.
+    /// A launch of at most as many thread blocks as the device runs at once; `units` are what `unit_threads`
+    /// threads do.
     pub(super) fn launch_for(&self, units: usize, unit_threads: u32) -> LaunchConfig {
         let blocks = units.div_ceil((BLOCK_THREADS / unit_threads) as usize);
         let blocks = super::blocks(blocks, (self.processors * BLOCKS_A_PROCESSOR) as usize);

@@ -231,17 +231,21 @@ mod tests {
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(2_000))]
         #[test]
-        fn an_element_takes_the_nearest_value(magnitude in 0f32..1.0, shift in 0i32..26, scale in -30i32..30) {
+        fn an_element_takes_the_nearest_value(
+            magnitude in 0f32..1.0, shift in 0i32..26, scale in -30i32..30
+        ) {
             let value = magnitude * 0.5f32.powi(shift);
             let scale = 2f32.powi(scale);
             for code in [signed(), unsigned()] {
                 let nearest = |value: f32, values: &[f32]| {
-                    values.iter().map(|v| (f64::from(*v) - f64::from(value)).abs()).fold(f64::INFINITY, f64::min)
+                    let distances = values.iter().map(|v| (f64::from(*v) - f64::from(value)).abs());
+                    distances.fold(f64::INFINITY, f64::min)
                 };
                 let allowed = if code.signed || value == 0.0 { &code.values[..] } else { &code.values[1..] };
                 let (_, back) = round_trip(code, &[scale, value * scale]);
                 prop_assert_eq!(back[0], scale);
-                prop_assert_eq!((f64::from(back[1] / scale) - f64::from(value)).abs(), nearest(value, allowed));
+                let distance = (f64::from(back[1] / scale) - f64::from(value)).abs();
+                prop_assert_eq!(distance, nearest(value, allowed));
                 if code.signed {
                     let (_, back) = round_trip(code, &[scale, -value * scale]);
                     let distance = (f64::from(back[1] / scale) + f64::from(value)).abs();

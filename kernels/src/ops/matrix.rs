@@ -111,7 +111,8 @@ pub(crate) struct MatrixMut<'a, E = f32> {
     elements: PhantomData<&'a mut [E]>,
 }
 
-// SAFETY: a `MatrixMut` is the only way to its elements while it lives, like the `&mut [E]` that it was made from.
+// SAFETY: a `MatrixMut` is the only way to its elements while it lives, like the `&mut [E]` that it was made
+// from.
 unsafe impl<E: Send> Send for MatrixMut<'_, E> {}
 
 impl<'a, E> MatrixMut<'a, E> {
@@ -225,13 +226,14 @@ fn written<E: Element>(
     let mut out = Vec::with_capacity(elements);
     let start = out.as_mut_ptr();
     write(MatrixMut { start, rows, columns, row_stride: columns, elements: PhantomData });
-    // SAFETY: the capacity is `elements`, and a product of at least one term that is not added to anything has written each.
+    // SAFETY: the capacity is `elements`, and a product of at least one term that is not added to anything
+    // has written each.
     unsafe { out.set_len(elements) };
     out
 }
 
-/// `destination = a · b`, or `destination += a · b` when `accumulate`. Factors in 16 bits take all threads; for those in f32 on all threads, it
-/// is as [`products`] says.
+/// `destination = a · b`, or `destination += a · b` when `accumulate`. Factors in 16 bits take all threads;
+/// for those in f32 on all threads, it is as [`products`] says.
 pub(crate) fn multiply(
     destination: MatrixMut<'_>,
     accumulate: bool,
@@ -257,8 +259,9 @@ pub(crate) fn multiply(
         // Zero stands for the size of the current pool.
         Threads::All => gemm::Parallelism::Rayon(0),
     };
-    // SAFETY: the strides and shapes of the three matrices were checked against their elements when they were made,
-    // the shapes fit each other, and `destination` overlaps neither `a` nor `b` because it is borrowed mutably.
+    // SAFETY: the strides and shapes of the three matrices were checked against their elements when they were
+    // made, the shapes fit each other, and `destination` overlaps neither `a` nor `b` because it is borrowed
+    // mutably.
     unsafe {
         gemm::gemm(
             destination.rows,

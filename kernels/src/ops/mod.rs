@@ -1,7 +1,7 @@
 //! Differentiable, fused, threaded candle operations for training.
 //!
-//! candle-nn's fast layers have no backward: they cut the gradient without a word. The operations here take the
-//! same arguments where candle-nn has one, and every tracked input receives its gradient.
+//! candle-nn's fast layers have no backward: they cut the gradient without a word. The operations here take
+//! the same arguments where candle-nn has one, and every tracked input receives its gradient.
 //!
 //! | operation | shapes | what it fuses |
 //! |---|---|---|
@@ -19,17 +19,18 @@
 //! | [`cross_entropy`], [`linear_cross_entropy`] | `[N, C] → []` | log-softmax and mean; no full logits in the latter |
 //! | [`linear_log_sums`] | `[N, C] → [2, N]` | what a part of the vocabulary adds to a cross-entropy |
 //!
-//! **Devices and dtypes.** On the CPU and on a CUDA device (feature `cuda`) the elements are `f32`, `bf16` or `f16`, one type for
-//! all inputs, and arithmetic is `f32` in any case; losses are `f32` whatever the logits are. Every other
-//! dtype and device is refused with an [`OpError`] that says what to do. Inputs need not be contiguous (they are made so
-//! first). Within [`with_products`] the CPU multiplies matrices of `f32` as `bf16`, if its processor is made for that.
+//! **Devices and dtypes.** On the CPU and on a CUDA device (feature `cuda`) the elements are `f32`, `bf16` or
+//! `f16`, one type for all inputs, and arithmetic is `f32` in any case; losses are `f32` whatever the logits
+//! are. Every other dtype and device is refused with an [`OpError`] that says what to do. Inputs need not be
+//! contiguous (they are made so first). Within [`with_products`] the CPU multiplies matrices of `f32` as
+//! `bf16`, if its processor is made for that.
 //!
-//! **Reproducibility.** Work is split in chunks that depend on shapes alone, and partial sums are combined in a
-//! fixed order: on one machine the bits are the same from run to run and for any number of rayon threads. CUDA kernels use no
-//! atomics, so that a device gives the same bits each time; they are not the CPU's.
+//! **Reproducibility.** Work is split in chunks that depend on shapes alone, and partial sums are combined in
+//! a fixed order: on one machine the bits are the same from run to run and for any number of rayon threads.
+//! CUDA kernels use no atomics, so that a device gives the same bits each time; they are not the CPU's.
 //!
-//! **Waiting.** Work on a CUDA device is enqueued on candle's stream. Only the losses and
-//! [`embedding`] wait: they fetch targets and tokens, because an index out of range is an error and not a wrong address.
+//! **Waiting.** Work on a CUDA device is enqueued on candle's stream. Only the losses and [`embedding`] wait:
+//! they fetch targets and tokens, because an index out of range is an error and not a wrong address.
 
 mod activation;
 mod attention;

@@ -63,7 +63,8 @@ on_paths! {
         for ((p, &g), m) in parameters.iter_mut().zip(gradient).zip(moment) {
             let direction = *m * numbers.beta1 + g * numbers.one_minus_beta1;
             // The sign of zero is zero, and that of NaN is NaN.
-            let sign = if direction == 0.0 || direction.is_nan() { direction } else { 1f32.copysign(direction) };
+            let sign =
+                if direction == 0.0 || direction.is_nan() { direction } else { 1f32.copysign(direction) };
             *p = *p * numbers.keep - sign * numbers.learning_rate;
             *m = *m * numbers.beta2 + g * numbers.one_minus_beta2;
         }

@@ -22,7 +22,8 @@ const SIZES: [usize; 9] = [0, 1, 3, 4, 5, 1023, 1024, 1025, 2049];
 /// More than two blocks of any kernel have work for at once.
 const IN_TURNS: usize = 4999;
 
-/// A run of so many elements, that many after an aligned address, on all blocks or on two, which take turn after turn.
+/// A run of so many elements, that many after an aligned address, on all blocks or on two, which take turn
+/// after turn.
 #[derive(Clone, Copy, Debug)]
 struct Case {
     elements: usize,
