@@ -12,7 +12,7 @@ use crate::program::{Access, Mask, Step};
 use crate::ptx::types::{Combine, Space, Type};
 
 /// Where the lanes of a warp access memory, if all do within one stretch of it.
-struct Offsets {
+pub struct Offsets {
     region: Region,
     /// The address of each lane; those that do not take part have that of one that does.
     addresses: Row,
@@ -20,6 +20,12 @@ struct Offsets {
     start: u64,
     /// Whether all lanes have the same address.
     is_same: bool,
+}
+
+impl Default for Offsets {
+    fn default() -> Self {
+        Self { region: Region::Parameters, addresses: [0; LANES], start: 0, is_same: false }
+    }
 }
 
 impl Offsets {
@@ -81,44 +87,45 @@ fn extended(value: u64, kind: Type) -> u64 {
 }
 
 impl Machine<'_> {
-    /// Checks the addresses of the active lanes. None where they are not all in one allocation.
-    fn offsets(
+    /// Checks the addresses of the active lanes and sets `Machine::offsets`. Whether all are in one allocation; if not,
+    /// each lane is on its own.
+    fn locate(
         &mut self,
         warp: &Warp,
         step: &Step,
         access: Access,
         active: Mask,
         is_write: bool,
-    ) -> Result<Option<Offsets>> {
+    ) -> Result<bool> {
         let row = &warp.registers.rows[step.sources[0] as usize];
         let bytes = access.bytes * access.elements;
         let first = row[active.trailing_zeros() as usize].wrapping_add(access.offset);
         let (mut least, mut most, mut bits) = (u64::MAX, 0, 0);
-        let mut addresses = [0; LANES];
-        for lane in 0..LANES {
-            let address = row[lane].wrapping_add(access.offset);
-            // Lanes that do not take part have the address of the first that does.
+        for (lane, place) in self.offsets.addresses.iter_mut().enumerate() {
             let is_active = (active >> lane) & 1 == 1;
-            addresses[lane] = if is_active { address } else { first };
-            least = least.min(addresses[lane]);
-            most = most.max(addresses[lane]);
-            bits |= addresses[lane];
+            let address = if is_active { row[lane].wrapping_add(access.offset) } else { first };
+            *place = address;
+            least = least.min(address);
+            most = most.max(address);
+            bits |= address;
         }
         let what = if is_write { "write" } else { "read" };
-        if bits % bytes as u64 != 0 && matches!(access.space, Space::Global | Space::Shared) {
+        if bits & (bytes as u64 - 1) != 0 && matches!(access.space, Space::Global | Space::Shared) {
             return Err(Fault::address(format!(
                 "{what} of {bytes} bytes at {least:#x} to {most:#x}: not a multiple of its size"
             )));
         }
-        let is_same = least == most;
+        self.offsets.is_same = least == most && access.space != Space::Local;
+        self.offsets.start = 0;
         let (region, size) = match access.space {
             Space::Global => {
-                let Some(length) = (most - least).checked_add(bytes as u64).filter(|n| *n < 1 << 36) else {
-                    return Ok(None);
-                };
-                let Ok(place) = self.memory.place(least, length as usize, what) else { return Ok(None) };
+                let length = (most - least).checked_add(bytes as u64).and_then(|n| usize::try_from(n).ok());
+                let place = length.map(|length| self.memory.place(least, length, what));
+                let Some(Ok(place)) = place else { return Ok(false) };
                 self.accesses.note(place, is_write);
-                return Ok(Some(Offsets { region: Region::Global(place), addresses, start: least, is_same }));
+                self.offsets.start = least;
+                self.offsets.region = Region::Global(place);
+                return Ok(true);
             }
             Space::Shared => (Region::Shared, self.shared.len()),
             Space::Parameter => (Region::Parameters, self.launch.parameters.len()),
@@ -130,20 +137,21 @@ impl Machine<'_> {
                 "illegal {what} of {bytes} bytes at {most:#x} of {size} bytes of {space:?} memory"
             )));
         }
-        if access.space != Space::Local {
-            return Ok(Some(Offsets { region, addresses, start: 0, is_same }));
+        self.offsets.region = region;
+        if access.space == Space::Local {
+            for (lane, address) in self.offsets.addresses.iter_mut().enumerate() {
+                *address += (lane * size) as u64;
+            }
         }
-        for (lane, address) in addresses.iter_mut().enumerate() {
-            *address += (lane * size) as u64;
-        }
-        Ok(Some(Offsets { region, addresses, start: 0, is_same: false }))
+        Ok(true)
     }
 
     /// Reads memory into the step's results.
     pub fn load(&mut self, warp: &mut Warp, step: &Step, access: Access, active: Mask) -> Result<()> {
-        let Some(offsets) = self.offsets(warp, step, access, active, false)? else {
+        if !self.locate(warp, step, access, active, false)? {
             return self.load_one_by_one(warp, step, access, active);
-        };
+        }
+        let offsets = &self.offsets;
         let bytes = match offsets.region {
             Region::Global(place) => self.memory.bytes(place),
             Region::Shared => &self.shared,
@@ -154,10 +162,10 @@ impl Machine<'_> {
             let row = &mut warp.registers.rows[step.results[element] as usize];
             let skip = element * access.bytes;
             match access.bytes {
-                1 => gather::<1>(bytes, &offsets, skip, active, row),
-                2 => gather::<2>(bytes, &offsets, skip, active, row),
-                4 => gather::<4>(bytes, &offsets, skip, active, row),
-                _ => gather::<8>(bytes, &offsets, skip, active, row),
+                1 => gather::<1>(bytes, offsets, skip, active, row),
+                2 => gather::<2>(bytes, offsets, skip, active, row),
+                4 => gather::<4>(bytes, offsets, skip, active, row),
+                _ => gather::<8>(bytes, offsets, skip, active, row),
             }
             if access.kind.is_signed() {
                 lanes(active).for_each(|lane| row[lane] = extended(row[lane], access.kind));
@@ -168,9 +176,10 @@ impl Machine<'_> {
 
     /// Writes the step's operands to memory.
     pub fn store(&mut self, warp: &mut Warp, step: &Step, access: Access, active: Mask) -> Result<()> {
-        let Some(offsets) = self.offsets(warp, step, access, active, true)? else {
+        if !self.locate(warp, step, access, active, true)? {
             return self.store_one_by_one(warp, step, access, active);
-        };
+        }
+        let offsets = &self.offsets;
         let bytes = match offsets.region {
             Region::Global(place) => self.memory.bytes_mut(place),
             Region::Shared => &mut self.shared,
@@ -181,10 +190,10 @@ impl Machine<'_> {
             let row = &warp.registers.rows[step.sources[1 + element] as usize];
             let skip = element * access.bytes;
             match access.bytes {
-                1 => scatter::<1>(bytes, &offsets, skip, active, row),
-                2 => scatter::<2>(bytes, &offsets, skip, active, row),
-                4 => scatter::<4>(bytes, &offsets, skip, active, row),
-                _ => scatter::<8>(bytes, &offsets, skip, active, row),
+                1 => scatter::<1>(bytes, offsets, skip, active, row),
+                2 => scatter::<2>(bytes, offsets, skip, active, row),
+                4 => scatter::<4>(bytes, offsets, skip, active, row),
+                _ => scatter::<8>(bytes, offsets, skip, active, row),
             }
         }
         Ok(())

@@ -13,6 +13,7 @@ use crate::configuration::Order;
 use crate::fault::{Code, Fault, Result};
 use crate::memory::{Accesses, Memory};
 use crate::program::Program;
+use access::Offsets;
 use registers::LANES;
 use warp::Stop;
 
@@ -50,6 +51,8 @@ pub struct Machine<'a> {
     memory: &'a mut Memory,
     accesses: &'a mut Accesses,
     shared: Vec<u8>,
+    /// Where the lanes of the step that runs access memory.
+    offsets: Offsets,
     /// Instructions of lanes that were run.
     lane_instructions: u64,
 }
@@ -58,7 +61,8 @@ pub struct Machine<'a> {
 pub fn run(launch: &Launch<'_>, memory: &mut Memory, accesses: &mut Accesses) -> Result<u64> {
     let program = launch.program;
     let shared = vec![UNWRITTEN; program.shared_bytes + launch.dynamic_shared_bytes];
-    let mut machine = Machine { launch, memory, accesses, shared, lane_instructions: 0 };
+    let mut machine =
+        Machine { launch, memory, accesses, shared, offsets: Offsets::default(), lane_instructions: 0 };
     let mut warps = program.take_warps((launch.threads() as usize).div_ceil(LANES));
     for (number, warp) in warps.iter_mut().enumerate() {
         warp.begin_launch(launch, number as u32);

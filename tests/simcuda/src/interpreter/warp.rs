@@ -32,6 +32,8 @@ pub struct Warp {
     pub local: Vec<u8>,
     /// Number of its first thread in the block.
     pub first_thread: u32,
+    /// Its number, and the grid and block that the rows of what a thread knows of itself are of.
+    shape: Option<(u32, [u32; 3], [u32; 3])>,
 }
 
 /// Why a warp does not go on.
@@ -64,6 +66,7 @@ impl Warp {
             live: 0,
             local: vec![UNWRITTEN; program.local_bytes * LANES],
             first_thread: 0,
+            shape: None,
         }
     }
 
@@ -73,6 +76,12 @@ impl Warp {
         for (index, row) in &launch.program.variables {
             self.registers.rows[*row] = [launch.variables[*index]; LANES];
         }
+        // Most launches have the shape of the one before.
+        let shape = Some((number, launch.grid, launch.block));
+        if self.shape == shape {
+            return;
+        }
+        self.shape = shape;
         let [width, height, _] = launch.block;
         let thread = |lane: usize| self.first_thread + lane as u32;
         for (special, row) in &launch.program.specials {

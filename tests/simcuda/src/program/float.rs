@@ -9,7 +9,7 @@ use std::ops::{Add, Div, Mul, Neg, Sub};
 
 use half::{bf16, f16};
 
-use super::Compute;
+use super::{Compute, simd};
 use crate::ptx::types::{Instruction, Opcode, Rounding};
 
 /// A floating-point type of PTX.
@@ -54,6 +54,7 @@ macro_rules! native {
             fn nearest(wide: f64) -> Self {
                 wide as $name
             }
+            #[inline(always)]
             fn fused(self, factor: Self, addend: Self) -> Self {
                 self.mul_add(factor, addend)
             }
@@ -141,7 +142,10 @@ pub fn compute<T: Float>(instruction: &Instruction) -> Option<Compute> {
         Opcode::Add => over_lanes!(flush, |a, b| a + b),
         Opcode::Sub => over_lanes!(flush, |a, b| a - b),
         Opcode::Mul => over_lanes!(flush, |a, b| a * b),
-        Opcode::Fma => over_lanes!(flush, |a, b, c| a.fused(b, c)),
+        Opcode::Fma => match simd::fused::<T>().filter(|_| !flush) {
+            Some(fused) => fused,
+            None => over_lanes!(flush, |a, b, c| a.fused(b, c)),
+        },
         Opcode::Div => over_lanes!(flush, |a, b| a / b),
         // The approximate reciprocal of an f64 has the upper half of its bits.
         Opcode::Rcp if instruction.approximate && T::SIGN == f64::SIGN => {

@@ -9,6 +9,7 @@ mod float;
 mod integer;
 mod logic;
 mod select;
+mod simd;
 
 pub use logic::low_bits;
 
