@@ -14,6 +14,8 @@ use crate::{Error, Lease, Notice};
 
 mod directory;
 mod fault;
+#[allow(unsafe_code)]
+mod limits;
 mod mem;
 mod pool;
 mod progress;
@@ -26,6 +28,7 @@ mod workers;
 pub(crate) use directory::{Directory, Purpose, make_directory, sync_entry};
 pub(crate) use fault::Script;
 pub use fault::{Fault, FaultKind, FaultPlan, FaultPoint, Faulty};
+pub use limits::report_file_size_limit;
 pub use mem::Mem;
 pub use pool::Pool;
 pub use throttled::{Throttle, Throttled};
@@ -35,11 +38,11 @@ pub(crate) use workers::{Job, Workers};
 
 /// A set of files and small documents in one directory, or with files in several.
 ///
-/// `submit` never blocks on the disk. Its callback runs exactly once, on any thread and perhaps before `submit` returns,
-/// so it must be short. All other verbs block until done.
+/// `submit` never blocks on the disk. Its callback runs exactly once, on any thread and perhaps before
+/// `submit` returns, so it must be short. All other verbs block until done.
 pub trait Io: Send + Sync {
-    /// Makes the files, with all their space reserved, or none of them. [`FileId`]s count from 0 in this order.
-    /// To be called once, instead of [`Io::open_files`].
+    /// Makes the files, with all their space reserved, or none of them. [`FileId`]s count from 0 in this
+    /// order. To be called once, instead of [`Io::open_files`].
     fn allocate_files(&self, files: &[FileSpec]) -> Result<(), Error>;
 
     /// Opens files made earlier and checks that they still have their bytes.
@@ -51,8 +54,8 @@ pub trait Io: Send + Sync {
     /// Makes all completed writes of a file durable.
     fn sync(&self, file: FileId) -> Result<(), Error>;
 
-    /// Replaces a named document as one step that is durable when this returns. After an error the old document or
-    /// the new one is there, whole.
+    /// Replaces a named document as one step that is durable when this returns. After an error the old
+    /// document or the new one is there, whole.
     fn save_document(&self, name: &str, bytes: &[u8]) -> Result<(), Error>;
 
     /// Reads a named document, if there is one.

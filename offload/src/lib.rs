@@ -8,8 +8,8 @@
 //! | [`Arena`]: one pinned mapping of host memory | whoever holds a [`Lease`] of it | a [`Budget`] |
 //! | [`Store`]: files with two places for each piece of state | its directories' one process | the sizes of its extents |
 //!
-//! A lease moves into a transfer and comes back in its [`Completion`], also after an error, so nothing can free
-//! or touch a buffer in flight:
+//! A lease moves into a transfer and comes back in its [`Completion`], also after an error, so nothing can
+//! free or touch a buffer in flight:
 //!
 //! ```
 //! use ferrozero_offload::*;
@@ -18,9 +18,9 @@
 //! let budget = Budget::new(Tier::Host, 1 << 20);
 //! let arena = Arena::new(&budget, 1 << 16)?;
 //! let extent = ExtentSpec { name: "h.0/first_moment".into(), bytes: 10_000, kind: ExtentKind::State };
-//! let options = StoreOptions { backend: BackendChoice::Memory, piece_bytes: 8192, ..StoreOptions::default() };
-//! let store = Store::create("unused".as_ref(), vec![extent], options)?;
-//! let extent = store.extent("h.0/first_moment").expect("just made");
+//! let options = StoreOptions { backend: BackendChoice::Memory, piece_bytes: 8192, ..StoreOptions::default()
+//! }; let store = Store::create("unused".as_ref(), vec![extent], options)?; let extent =
+//! store.extent("h.0/first_moment").expect("just made");
 //!
 //! let mut lease = arena.lease(store.piece_bytes_of(extent, 0)?)?;
 //! lease.as_f32_mut().fill(0.5);
@@ -37,11 +37,13 @@
 //! # }
 //! ```
 //!
-//! Modules, from the bottom: `budget` and `arena` are memory, and with the feature `cuda` the module of that name copies between it and a device; [`io`] is the trait of disk
-//! backends with its backends and wrappers; `store` gives pieces, checksums and commits; [`memory`] counts what
-//! the rest of a process allocates. [`Baton`] lets threads run one at a time, in an order that is known.
+//! Modules, from the bottom: `budget` and `arena` are memory, and with the feature `cuda` the module of that
+//! name copies between it and a device; [`io`] is the trait of disk backends with its backends and wrappers;
+//! `store` gives pieces, checksums and commits; [`memory`] counts what the rest of a process allocates.
+//! [`Baton`] lets threads run one at a time, in an order that is known.
 
-// `unsafe` is for memory that is mapped by hand and for system calls that std does not have, and nowhere else.
+// `unsafe` is for memory that is mapped by hand and for system calls that std does not have, and nowhere
+// else.
 #![deny(unsafe_code)]
 
 #[allow(unsafe_code)]
@@ -56,8 +58,6 @@ mod error;
 mod folder;
 pub mod io;
 #[allow(unsafe_code)]
-mod limits;
-#[allow(unsafe_code)]
 pub mod memory;
 mod notice;
 mod store;
@@ -67,8 +67,7 @@ pub use baton::{Baton, Stopped};
 pub use budget::{Budget, Reservation, Tier};
 pub use error::{Error, Whereabouts};
 pub use folder::{Access, Folder};
-pub use io::{Completion, Throttle, Ticket};
-pub use limits::report_file_size_limit;
+pub use io::{Completion, Throttle, Ticket, report_file_size_limit};
 pub use notice::Notice;
 pub use store::{
     BackendChoice, Commit, Extent, ExtentId, ExtentKind, ExtentSpec, Store, StoreOptions, Traffic,

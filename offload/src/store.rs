@@ -1,7 +1,7 @@
 //! Extents of bytes on disk, moved in checked pieces and committed as a whole.
 
 use std::{
-    fs,
+    ffi::OsStr,
     io::ErrorKind,
     path::{Path, PathBuf},
     sync::{Arc, Mutex},
@@ -11,15 +11,13 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     Completion, Error, Folder, Lease, Notice,
-    io::{
-        Directory, FaultPlan, Faulty, Io, Job, Mem, Pool, Purpose, Request, Script, Throttle, Throttled,
-        Uring, Verb, Workers, make_directory, sync_entry,
-    },
+    io::{FaultPlan, Io, Job, Purpose, Request, Script, Throttle, Verb, Workers},
     locked, padded_bytes,
 };
 
 mod check;
 mod claim;
+mod connect;
 mod copy;
 mod layout;
 mod manifest;
@@ -28,6 +26,7 @@ mod table;
 pub use layout::{Extent, ExtentId, ExtentKind, ExtentSpec};
 pub use table::Traffic;
 
+use connect::{Connected, MadeDirectories, connect, duplicate};
 use layout::{Form, Layout, Piece};
 use manifest::Manifest;
 use table::{Located, Table};
@@ -38,17 +37,18 @@ const CHECKER_THREADS: usize = 2;
 /// How a store is made or opened. The default is right for a local NVMe drive.
 #[derive(Clone, Debug)]
 pub struct StoreOptions {
-    /// Bytes of all pieces of an extent but the last: a multiple of [`crate::PAGE_BYTES`]. Default 4 MiB. A store that
-    /// is opened keeps the piece size that it was made with.
+    /// Bytes of all pieces of an extent but the last: a multiple of [`crate::PAGE_BYTES`]. Default 4 MiB. A
+    /// store that is opened keeps the piece size that it was made with.
     pub piece_bytes: usize,
-    /// One place for each piece of state, half the disk: **a kill between commits then loses everything**, and the
-    /// store says so with the notice `in-place`. Default: no. A store that is opened stays as it was made.
+    /// One place for each piece of state, half the disk: **a kill between commits then loses everything**,
+    /// and the store says so with the notice `in-place`. Default: no. A store that is opened stays as it was
+    /// made.
     pub in_place: bool,
-    /// More directories, on other disks, that pieces are dealt out to in turn. Default: none. A store that is opened
-    /// has them where it was made with them.
+    /// More directories, on other disks, that pieces are dealt out to in turn. Default: none. A store that is
+    /// opened has them where it was made with them.
     pub stripes: Vec<PathBuf>,
-    /// Files without names, that end with the store, also after a kill, and touch nothing in the directory. Its commits
-    /// cannot be opened again. Default: no.
+    /// Files without names, that end with the store, also after a kill, and touch nothing in its directories,
+    /// which must exist. Its commits cannot be opened again. Default: no.
     pub temporary: bool,
     /// What moves the bytes. Default: [`BackendChoice::Auto`].
     pub backend: BackendChoice,
@@ -103,7 +103,8 @@ pub struct Commit {
     pub application: serde_json::Value,
 }
 
-/// Extents of bytes on disk, moved in checked pieces and committed as a whole. Shared by reference between threads.
+/// Extents of bytes on disk, moved in checked pieces and committed as a whole. Shared by reference between
+/// threads.
 ///
 /// | file | holds |
 /// |---|---|
@@ -112,17 +113,19 @@ pub struct Commit {
 /// | `manifest.json` | the last commit: its generation, the extents, where each piece is, its checksum |
 /// | `.lock` | kept locked by the one process that uses the directory |
 ///
-/// A write goes to the place that the last commit does not hold, so until the next commit both the committed and the
-/// new bytes of a piece are on disk. A commit makes the data durable and then replaces the manifest in one step;
-/// no bytes of state are copied. What was written and not committed is forgotten when the store is opened again.
+/// A write goes to the place that the last commit does not hold, so until the next commit both the committed
+/// and the new bytes of a piece are on disk. A commit makes the data durable and then replaces the manifest
+/// in one step; no bytes of state are copied. What was written and not committed is forgotten when the store
+/// is opened again.
 ///
-/// A store with [`StoreOptions::stripes`] has such files, a lock and a `stripe.json`, which says whose it is, in each of
-/// its directories, and the manifest in the first. One that is written [`StoreOptions::in_place`] has no second place:
-/// before the first write after a commit it notes durably that the commit is being overwritten, and until the next
-/// commit it cannot be opened again.
+/// A store with [`StoreOptions::stripes`] has such files, a lock and a `stripe.json`, which says whose it is,
+/// in each of its directories, and the manifest in the first. One that is written [`StoreOptions::in_place`]
+/// has no second place: before the first write after a commit it notes durably that the commit is being
+/// overwritten, and until the next commit it cannot be opened again.
 ///
-/// A store keeps the directories that it opened, whatever becomes of their names. A commit ends with an error where the
-/// path of one does not lead to it any more: what was committed is there, but not where its user would look for it.
+/// A store keeps the directories that it opened, whatever becomes of their names. A commit ends with an error
+/// where the path of one does not lead to it any more: what was committed is there, but not where its user
+/// would look for it.
 pub struct Store {
     // Dropped in this order: the backend ends all transfers, and the checkers then run the callbacks.
     io: Arc<dyn Io>,
@@ -148,13 +151,13 @@ impl Store {
     /// [`Error::BadLayout`], or what the file system answers. Directories that were made are then removed.
     pub fn create(directory: &Path, specs: Vec<ExtentSpec>, options: StoreOptions) -> Result<Self, Error> {
         let script = options.script();
-        let mut made = MadeDirectories { script: script.clone(), made: Vec::new() };
+        let mut made = MadeDirectories::new(script.clone());
         let (canonical, stripes) = match options.backend {
             BackendChoice::Memory => (directory.to_owned(), options.stripes.clone()),
             _ => {
-                let stripes = options.stripes.iter().map(|stripe| made.ensure(stripe));
-                let stripes = stripes.collect::<Result<Vec<_>, Error>>()?;
-                (made.ensure(directory)?, stripes)
+                let mut ensure = |path: &PathBuf| made.ensure(path, !options.temporary);
+                let stripes = options.stripes.iter().map(&mut ensure).collect::<Result<Vec<_>, Error>>()?;
+                (ensure(&directory.to_owned())?, stripes)
             }
         };
         let options = StoreOptions { stripes, ..options };
@@ -174,18 +177,19 @@ impl Store {
     ///
     /// # Errors
     /// [`Error::NoCommit`], [`Error::Locked`], [`Error::NewerFormat`], [`Error::OlderFormat`],
-    /// [`Error::CorruptManifest`], [`Error::TruncatedFile`], [`Error::MissingStripe`], [`Error::ForeignStripe`],
-    /// [`Error::Overwritten`], or what the file system answers.
+    /// [`Error::CorruptManifest`], [`Error::TruncatedFile`], [`Error::MissingStripe`],
+    /// [`Error::ForeignStripe`], [`Error::Overwritten`], or what the file system answers.
     pub fn open(directory: &Path, options: StoreOptions) -> Result<Self, Error> {
         Self::open_for(directory, Purpose::Write, options)
     }
 
-    /// As [`Store::open`], to read only: nothing in the directory is made or changed, so that its file system may be
-    /// read-only and its files another user's. Writes and commits are refused with [`Error::ReadOnly`].
+    /// As [`Store::open`], to read only: nothing in the directory is made or changed, so that its file system
+    /// may be read-only and its files another user's. Writes and commits are refused with
+    /// [`Error::ReadOnly`].
     ///
     /// # Errors
-    /// As [`Store::open`]. [`Error::Locked`] only where the lock may be looked at: what a run changes meanwhile is otherwise
-    /// found by its checksum.
+    /// As [`Store::open`]. [`Error::Locked`] only where the lock may be looked at: what a run changes
+    /// meanwhile is otherwise found by its checksum.
     pub fn open_to_read(directory: &Path, options: StoreOptions) -> Result<Self, Error> {
         Self::open_for(directory, Purpose::Read, options)
     }
@@ -206,8 +210,13 @@ impl Store {
         Self::open_from(connected, directory, purpose)
     }
 
-    /// As [`Store::create`], on a backend or a stack of wrappers of your own. Of the options, `piece_bytes`, `in_place`
-    /// and `stripes` count; the directories must exist.
+    /// Whether a store keeps its states under this name in each of its directories.
+    pub fn is_name_of_states(name: &OsStr) -> bool {
+        layout::FILE_NAMES.iter().any(|own| name == *own)
+    }
+
+    /// As [`Store::create`], on a backend or a stack of wrappers of your own. Of the options, `piece_bytes`,
+    /// `in_place` and `stripes` count; the directories must exist.
     pub fn create_on(io: Arc<dyn Io>, specs: Vec<ExtentSpec>, options: &StoreOptions) -> Result<Self, Error> {
         Self::create_from(Connected::over(io), layout_of(specs, options)?)
     }
@@ -277,6 +286,12 @@ impl Store {
         self.shared.layout.piece_bytes()
     }
 
+    /// Bytes of the longest piece that there is: pieces may be longer than all that is kept.
+    pub fn longest_piece_bytes(&self) -> usize {
+        let longest = self.extents().iter().map(|extent| extent.spec.bytes).max().unwrap_or(0);
+        usize::try_from(longest).map_or(self.piece_bytes(), |longest| longest.min(self.piece_bytes()))
+    }
+
     /// Pieces of an extent.
     ///
     /// # Errors
@@ -293,10 +308,12 @@ impl Store {
         Ok(self.shared.layout.piece(extent, piece)?.bytes)
     }
 
-    /// Reads the latest bytes of a piece into the start of `lease`, which must be at least as long as the piece.
+    /// Reads the latest bytes of a piece into the start of `lease`, which must be at least as long as the
+    /// piece.
     ///
-    /// `on_done` runs once, on a thread of the store, and may start the next transfer but must not wait for one. Its result is an error if the
-    /// piece was never written, is being written, could not be read, or does not match its checksum.
+    /// `on_done` runs once, on a thread of the store, and may start the next transfer but must not wait for
+    /// one. Its result is an error if the piece was never written, is being written, could not be read, or
+    /// does not match its checksum.
     pub fn read(
         &self,
         extent: ExtentId,
@@ -311,8 +328,9 @@ impl Store {
     ///
     /// In a store that is written in place, the first write after a commit blocks until it is durably noted.
     ///
-    /// `on_done` runs once, on a thread of the store, and may start the next transfer but must not wait for one. After an error the piece
-    /// can be neither read nor committed until a write of it succeeds; the last commit is untouched.
+    /// `on_done` runs once, on a thread of the store, and may start the next transfer but must not wait for
+    /// one. After an error the piece can be neither read nor committed until a write of it succeeds; the last
+    /// commit is untouched.
     pub fn write(
         &self,
         extent: ExtentId,
@@ -335,7 +353,8 @@ impl Store {
         let begun = begun.and_then(|begun| self.prepare(verb, begun.0).map(|()| begun));
         let begun = match begun {
             Ok(begun) => begun,
-            // Also a refusal comes from a thread of the store: the caller may hold a lock that `on_done` takes.
+            // Also a refusal comes from a thread of the store: the caller may hold a lock that `on_done`
+            // takes.
             Err(error) => {
                 return self.checkers.run(move || on_done(Completion { lease, result: Err(error) }));
             }
@@ -377,8 +396,9 @@ impl Store {
         match save(true) {
             Ok(()) => locked(table).note_overwriting(),
             Err(source) => {
-                // The note may be in place all the same, as when only the directory could not be synced. Nothing is
-                // overwritten, so it is taken back. Where that fails too, the first failure is the one to tell.
+                // The note may be in place all the same, as when only the directory could not be synced.
+                // Nothing is overwritten, so it is taken back. Where that fails too, the first failure is the
+                // one to tell.
                 let _ = save(false);
                 let mut table = locked(table);
                 table.cancel_write(piece);
@@ -393,15 +413,15 @@ impl Store {
         Ok(())
     }
 
-    /// Makes everything written so far the state to come back to, together with `application`, and answers the
-    /// generation of the commit. Blocks until it is durable.
+    /// Makes everything written so far the state to come back to, together with `application`, and answers
+    /// the generation of the commit. Blocks until it is durable.
     ///
     /// # Errors
-    /// [`Error::WritesInFlight`]; [`Error::SyncFailed`] once data could not be made durable: what was written since the
-    /// last commit is then lost; [`Error::FileReplaced`], with nothing committed, where a file was removed or replaced
-    /// meanwhile; [`Error::FolderMoved`], after a commit to the directory that was opened, where its path leads elsewhere by
-    /// now; any other error leaves it open whether the commit is on disk, so that it must be
-    /// tried again before the next write of state.
+    /// [`Error::WritesInFlight`]; [`Error::SyncFailed`] once data could not be made durable: what was written
+    /// since the last commit is then lost; [`Error::FileReplaced`], with nothing committed, where a file was
+    /// removed or replaced meanwhile; [`Error::FolderMoved`], after a commit to the directory that was
+    /// opened, where its path leads elsewhere by now; any other error leaves it open whether the commit is on
+    /// disk, so that it must be tried again before the next write of state.
     pub fn commit(&self, application: serde_json::Value) -> Result<u64, Error> {
         let commit = locked(&self.shared.table).begin_commit(&self.shared.layout, application)?;
         let saved = self.save(&commit);
@@ -522,106 +542,7 @@ impl Shared {
     }
 }
 
-/// Directories that were made for a store; removed again, if nothing else was put there, unless they are kept.
-struct MadeDirectories {
-    script: Arc<Script>,
-    made: Vec<Folder>,
-}
-
-impl MadeDirectories {
-    /// Makes a directory, with those above it, if it is not there yet, and answers its one absolute name. A power loss
-    /// does not take it away any more.
-    fn ensure(&mut self, path: &Path) -> Result<PathBuf, Error> {
-        let is_missing = |path: &&Path| !path.as_os_str().is_empty() && !path.exists();
-        let missing: Vec<_> = path.ancestors().take_while(is_missing).collect();
-        for directory in missing.into_iter().rev() {
-            if make_directory(&self.script, directory)? {
-                let made = Folder::open(directory);
-                let failed = |source| Error::File { operation: "open", path: directory.to_owned(), source };
-                self.made.push(made.map_err(failed)?);
-                sync_entry(&self.script, directory)?;
-            }
-        }
-        path.canonicalize().map_err(|source| Error::File { operation: "make", path: path.to_owned(), source })
-    }
-
-    fn keep(mut self) {
-        self.made.clear();
-    }
-}
-
-impl Drop for MadeDirectories {
-    fn drop(&mut self) {
-        for folder in self.made.iter().rev() {
-            let _ = folder.unlink(".lock");
-            let _ = fs::remove_dir(folder.path());
-        }
-    }
-}
-
-/// A directory that is named more than once.
-fn duplicate<'a>(directory: &'a Path, stripes: &'a [PathBuf]) -> Option<&'a Path> {
-    let mut seen = vec![directory];
-    stripes.iter().map(PathBuf::as_path).find(|stripe| {
-        let is_known = seen.contains(stripe);
-        seen.push(stripe);
-        is_known
-    })
-}
-
 fn layout_of(specs: Vec<ExtentSpec>, options: &StoreOptions) -> Result<Layout, Error> {
     let StoreOptions { piece_bytes, in_place, ref stripes, .. } = *options;
     Layout::new(specs, Form { piece_bytes, in_place, stripes: stripes.clone() })
-}
-
-/// A backend in its wrappers.
-struct Connected {
-    io: Arc<dyn Io>,
-    notices: Vec<Notice>,
-    folder: Option<Arc<Folder>>,
-}
-
-impl Connected {
-    fn over(io: Arc<dyn Io>) -> Self {
-        Self { io, notices: Vec::new(), folder: None }
-    }
-}
-
-/// The backend that the options ask for.
-fn connect(
-    path: &Path,
-    purpose: Purpose,
-    options: &StoreOptions,
-    script: Arc<Script>,
-) -> Result<Connected, Error> {
-    let mut notices = Vec::new();
-    let mut folder = None;
-    let mut open = |script| {
-        let directory = Directory::open(path, purpose, script)?;
-        folder = Some(directory.folder().clone());
-        Ok::<_, Error>(Arc::new(directory))
-    };
-    let mut io: Arc<dyn Io> = match options.backend {
-        BackendChoice::Memory => Arc::new(Mem::over(script)?),
-        BackendChoice::Pool => Arc::new(Pool::over(open(script)?)?),
-        BackendChoice::Uring => Arc::new(Uring::over(open(script)?)?),
-        BackendChoice::Auto => {
-            let directory = open(script)?;
-            match Uring::over(directory.clone()) {
-                Ok(uring) => Arc::new(uring),
-                Err(error) => {
-                    let text = format!("{error}; the disk is used through a pool of threads");
-                    notices.push(Notice::new("uring-unavailable", text));
-                    Arc::new(Pool::over(directory)?)
-                }
-            }
-        }
-    };
-    if let Some(faults) = &options.faults {
-        io = Arc::new(Faulty::new(io, faults));
-    }
-    if let Some(throttle) = &options.throttle {
-        io = Arc::new(Throttled::new(io, throttle.clone()));
-    }
-    Ok(Connected { io, notices, folder })
 }

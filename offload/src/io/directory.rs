@@ -13,9 +13,10 @@ use rustix::fs::{FallocateFlags, OFlags};
 use super::{
     FileId, FileSpec, Verb,
     fault::{FaultPoint, Script},
+    limits,
     progress::Progress,
 };
-use crate::{Access, Error, Folder, Notice, limits, locked};
+use crate::{Access, Error, Folder, Notice, locked};
 
 const LOCK_NAME: &str = ".lock";
 
@@ -27,8 +28,8 @@ const DOCUMENT_BYTES_MAX: u64 = 1 << 30;
 pub(crate) enum Purpose {
     /// To keep files in it, alone.
     Write,
-    /// To read what is there. Nothing is made or changed, so that a file system may be read-only, and its files another
-    /// user's; a lock that may not be taken is done without.
+    /// To read what is there. Nothing is made or changed, so that a file system may be read-only, and its
+    /// files another user's; a lock that may not be taken is done without.
     Read,
     /// To keep files in it that have no names and end with the process. No name in it is touched.
     Temporary,
@@ -72,7 +73,8 @@ impl Drop for Directory {
 }
 
 impl Directory {
-    /// Opens an existing directory, and locks it if it is to be written. System calls fail as the script says.
+    /// Opens an existing directory, and locks it if it is to be written. System calls fail as the script
+    /// says.
     pub(crate) fn open(path: &Path, purpose: Purpose, script: Arc<Script>) -> Result<Self, Error> {
         limits::report_file_size_limit();
         let own = Folder::open(path);
@@ -102,7 +104,8 @@ impl Directory {
         self.files.get().map_or(&[], Vec::as_slice)
     }
 
-    /// The file of a request. A number that was never given out is an error of the request, not of the process.
+    /// The file of a request. A number that was never given out is an error of the request, not of the
+    /// process.
     pub(crate) fn file(&self, file: FileId) -> Result<&OpenFile, Error> {
         self.files().get(file.0).ok_or_else(|| Error::File {
             operation: "find file number",
@@ -454,8 +457,8 @@ mod tests {
         Directory::open(path, Purpose::Write, Arc::default()).unwrap()
     }
 
-    /// What a disk that keeps nothing it was not told to, and writes what it likes before that, may do to a document
-    /// that was replaced by these calls: none where the power may go at every instant.
+    /// What a disk that keeps nothing it was not told to, and writes what it likes before that, may do to a
+    /// document that was replaced by these calls: none where the power may go at every instant.
     fn harm(calls: &[Call], document: &Path, new: &Path) -> Option<&'static str> {
         let last = |calls: &[Call], point: FaultPoint, path: &Path| {
             calls.iter().rposition(|(of, on)| *of == point && on == path)
@@ -487,7 +490,8 @@ mod tests {
             let calls = journal::take();
             assert_eq!(harm(&calls, &document, &new), None, "{calls:?}");
             assert_eq!(fs::read(&document).unwrap(), bytes);
-            // The disk that stands for a real one finds each step that is left out, and the two that are exchanged.
+            // The disk that stands for a real one finds each step that is left out, and the two that are
+            // exchanged.
             for step in [FaultPoint::Sync, FaultPoint::Rename, FaultPoint::SyncDirectory] {
                 let without: Vec<_> = calls.iter().filter(|(point, _)| *point != step).cloned().collect();
                 assert_eq!(without.len() + 1, calls.len(), "{step:?} is done once");

@@ -27,15 +27,15 @@ struct Part {
 impl Store {
     /// Bytes of the arena that [`Self::check`] needs.
     pub fn check_bytes(&self) -> usize {
-        PARTS_IN_FLIGHT * PART_BYTES.min(padded_bytes(self.piece_bytes()))
+        PARTS_IN_FLIGHT * PART_BYTES.min(padded_bytes(self.longest_piece_bytes().max(1)))
     }
 
-    /// Reads the latest bytes of each piece of an extent and checks its sum; hands the outcomes to `each`, in order. The
-    /// store must not be written meanwhile.
+    /// Reads the latest bytes of each piece of an extent and checks its sum; hands the outcomes to `each`, in
+    /// order. The store must not be written meanwhile.
     ///
     /// # Errors
-    /// [`Error::UnknownPiece`] for an extent of another store; [`Error::ArenaExhausted`] where the arena has less than
-    /// [`Self::check_bytes`]. What is wrong with a piece is handed to `each`.
+    /// [`Error::UnknownPiece`] for an extent of another store; [`Error::ArenaExhausted`] where the arena has
+    /// less than [`Self::check_bytes`]. What is wrong with a piece is handed to `each`.
     pub fn check(
         &self,
         extent: ExtentId,

@@ -9,14 +9,14 @@ use crate::{Arena, Completion, Error, io::Verb};
 const PIECES_IN_FLIGHT: usize = 8;
 
 impl Store {
-    /// Copies the latest bytes of all state to `target`, a store made with the same extents and pieces but perhaps over
-    /// other directories, or in place, or on another backend. `target` is not committed: do that with what
-    /// [`Store::committed`] of this one says. Until then it holds nothing, and this one stays as it is, so a kill at
-    /// any time loses nothing.
+    /// Copies the latest bytes of all state to `target`, a store made with the same extents and pieces but
+    /// perhaps over other directories, or in place, or on another backend. `target` is not committed: do that
+    /// with what [`Store::committed`] of this one says. Until then it holds nothing, and this one stays as it
+    /// is, so a kill at any time loses nothing.
     ///
     /// # Errors
-    /// [`Error::BadLayout`] if extents or pieces differ; [`Error::ArenaExhausted`] if not one piece fits the arena; the
-    /// first error of a transfer, such as [`Error::Checksum`].
+    /// [`Error::BadLayout`] if extents or pieces differ; [`Error::ArenaExhausted`] if not one piece fits the
+    /// arena; the first error of a transfer, such as [`Error::Checksum`].
     pub fn copy_to(&self, target: &Store, arena: &Arena) -> Result<(), Error> {
         let specs =
             |store: &Store| store.extents().iter().map(|extent| extent.spec.clone()).collect::<Vec<_>>();
@@ -24,9 +24,9 @@ impl Store {
             let reason = "a copy needs a store with the same extents and the same piece_bytes".to_owned();
             return Err(Error::BadLayout { reason });
         }
-        let mut leases = vec![arena.lease(self.piece_bytes())?];
+        let mut leases = vec![arena.lease(self.longest_piece_bytes())?];
         while leases.len() < PIECES_IN_FLIGHT
-            && let Ok(lease) = arena.lease(self.piece_bytes())
+            && let Ok(lease) = arena.lease(self.longest_piece_bytes())
         {
             leases.push(lease);
         }

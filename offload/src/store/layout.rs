@@ -67,7 +67,7 @@ pub(super) enum Place {
 /// Longest file: all files of a directory together are still a number of bytes.
 const FILE_BYTES_MAX: u64 = i64::MAX as u64 / 3;
 
-const FILE_NAMES: [&str; 3] = ["state-a.bin", "state-b.bin", "scratch.bin"];
+pub(super) const FILE_NAMES: [&str; 3] = ["state-a.bin", "state-b.bin", "scratch.bin"];
 
 /// One piece of an extent.
 #[derive(Clone, Copy, Debug)]
@@ -96,8 +96,8 @@ impl Piece {
     }
 }
 
-/// The checksum of a piece, whose bytes come in parts: CRC-32C (Castagnoli) of the bytes followed by the extent and piece
-/// numbers, so that a piece in another's place is found.
+/// The checksum of a piece, whose bytes come in parts: CRC-32C (Castagnoli) of the bytes followed by the
+/// extent and piece numbers, so that a piece in another's place is found.
 pub(super) struct Checksum(crc_fast::Digest);
 
 impl Default for Checksum {
@@ -187,7 +187,8 @@ impl Layout {
             pieces = total.ok_or_else(|| bad("has more pieces than can be counted: use larger pieces"))?;
             let last_bytes = spec.bytes - (pieces - first_piece - 1) as u64 * piece_bytes as u64;
             for (directory, end_bytes) in ends_bytes.iter_mut().enumerate() {
-                // Pieces of the extent that are dealt to this directory, the last of which may be a short one.
+                // Pieces of the extent that are dealt to this directory, the last of which may be a short
+                // one.
                 let dealt = |pieces: usize| (pieces + directories - 1 - directory) / directories;
                 let full_pieces = (dealt(pieces - 1) - dealt(first_piece)) as u64;
                 let has_last = (pieces - 1) % directories == directory;

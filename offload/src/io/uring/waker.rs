@@ -87,6 +87,7 @@ mod tests {
         }
         waker.close();
         waker.wake();
-        assert!(!sleeper.clear());
+        assert!(sleeper.clear(), "a wake-up, in case the pipe cannot be closed");
+        assert!(!sleeper.clear(), "and the end");
     }
 }
