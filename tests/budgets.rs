@@ -7,6 +7,7 @@ use candle_nn::Init;
 use ferrozero::internals::models::cache::{LayerCache, scores_bytes};
 use ferrozero::internals::models::linear::Adapting;
 use ferrozero::internals::models::pretrained::Pretrained;
+use ferrozero::internals::planner::machine::Machine;
 use ferrozero::{
     AdamW, BackendChoice, Checkpoint, Config, CountingAllocator, Engine, Error, Placement, Tier,
 };
@@ -53,7 +54,9 @@ fn peaks_stay_within_the_plan_and_less_is_refused() {
 fn config(memory_bytes: Option<u64>) -> Config {
     let backend = BackendChoice::Pool;
     let directory = Some(tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap().keep());
-    Config { memory_bytes, piece_bytes: Some(16384), backend, directory, ..Config::default() }
+    // A described machine, so that what other programs do meanwhile chooses no plan.
+    let machine = Some(Machine::default());
+    Config { memory_bytes, piece_bytes: Some(16384), backend, directory, machine, ..Config::default() }
 }
 
 fn clean(config: &Config) {
@@ -91,7 +94,7 @@ fn activations_within_the_plan(clip: Option<f64>, (vertical, kept): (usize, usiz
     };
     let engine = Engine::new(config.clone()).unwrap();
     let model = engine_model(&engine, 8).unwrap();
-    let long = Tensor::cat(&(0..48).map(|part| tokens(part, 0)).collect::<Vec<_>>(), 0).unwrap();
+    let long = Tensor::cat(&(0..16).map(|part| tokens(part, 0)).collect::<Vec<_>>(), 0).unwrap();
     let plan = engine.plan(AdamW::default(), || model.loss(&long)).unwrap();
     let mut trainer = engine.trainer(plan).unwrap();
     for _ in 0..2 {
