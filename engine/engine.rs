@@ -1,5 +1,7 @@
 //! The engine as a user meets it: configuration, the `VarBuilder`, segments, the plan.
 
+mod builder;
+
 use crate::autograd::registry::{GroupTensors, Registry};
 use crate::autograd::rehearsal::Rehearsal;
 use crate::autograd::segment::Segment;
@@ -25,6 +27,8 @@ use ferrozero_offload::{BackendChoice, Store, Tier};
 use std::path::Path;
 use std::sync::{Arc, Mutex};
 
+pub use builder::EngineBuilder;
+
 /// Where a model's parameters are registered and its segments are made.
 pub struct Engine {
     config: Config,
@@ -38,6 +42,11 @@ pub struct Engine {
 }
 
 impl Engine {
+    /// An engine by way of the settings that most programs give.
+    pub fn builder() -> EngineBuilder {
+        EngineBuilder::default()
+    }
+
     /// Checks the configuration, and with `resume` opens the checkpoint.
     ///
     /// # Errors
@@ -127,14 +136,31 @@ impl Engine {
         Ok(Segment::new(module?, group, self.passes.clone()))
     }
 
-    /// Rehearses `loss` and makes the plan: of those within the limits the one whose steps are shortest, by
+    /// Makes `count` segments named `prefix.0`, `prefix.1` and so on, as the blocks of a model. `make` is given the
+    /// number of each, and the builder of its parameters.
+    ///
+    /// # Errors
+    /// As [`Self::segment`].
+    pub fn segments<M: Send + Sync + 'static>(
+        &self,
+        prefix: &str,
+        count: usize,
+        make: impl Fn(usize, VarBuilder<'static>) -> candle_core::Result<M>,
+    ) -> Result<Vec<Segment<M>>> {
+        let vb = self.var_builder().pp(prefix);
+        (0..count).map(|index| self.segment(vb.pp(index), |vb| make(index, vb))).collect()
+    }
+
+    /// Rehearses `loss`, which computes the loss of the micro-batch whose number it is given, here of 0, and
+    /// makes the plan: of those within the limits the one whose steps are shortest, by
     /// the machine's numbers and the computing time of the rehearsal. Nothing large is allocated for longer
     /// than that, and it runs each kind of segment a few times, with parameters of zero.
     ///
     /// # Errors
     /// [`Error::Configuration`] for settings of AdamW that are not numbers in their range,
     /// [`Error::MissingGradient`], [`Error::BudgetTooSmall`], and whatever `loss` returns.
-    pub fn plan(&self, adamw: AdamW, loss: impl Fn() -> candle_core::Result<Tensor>) -> Result<Plan> {
+    pub fn plan(&self, adamw: AdamW, loss: impl Fn(usize) -> candle_core::Result<Tensor>) -> Result<Plan> {
+        let loss = || loss(0);
         adamw.check()?;
         let stored = self.resumed.iter().flat_map(|(progress, _)| &progress.parameters);
         let order: Vec<String> = stored.map(|row| row.name.clone()).collect();
@@ -272,11 +298,25 @@ impl Engine {
         })
     }
 
+    /// Rehearses `loss`, plans, allocates, and makes the initial state or takes it from the checkpoint:
+    /// [`Self::plan`] and [`Self::trainer_from`] in one.
+    ///
+    /// # Errors
+    /// As those.
+    pub fn trainer(
+        self,
+        adamw: AdamW,
+        loss: impl Fn(usize) -> candle_core::Result<Tensor>,
+    ) -> Result<Trainer> {
+        let plan = self.plan(adamw, loss)?;
+        self.trainer_from(plan)
+    }
+
     /// Allocates what the plan says, and makes the initial state or takes it from the checkpoint.
     ///
     /// # Errors
     /// [`Error::CheckpointExists`], [`Error::CheckpointMismatch`], and errors of the tiers.
-    pub fn trainer(self, plan: Plan) -> Result<Trainer> {
+    pub fn trainer_from(self, plan: Plan) -> Result<Trainer> {
         let opened = lock(&self.opened).take();
         let stores = Stores::make(&self.config, &plan, opened, self.piece_bytes)?;
         let parameters = self.registry.parameters();

@@ -6,8 +6,7 @@
 //!
 //! ```
 //! use ferrozero::candle_core::{self, DType, Device, Module, Tensor};
-//! use ferrozero::candle_nn::{self, VarBuilder};
-//! use ferrozero::{AdamW, Config, Engine, ops};
+//! use ferrozero::{AdamW, Engine, candle_nn, ops};
 //!
 //! /// A part of a model: plain candle.
 //! struct Block {
@@ -21,28 +20,17 @@
 //! }
 //!
 //! # fn main() -> ferrozero::Result<()> {
-//! let engine = Engine::new(Config { memory_bytes: Some(256 << 20), ..Config::default() })?;
-//! let vb = engine.var_builder(); // instead of a VarMap
-//! let block = |vb: VarBuilder| {
-//!     let init = candle_nn::Init::Randn { mean: 0.0, stdev: 0.02 };
+//! let engine = Engine::builder().memory_bytes(256 << 20).build()?;
+//! let init = candle_nn::Init::Randn { mean: 0.0, stdev: 0.02 };
+//! let blocks = engine.segments("h", 4, |_, vb| {
 //!     Ok(Block { weight: vb.get_with_hints((64, 64), "weight", init)? })
-//! };
-//! let blocks =
-//!     (0..4).map(|i| engine.segment(vb.pp(format!("h.{i}")), block)).collect::<Result<Vec<_>, _>>()?;
+//! })?;
 //! let inputs = Tensor::ones((8, 64), DType::F32, &Device::Cpu)?;
-//! let loss = || {
-//!     let mut xs = inputs.clone();
-//!     for block in &blocks {
-//!         xs = block.forward(&xs)?;
-//!     }
-//!     xs.sqr()?.mean_all()
-//! };
-//! // One rehearsal of the loss: shapes, order, working memory.
-//! let plan = engine.plan(AdamW::default(), loss)?;
-//! println!("{plan}");
-//! let mut trainer = engine.trainer(plan)?;
-//! let first = trainer.step(|_| loss())?; // instead of loss.backward() and optimizer.step()
-//! let second = trainer.step(|_| loss())?;
+//! let loss = |_| blocks.iter().try_fold(inputs.clone(), |xs, block| block.forward(&xs))?.sqr()?.mean_all();
+//! let mut trainer = engine.trainer(AdamW::default(), loss)?; // rehearses the loss, plans, and allocates
+//! println!("{}", trainer.plan());
+//! let first = trainer.step(loss)?; // instead of loss.backward() and optimizer.step()
+//! let second = trainer.step(loss)?;
 //! assert!(second.loss < first.loss);
 //! # Ok(())
 //! # }
@@ -103,7 +91,7 @@ pub use config::Config;
 pub use device::compute::open as open_device;
 pub use disk::checkpoint::{Checkpoint, Damage, GroupSummary, Summary};
 pub use disk::import::import_safetensors;
-pub use engine::Engine;
+pub use engine::{Engine, EngineBuilder};
 pub use error::{Error, Result};
 pub use execution::initial_values::InitialValues;
 pub use ferrozero_kernels::ops::Products;
@@ -125,6 +113,16 @@ pub use data::tokenizer::Tokenizer;
 pub use models::linear::Adapting;
 #[cfg(feature = "models")]
 pub use models::pretrained::{LanguageModel, Pretrained, StreamedModel};
+
+/// Makes [`CountingAllocator`] the program's allocator, so that plans count what candle's tensors take on the
+/// heap. Without it they leave that out.
+#[macro_export]
+macro_rules! global_allocator {
+    () => {
+        #[global_allocator]
+        static FERROZERO_ALLOCATOR: $crate::CountingAllocator = $crate::CountingAllocator;
+    };
+}
 
 /// Disks that fail or are slow, and calls of the CUDA driver that fail.
 #[cfg(feature = "testing")]

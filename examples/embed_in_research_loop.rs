@@ -15,15 +15,14 @@
 
 use candle_core::{DType, Device, Module, Result, Tensor};
 use candle_nn::{Init, Linear, VarBuilder, linear};
-use ferrozero::{AdamW, Config, CountingAllocator, Engine, Segment, Trainer};
+use ferrozero::{AdamW, Config, Engine, Segment, Trainer};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::{Arc, Mutex};
 
-/// Lets the plan count what candle's tensors take on the heap.
-#[global_allocator]
-static ALLOCATOR: CountingAllocator = CountingAllocator;
+// Lets the plan count what candle's tensors take on the heap.
+ferrozero::global_allocator!();
 
 type AnyResult<T> = std::result::Result<T, Box<dyn std::error::Error>>;
 
@@ -71,9 +70,7 @@ struct Regressor {
 impl Regressor {
     fn new(engine: &Engine) -> ferrozero::Result<Self> {
         let vb = engine.var_builder();
-        let blocks = (0..BLOCKS)
-            .map(|i| engine.segment(vb.pp(format!("blocks.{i}")), |vb| Block::new(vb)))
-            .collect::<ferrozero::Result<_>>()?;
+        let blocks = engine.segments("blocks", BLOCKS, |_, vb| Block::new(vb))?;
         Ok(Self {
             waves: vb.get_with_hints((2, FEATURES), "waves", Init::Randn { mean: 0.0, stdev: 1.5 })?,
             entrance: linear(2 * FEATURES, WIDTH, vb.pp("entrance"))?,
@@ -177,15 +174,15 @@ fn open(directory: &Path, resume: bool) -> AnyResult<(Trainer, Regressor, Progre
     };
     engine.freeze(|name, _| name == "waves")?; // before the parameters are asked for
     let model = Regressor::new(&engine)?;
-    // The plan asks for the loss once, to see shapes and the order of segments: any batch of the right size
+    // The rehearsal asks for the loss once, to see shapes and the order of segments: any batch of the right size
     // will do.
     let points = Tensor::zeros((BATCH, 2), DType::F32, &Device::Cpu)?;
     let values = Tensor::zeros((BATCH, 1), DType::F32, &Device::Cpu)?;
-    let plan = engine.plan(AdamW::default(), || model.loss(&points, &values))?;
+    let trainer = engine.trainer(AdamW::default(), |_| model.loss(&points, &values))?;
     if !resume {
-        println!("{plan}\n");
+        println!("{}\n", trainer.plan());
     }
-    Ok((engine.trainer(plan)?, model, progress))
+    Ok((trainer, model, progress))
 }
 
 /// Norms of the gradients of the last step, by parameter.

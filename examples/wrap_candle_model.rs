@@ -12,14 +12,13 @@
 
 use candle_core::{D, DType, Device, Module, Result, Tensor};
 use candle_nn::{Init, Linear, Optimizer, VarBuilder, VarMap, linear};
-use ferrozero::{AdamW, Config, CountingAllocator, Engine, import_safetensors};
+use ferrozero::{AdamW, Engine, import_safetensors};
 use ferrozero_offload::memory;
 use std::path::Path;
 use std::sync::Arc;
 
-/// Lets the plan count what candle's tensors take on the heap. Optional: without it the plan leaves them out.
-#[global_allocator]
-static ALLOCATOR: CountingAllocator = CountingAllocator;
+// Lets the plan count what candle's tensors take on the heap. Optional: without it the plan leaves them out.
+ferrozero::global_allocator!();
 
 // ----------------------------------------------------------------------------------- the model: plain candle
 
@@ -184,23 +183,14 @@ fn train_with_engine(initial: &Path, directory: &Path) -> ferrozero::Result<Vec<
     // Only because candle went first, and the CPU's random numbers of candle have no seed. A run of its own
     // leaves out this line and `resume`: then the engine makes the initial values.
     import_safetensors(initial, directory)?;
-    let engine = Engine::new(Config {
-        memory_bytes: Some(MEMORY_BYTES),
-        directory: Some(directory.to_owned()),
-        resume: true,
-        ..Config::default()
-    })?;
-    let vb = engine.var_builder(); // changed: instead of a VarMap
-    let blocks = (0..BLOCKS)
-        .map(|i| engine.segment(vb.pp(format!("blocks.{i}")), |vb| Block::new(vb))) // changed: not Block::new
-        .collect::<ferrozero::Result<_>>()?;
-    let model = Mixer::new(vb, blocks)?;
+    let engine = Engine::builder().memory_bytes(MEMORY_BYTES).directory(directory).resume(true).build()?;
+    let blocks = engine.segments("blocks", BLOCKS, |_, vb| Block::new(vb))?; // changed: instead of Block::new
+    let model = Mixer::new(engine.var_builder(), blocks)?; // changed: instead of a VarMap
     // candle's AdamW lets every parameter decay; the engine's default spares norms and biases.
     let adamw = AdamW { learning_rate: LEARNING_RATE, decays: Arc::new(|_, _| true), ..AdamW::default() };
     let (images, classes) = batch(0)?;
-    let plan = engine.plan(adamw, || model.loss(&images, &classes))?;
-    println!("{plan}\n");
-    let mut trainer = engine.trainer(plan)?;
+    let mut trainer = engine.trainer(adamw, |_| model.loss(&images, &classes))?;
+    println!("{}\n", trainer.plan());
     let mut losses = vec![];
     for step in 0..STEPS {
         let (images, classes) = batch(step)?;

@@ -42,8 +42,8 @@ fn chain(config: Config, factor: f64) -> ferrozero::Result<(Trainer, impl Fn() -
     let engine = Engine::new(config)?;
     let (first, second) = (segment(&engine, "first"), segment(&engine, "second"));
     let loss = move || forward(&second, &forward(&first, &inputs())?)?.sqr()?.mean_all()? * factor;
-    let plan = engine.plan(AdamW::default(), &loss)?;
-    Ok((engine.trainer(plan)?, loss))
+    let plan = engine.plan(AdamW::default(), |_| loss())?;
+    Ok((engine.trainer_from(plan)?, loss))
 }
 
 fn in_folder(folder: &Path) -> Config {
@@ -66,7 +66,7 @@ fn settings_of_the_optimizer_that_are_no_numbers_are_refused() {
         for value in [f64::NAN, f64::INFINITY, f64::NEG_INFINITY, -1e-3, 1e300] {
             let mut adamw = AdamW::default();
             *setting(&mut adamw) = value;
-            let error = engine.plan(adamw, || forward(&first, &inputs())?.sum_all()).map(drop).unwrap_err();
+            let error = engine.plan(adamw, |_| forward(&first, &inputs())?.sum_all()).map(drop).unwrap_err();
             assert!(matches!(&error, Error::Configuration(text) if text.contains(name)), "{error}");
         }
     }

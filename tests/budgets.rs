@@ -95,8 +95,8 @@ fn activations_within_the_plan(clip: Option<f64>, (vertical, kept): (usize, usiz
     let engine = Engine::new(config.clone()).unwrap();
     let model = engine_model(&engine, 8).unwrap();
     let long = Tensor::cat(&(0..16).map(|part| tokens(part, 0)).collect::<Vec<_>>(), 0).unwrap();
-    let plan = engine.plan(AdamW::default(), || model.loss(&long)).unwrap();
-    let mut trainer = engine.trainer(plan).unwrap();
+    let plan = engine.plan(AdamW::default(), |_| model.loss(&long)).unwrap();
+    let mut trainer = engine.trainer_from(plan).unwrap();
     for _ in 0..2 {
         trainer.step(|_| model.loss(&long)).unwrap();
     }
@@ -147,8 +147,8 @@ fn an_export_has_no_parameter_in_memory_as_a_whole() {
     let engine = Engine::new(config.clone()).unwrap();
     let init = Init::Randn { mean: 0.0, stdev: 1.0 };
     let weight = engine.var_builder().get_with_hints((SIDE, SIDE), "weight", init).unwrap();
-    let plan = engine.plan(AdamW::default(), || weight.sqr()?.mean_all()).unwrap();
-    let mut trainer = engine.trainer(plan).unwrap();
+    let plan = engine.plan(AdamW::default(), |_| weight.sqr()?.mean_all()).unwrap();
+    let mut trainer = engine.trainer_from(plan).unwrap();
     trainer.commit(serde_json::Value::Null).unwrap();
     let directory = config.directory.as_ref().unwrap();
     let exported = |name: &str, export: &dyn Fn(&Path) -> ferrozero::Result<()>| {
@@ -203,8 +203,8 @@ fn what_a_fine_tune_writes_has_no_matrix_in_memory_as_a_whole() {
     let model = pretrained.build(&engine, &adapting).unwrap();
     let tokens = Tensor::arange(0u32, 16, &candle_core::Device::Cpu).unwrap().unsqueeze(0).unwrap();
     let loss = || model.loss(&tokens, &tokens, None);
-    let plan = engine.plan(AdamW::default(), loss).unwrap();
-    let mut trainer = engine.trainer(plan).unwrap();
+    let plan = engine.plan(AdamW::default(), |_| loss()).unwrap();
+    let mut trainer = engine.trainer_from(plan).unwrap();
     trainer.step(|_| loss()).unwrap();
     // Beside the plan are a strip of a matrix, in rows and as it is put, and what adapters have.
     for (name, adapting) in [("merged", &adapting), ("plain", &Adapting::default())] {

@@ -46,7 +46,7 @@ fn estimated_memory_is_near_what_a_rehearsal_measures() {
         let block = |vb, _| StreamedBlock::from_config(&engine, &config, &none, tiles, vb);
         let model = Gpt::new(&config, engine.var_builder(), block).unwrap();
         let tokens = Tensor::zeros((batch, sequence), DType::U32, &Device::Cpu).unwrap();
-        let plan = engine.plan(AdamW::default(), || model.loss(&tokens, &tokens)).unwrap();
+        let plan = engine.plan(AdamW::default(), |_| model.loss(&tokens, &tokens)).unwrap();
         let choices = Choices {
             placement: Placement::All(Tier::Disk),
             boundaries: Some(Tier::Device),

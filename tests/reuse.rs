@@ -86,8 +86,8 @@ fn a_steady_step_has_few_pages_cleared_and_without_kept_memory_it_has_many() {
             .unwrap();
     let tokens: Vec<u32> = (0..256).map(|i| i * 7 % 512).collect();
     let tokens = Tensor::from_vec(tokens, (2, 128), &Device::Cpu).unwrap();
-    let plan = engine.plan(AdamW::default(), || model.loss(&tokens, &tokens)).unwrap();
-    let mut trainer = engine.trainer(plan).unwrap();
+    let plan = engine.plan(AdamW::default(), |_| model.loss(&tokens, &tokens)).unwrap();
+    let mut trainer = engine.trainer_from(plan).unwrap();
     let mut cleared_and_allocated = || {
         // The first ones make what later ones reuse.
         let mut run = |steps: u64| {

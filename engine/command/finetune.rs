@@ -125,7 +125,7 @@ fn prepare(
         engine.freeze(|name, _| !Adapting::is_adapter(name))?;
     }
     let model = pretrained.build(&engine, adapting)?;
-    let plan = engine.plan(settings.run.adamw(), || {
+    let plan = engine.plan(settings.run.adamw(), |_| {
         // All targets counted: no batch needs more memory.
         let batch = data.train_batch(0)?;
         let all = Tensor::arange(0u32, batch.targets.elem_count() as u32, batch.targets.device())?;
@@ -133,7 +133,7 @@ fn prepare(
     })?;
     settings.run.check_pieces(&plan)?;
     output.say(&plan);
-    let trainer = engine.trainer(plan)?;
+    let trainer = engine.trainer_from(plan)?;
     output.say_notices(&trainer);
     Ok((model, trainer))
 }

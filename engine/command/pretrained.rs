@@ -150,9 +150,9 @@ pub fn generate(arguments: GenerateArguments) -> CommandResult {
     engine.freeze(|_, _| true)?;
     let model = pretrained.build(&engine, &Adapting::default())?;
     let rehearsed = Tensor::zeros((texts.len(), longest), DType::U32, &Device::Cpu)?;
-    let plan = engine.plan(AdamW::default(), || model.loss(&rehearsed, &rehearsed, None))?;
+    let plan = engine.plan(AdamW::default(), |_| model.loss(&rehearsed, &rehearsed, None))?;
     eprintln!("{plan}");
-    let mut trainer = engine.trainer(plan)?;
+    let mut trainer = engine.trainer_from(plan)?;
     let stream = Stream::new(seed, "sampling");
     let prompt_tokens: usize = texts.iter().map(|text| text.tokens.len()).sum();
     let (began, mut first_s) = (Instant::now(), 0.0);

@@ -93,13 +93,13 @@ fn prepare(
     let (none, tiles) = (Adapting::default(), config.perceptron_tiles());
     let block = |vb, _| StreamedBlock::from_config(&engine, &config, &none, tiles, vb);
     let model = Gpt::new(&config, engine.var_builder(), block)?;
-    let plan = engine.plan(settings.run.adamw(), || {
+    let plan = engine.plan(settings.run.adamw(), |_| {
         let batch = data.train_batch(0, 0, 1)?;
         model.loss(&batch.inputs, &batch.targets)
     })?;
     settings.run.check_pieces(&plan)?;
     output.say(&plan);
-    let trainer = engine.trainer(plan)?;
+    let trainer = engine.trainer_from(plan)?;
     output.say_notices(&trainer);
     Ok((model, trainer))
 }

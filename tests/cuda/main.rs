@@ -33,8 +33,8 @@ fn trainer(config: Config, blocks: usize) -> ferrozero::Result<(Trainer, Model<S
     let block = |i| engine.segment(vb.pp(format!("h.{i}")), |vb| support::Block::new(vb, WIDTH));
     let model = Model::new(&vb, WIDTH, (0..blocks).map(block).collect::<ferrozero::Result<_>>()?)?;
     let adamw = AdamW { learning_rate: 3e-3, ..AdamW::default() };
-    let plan = engine.plan(adamw, || model.loss(&tokens(0, 0)))?;
-    Ok((engine.trainer(plan)?, model))
+    let plan = engine.plan(adamw, |_| model.loss(&tokens(0, 0)))?;
+    Ok((engine.trainer_from(plan)?, model))
 }
 
 /// Losses of some steps, and the digest of the weights after them.
@@ -168,8 +168,8 @@ fn losses_of_a_gpt(config: Config) -> ferrozero::Result<Vec<f32>> {
     let of = |first: u32| Tensor::arange(first, first + 16, &Device::Cpu)?.reshape((2, 8));
     let (inputs, targets) = (of(0)?, of(1)?);
     let adamw = AdamW { learning_rate: 3e-3, ..AdamW::default() };
-    let plan = engine.plan(adamw, || model.loss(&inputs, &targets))?;
-    let mut trainer = engine.trainer(plan)?;
+    let plan = engine.plan(adamw, |_| model.loss(&inputs, &targets))?;
+    let mut trainer = engine.trainer_from(plan)?;
     (0..10).map(|_| Ok(trainer.step(|_| model.loss(&inputs, &targets))?.loss)).collect()
 }
 

@@ -101,8 +101,8 @@ fn parameters_arrive_gradients_leave_and_the_host_updates_beside_computing() {
         })
         .collect();
     let model = Model::new(&vb, WIDTH, blocks).unwrap();
-    let plan = engine.plan(AdamW::default(), || model.loss(&tokens(0, 0))).unwrap();
-    let mut trainer = engine.trainer(plan).unwrap();
+    let plan = engine.plan(AdamW::default(), |_| model.loss(&tokens(0, 0))).unwrap();
+    let mut trainer = engine.trainer_from(plan).unwrap();
     for step in 0..2 {
         trainer.step(|_| model.loss(&tokens(step, 0))).unwrap();
     }

@@ -105,8 +105,8 @@ fn trains_so_many_steps() {
             .unwrap();
     let inputs = Tensor::arange(0u32, 16, &Device::Cpu).unwrap().reshape((2, 8)).unwrap();
     let targets = Tensor::arange(1u32, 17, &Device::Cpu).unwrap().reshape((2, 8)).unwrap();
-    let plan = engine.plan(AdamW::default(), || model.loss(&inputs, &targets)).unwrap();
-    let mut trainer = engine.trainer(plan).unwrap();
+    let plan = engine.plan(AdamW::default(), |_| model.loss(&inputs, &targets)).unwrap();
+    let mut trainer = engine.trainer_from(plan).unwrap();
     for _ in 0..steps {
         trainer.step(|_| model.loss(&inputs, &targets)).unwrap();
     }

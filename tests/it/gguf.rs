@@ -349,7 +349,7 @@ fn refusal(path: &Path) -> String {
         let engine = Engine::new(config)?;
         let model = pretrained.build(&engine, &Adapting::default())?;
         let tokens = Tensor::new(&[[5u32, 80]], &Device::Cpu)?;
-        engine.plan(AdamW::default(), || model.loss(&tokens, &tokens, None)).map(drop)
+        engine.plan(AdamW::default(), |_| model.loss(&tokens, &tokens, None)).map(drop)
     });
     opened.unwrap_err().to_string()
 }
@@ -476,8 +476,8 @@ fn logits(path: &Path) -> Vec<f32> {
     let engine = Engine::new(config).unwrap();
     let model = pretrained.build(&engine, &Adapting::default()).unwrap();
     let tokens = Tensor::new(&[[5u32, 80, 81, 7, 9, 33, 12, 60]], &Device::Cpu).unwrap();
-    let plan = engine.plan(AdamW::default(), || model.loss(&tokens, &tokens, None)).unwrap();
-    let mut trainer = engine.trainer(plan).unwrap();
+    let plan = engine.plan(AdamW::default(), |_| model.loss(&tokens, &tokens, None)).unwrap();
+    let mut trainer = engine.trainer_from(plan).unwrap();
     let logits = trainer.evaluate(|| model.next_logits(&tokens)).unwrap();
     logits.flatten_all().unwrap().to_vec1().unwrap()
 }

@@ -129,8 +129,8 @@ fn twenty_steps_from_disk_have_the_losses_of_plain_candle_in_memory() {
         let (inputs, targets) = batch(step)?;
         model.loss(&inputs, &targets)
     };
-    let plan = engine.plan(AdamW::default(), || loss(0)).unwrap();
-    let mut trainer = engine.trainer(plan).unwrap();
+    let plan = engine.plan(AdamW::default(), |_| loss(0)).unwrap();
+    let mut trainer = engine.trainer_from(plan).unwrap();
     let weights = weights(&trainer);
     assert_eq!(
         weights.values().map(|weight| weight.elem_count() as u64).sum::<u64>(),
@@ -168,8 +168,8 @@ fn gradients_that_are_observed_are_those_of_plain_candle_each_once_a_micro_batch
             let (inputs, targets) = batch(micro_batch as u64)?;
             model.loss(&inputs, &targets)
         };
-        let plan = engine.plan(AdamW::default(), || loss(0)).unwrap();
-        let mut trainer = engine.trainer(plan).unwrap();
+        let plan = engine.plan(AdamW::default(), |_| loss(0)).unwrap();
+        let mut trainer = engine.trainer_from(plan).unwrap();
         let weights = weights(&trainer);
         let seen = Arc::new(Mutex::new(BTreeMap::new()));
         let found = seen.clone();
@@ -221,8 +221,8 @@ fn twenty_steps_have_the_losses_of_pytorch() {
         let (inputs, targets) = batch(step)?;
         model.loss(&inputs, &targets)
     };
-    let plan = engine.plan(AdamW::default(), || loss(0)).unwrap();
-    let mut trainer = engine.trainer(plan).unwrap();
+    let plan = engine.plan(AdamW::default(), |_| loss(0)).unwrap();
+    let mut trainer = engine.trainer_from(plan).unwrap();
     if let Some(path) = std::env::var_os("FERROZERO_EXPORT_INITIAL") {
         trainer.export_safetensors(path.as_ref()).unwrap();
     }

@@ -149,8 +149,8 @@ fn family(is_llama: bool, config: Config) -> ferrozero::Result<(Trainer, Model)>
         Model::Gpt(Gpt::new(&config, engine.var_builder(), block)?)
     };
     let adamw = AdamW { learning_rate: 5e-4, ..AdamW::default() };
-    let plan = engine.plan(adamw, || model.loss(0))?;
-    Ok((engine.trainer(plan)?, model))
+    let plan = engine.plan(adamw, |_| model.loss(0))?;
+    Ok((engine.trainer_from(plan)?, model))
 }
 
 /// The losses of some steps, and the digest of the weights after them.

@@ -144,8 +144,8 @@ fn check_continuation(path: &Path, folder: &Path) {
     let engine = Engine::new(config).unwrap();
     let model = pretrained.build(&engine, &Adapting::default()).unwrap();
     let (inputs, targets) = batch(&expected[..prompt]);
-    let plan = engine.plan(AdamW::default(), || model.loss(&inputs, &targets, None)).unwrap();
-    let mut trainer = engine.trainer(plan).unwrap();
+    let plan = engine.plan(AdamW::default(), |_| model.loss(&inputs, &targets, None)).unwrap();
+    let mut trainer = engine.trainer_from(plan).unwrap();
     let cache = Cache::default();
     let mut tokens = expected[..prompt].to_vec();
     while tokens.len() < expected.len() {
@@ -248,8 +248,8 @@ fn texts_that_are_continued_together_have_the_bits_that_they_have_alone() {
         let engine = Engine::new(config).unwrap();
         let model = pretrained.build(&engine, &Adapting::default()).unwrap();
         let (inputs, targets) = batch(&[1, 2, 3]);
-        let plan = engine.plan(AdamW::default(), || model.loss(&inputs, &targets, None)).unwrap();
-        let mut trainer = engine.trainer(plan).unwrap();
+        let plan = engine.plan(AdamW::default(), |_| model.loss(&inputs, &targets, None)).unwrap();
+        let mut trainer = engine.trainer_from(plan).unwrap();
         let mut continued = |prompts: &[&[u32]]| {
             let mut texts: Vec<(Vec<u32>, Cache)> =
                 prompts.iter().map(|prompt| (prompt.to_vec(), Cache::default())).collect();
@@ -286,8 +286,8 @@ fn keys_and_values_within_a_window_continue_as_the_whole_text_does() {
         let model = pretrained.build(&engine, &Adapting::default()).unwrap();
         let mut tokens = tokens(&reference(&folder(family))["tokens"])[..12].to_vec();
         let (inputs, targets) = batch(&tokens);
-        let plan = engine.plan(AdamW::default(), || model.loss(&inputs, &targets, None)).unwrap();
-        let mut trainer = engine.trainer(plan).unwrap();
+        let plan = engine.plan(AdamW::default(), |_| model.loss(&inputs, &targets, None)).unwrap();
+        let mut trainer = engine.trainer_from(plan).unwrap();
         let cache = Cache::default();
         // The prompt, then some tokens together, then one after the other.
         for known in [0, 12, 15, 18, 19, 20, 21, 22, 23, 24] {
@@ -336,7 +336,7 @@ fn what_is_wrong_with_weights_is_named() {
             let engine = Engine::new(config)?;
             let model = pretrained.build(&engine, &Adapting::default())?;
             let (inputs, targets) = batch(&[1, 2, 3]);
-            engine.plan(AdamW::default(), || model.loss(&inputs, &targets, None)).map(drop)
+            engine.plan(AdamW::default(), |_| model.loss(&inputs, &targets, None)).map(drop)
         });
         error.unwrap_err()
     };

@@ -76,8 +76,8 @@ impl Model {
 fn trainer(config: Config, tiles: Option<usize>) -> Result<(Trainer, Model)> {
     let engine = Engine::new(config)?;
     let model = Model::new(&engine, tiles)?;
-    let plan = engine.plan(AdamW::default(), || model.loss())?;
-    Ok((engine.trainer(plan)?, model))
+    let plan = engine.plan(AdamW::default(), |_| model.loss())?;
+    Ok((engine.trainer_from(plan)?, model))
 }
 
 #[test]
@@ -150,8 +150,8 @@ fn the_head_of_a_pretrained_model_runs_in_tiles() {
         let engine = Engine::new(config).unwrap();
         let model = pretrained.build(&engine, &Adapting::default()).unwrap();
         let loss = || model.loss(&inputs, &targets, None);
-        let plan = engine.plan(AdamW::default(), loss).unwrap();
-        let mut trainer = engine.trainer(plan).unwrap();
+        let plan = engine.plan(AdamW::default(), |_| loss()).unwrap();
+        let mut trainer = engine.trainer_from(plan).unwrap();
         let before = trainer.parameter("lm_head.weight").unwrap();
         let names = trainer.parameters();
         let steps = [0; 3].map(|_| trainer.step(|_| loss()).unwrap());
@@ -186,6 +186,6 @@ fn a_layer_that_cannot_be_and_a_target_that_is_no_output_are_errors() {
     let layer = TiledLinear::new(&engine, (4, 8), 3, false, INIT, engine.var_builder().pp("layer")).unwrap();
     let hidden = Tensor::zeros((1, 4), candle_core::DType::F32, &Device::Cpu).unwrap();
     let targets = Tensor::new(&[8u32], &Device::Cpu).unwrap();
-    let error = engine.plan(AdamW::default(), || layer.cross_entropy(&hidden, &targets)).unwrap_err();
+    let error = engine.plan(AdamW::default(), |_| layer.cross_entropy(&hidden, &targets)).unwrap_err();
     assert!(error.to_string().contains("target 8"), "{error}");
 }

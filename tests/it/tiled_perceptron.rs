@@ -32,8 +32,8 @@ fn trainer(pretrained: &Pretrained, adapting: &Adapting, config: Config) -> Resu
     }
     let model = pretrained.build(&engine, adapting)?;
     let (inputs, targets) = batch();
-    let plan = engine.plan(AdamW::default(), || model.loss(&inputs, &targets, None))?;
-    Ok((engine.trainer(plan)?, model))
+    let plan = engine.plan(AdamW::default(), |_| model.loss(&inputs, &targets, None))?;
+    Ok((engine.trainer_from(plan)?, model))
 }
 
 /// The whole parameter's gradient of those of its parts: rows, and columns of so many.
@@ -178,8 +178,8 @@ fn wide(config: Config, tiles: usize) -> Result<(Trainer, Gpt<StreamedBlock>)> {
     let none = Adapting::default();
     let block = |vb, _| StreamedBlock::from_config(&engine, &WIDE, &none, tiles, vb);
     let model = Gpt::new(&WIDE, engine.var_builder(), block)?;
-    let plan = engine.plan(AdamW::default(), || wide_loss(&model))?;
-    Ok((engine.trainer(plan)?, model))
+    let plan = engine.plan(AdamW::default(), |_| wide_loss(&model))?;
+    Ok((engine.trainer_from(plan)?, model))
 }
 
 fn wide_loss(model: &Gpt<StreamedBlock>) -> candle_core::Result<Tensor> {

@@ -42,8 +42,8 @@ fn resuming_gives_the_bits_of_a_run_that_never_stopped() {
         assert_eq!(engine.resumed(), Some(&serde_json::json!({ "position": 3 })));
         let model = engine_model(&engine, 3).unwrap();
         let adamw = AdamW { learning_rate: 3e-3, ..AdamW::default() };
-        let plan = engine.plan(adamw, || model.loss(&tokens(0, 0))).unwrap();
-        let mut second = engine.trainer(plan).unwrap();
+        let plan = engine.plan(adamw, |_| model.loss(&tokens(0, 0))).unwrap();
+        let mut second = engine.trainer_from(plan).unwrap();
         assert_eq!(second.steps(), 3);
         for step in 3..6 {
             second.step(|micro_batch| model.loss(&tokens(step, micro_batch))).unwrap();
@@ -142,8 +142,8 @@ fn frozen_parameters_stay_as_they_are() {
     let engine = Engine::new(config).unwrap();
     engine.freeze(|name, _| name.ends_with("bias") || name.starts_with("h.1.")).unwrap();
     let model = engine_model(&engine, 2).unwrap();
-    let plan = engine.plan(AdamW::default(), || model.loss(&tokens(0, 0))).unwrap();
-    let mut trainer = engine.trainer(plan).unwrap();
+    let plan = engine.plan(AdamW::default(), |_| model.loss(&tokens(0, 0))).unwrap();
+    let mut trainer = engine.trainer_from(plan).unwrap();
     let before: Vec<_> =
         trainer.parameters().iter().map(|(name, _)| trainer.parameter(name).unwrap()).collect();
     trainer.step(|_| model.loss(&tokens(0, 0))).unwrap();
@@ -164,7 +164,7 @@ fn a_parameter_without_a_gradient_is_named_before_training_starts() {
     let norm = engine.segment(vb.pp("norm"), cut).unwrap();
     let xs = Tensor::ones((2, 4), DType::F32, &Device::Cpu).unwrap();
     let loss = || norm.forward(&xs.matmul(&used)?)?.sum_all();
-    let error = engine.plan(AdamW::default(), loss).unwrap_err();
+    let error = engine.plan(AdamW::default(), |_| loss()).unwrap_err();
     let Error::MissingGradient { names } = &error else { panic!("{error}") };
     assert_eq!(names, &["norm.bias", "norm.weight", "the input of norm", "unused"]);
     assert!(error.to_string().contains("LayerNorm"), "{error}");
@@ -203,8 +203,8 @@ fn segments_take_several_inputs_and_captures() {
             }
             xs.sqr()?.mean_all()
         };
-        let plan = engine.plan(AdamW::default(), loss).unwrap();
-        let mut trainer = engine.trainer(plan).unwrap();
+        let plan = engine.plan(AdamW::default(), |_| loss()).unwrap();
+        let mut trainer = engine.trainer_from(plan).unwrap();
         let losses: Vec<f32> = (0..3).map(|_| trainer.step(|_| loss()).unwrap().loss).collect();
         assert!(losses[2] < losses[0]);
         (losses, trainer.weights_digest().unwrap())
@@ -250,8 +250,8 @@ fn a_graph_that_is_kept_has_all_that_its_backward_reads() {
                 .call(&[&second], |w, inputs| candle_nn::ops::softmax(&inputs[0].matmul(w)?, 1))?;
             third.sqr()?.sum_all()? + beside
         };
-        let plan = engine.plan(AdamW::default(), loss).unwrap();
-        let mut trainer = engine.trainer(plan).unwrap();
+        let plan = engine.plan(AdamW::default(), |_| loss()).unwrap();
+        let mut trainer = engine.trainer_from(plan).unwrap();
         let losses: Vec<f32> = (0..3).map(|_| trainer.step(|_| loss()).unwrap().loss).collect();
         (losses, trainer.weights_digest().unwrap())
     };
@@ -284,9 +284,9 @@ fn a_parameter_tied_across_segments_is_resident_and_trained_once() {
             }
             (ys - 1.0)?.sqr()?.mean_all()
         };
-        let plan = engine.plan(AdamW::default(), loss).unwrap();
+        let plan = engine.plan(AdamW::default(), |_| loss()).unwrap();
         assert_eq!(plan.layout().groups[plan.layout().resident()].table[0].name, "shared");
-        let mut trainer = engine.trainer(plan).unwrap();
+        let mut trainer = engine.trainer_from(plan).unwrap();
         let losses: Vec<f32> = (0..3).map(|_| trainer.step(|_| loss()).unwrap().loss).collect();
         (losses, trainer.weights_digest().unwrap())
     };
@@ -306,8 +306,8 @@ fn a_segment_that_runs_twice_is_updated_once_with_both_gradients() {
         let block = engine.segment(engine.var_builder().pp("shared"), |vb| Block::new(vb, 8)).unwrap();
         let xs = Tensor::ones((2, 8), DType::F32, &Device::Cpu).unwrap();
         let loss = || block.forward(&block.forward(&xs)?)?.sqr()?.mean_all();
-        let plan = engine.plan(AdamW::default(), loss).unwrap();
-        let mut trainer = engine.trainer(plan).unwrap();
+        let plan = engine.plan(AdamW::default(), |_| loss()).unwrap();
+        let mut trainer = engine.trainer_from(plan).unwrap();
         let losses: Vec<f32> = (0..3).map(|_| trainer.step(|_| loss()).unwrap().loss).collect();
         (losses, trainer.weights_digest().unwrap())
     };
@@ -326,8 +326,8 @@ fn another_order_of_segments_is_an_error_that_names_both() {
     let loss = |first: usize| blocks[1 - first].forward(&blocks[first].forward(&xs)?)?.sqr()?.mean_all();
     let outside = blocks[0].forward(&xs).unwrap_err().to_string();
     assert!(outside.contains("outside"), "{outside}");
-    let plan = engine.plan(AdamW::default(), || loss(0)).unwrap();
-    let mut trainer = engine.trainer(plan).unwrap();
+    let plan = engine.plan(AdamW::default(), |_| loss(0)).unwrap();
+    let mut trainer = engine.trainer_from(plan).unwrap();
     trainer.step(|_| loss(0)).unwrap();
     let error = trainer.step(|_| loss(1)).unwrap_err();
     assert!(matches!(error, Error::OrderChanged { .. }), "{error}");
@@ -343,8 +343,8 @@ fn a_nan_stops_the_run_and_names_the_step() {
         let xs = Tensor::full(value, (2, 8), &Device::Cpu)?;
         block.forward(&xs)?.sqr()?.mean_all()
     };
-    let plan = engine.plan(AdamW::default(), || loss(1.0)).unwrap();
-    let mut trainer = engine.trainer(plan).unwrap();
+    let plan = engine.plan(AdamW::default(), |_| loss(1.0)).unwrap();
+    let mut trainer = engine.trainer_from(plan).unwrap();
     trainer.step(|_| loss(1.0)).unwrap();
     let error = trainer.step(|_| loss(f32::NAN)).unwrap_err();
     assert!(matches!(error, Error::NonFiniteLoss { step: 2, .. }), "{error}");

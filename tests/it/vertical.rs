@@ -50,8 +50,8 @@ impl Stack {
 fn stack(vertical: usize) -> (Trainer, Stack) {
     let engine = Engine::new(config(Some(vertical))).unwrap();
     let stack = Stack::new(&engine);
-    let plan = engine.plan(AdamW::default(), || stack.loss(0, |_, xs| Ok(xs))).unwrap();
-    (engine.trainer(plan).unwrap(), stack)
+    let plan = engine.plan(AdamW::default(), |_| stack.loss(0, |_, xs| Ok(xs))).unwrap();
+    (engine.trainer_from(plan).unwrap(), stack)
 }
 
 /// Every place where a micro-batch can fail: its number, and the blocks before it fails.
@@ -220,8 +220,8 @@ fn a_parameter_tied_across_segments_has_the_bits_of_micro_batches_one_after_anot
             }
             (ys - 1.0)?.sqr()?.mean_all()
         };
-        let plan = engine.plan(AdamW::default(), || loss(0)).unwrap();
-        let mut trainer = engine.trainer(plan).unwrap();
+        let plan = engine.plan(AdamW::default(), |_| loss(0)).unwrap();
+        let mut trainer = engine.trainer_from(plan).unwrap();
         let losses: Vec<f32> = (0..3).map(|_| trainer.step(loss).unwrap().loss).collect();
         (losses, trainer.weights_digest().unwrap())
     };
@@ -246,7 +246,7 @@ fn a_segment_that_runs_twice_is_refused_vertically_and_runs_one_after_another_by
         let engine = Engine::new(config(vertical)).unwrap();
         let block = engine.segment(engine.var_builder().pp("shared"), |vb| Block::new(vb, 8)).unwrap();
         let xs = Tensor::ones((2, 8), DType::F32, &Device::Cpu).unwrap();
-        engine.plan(AdamW::default(), || block.forward(&block.forward(&xs)?)?.sqr()?.mean_all())
+        engine.plan(AdamW::default(), |_| block.forward(&block.forward(&xs)?)?.sqr()?.mean_all())
     };
     let error = planned(Some(2)).unwrap_err();
     assert!(error.to_string().contains("runs twice"), "{error}");

@@ -82,8 +82,8 @@ pub fn trainer(config: Config, blocks: usize) -> ferrozero::Result<(Trainer, Mod
     let engine = Engine::new(config)?;
     let model = engine_model(&engine, blocks)?;
     let adamw = AdamW { learning_rate: 3e-3, ..AdamW::default() };
-    let plan = engine.plan(adamw, || model.loss(&tokens(0, 0)))?;
-    Ok((engine.trainer(plan)?, model))
+    let plan = engine.plan(adamw, |_| model.loss(&tokens(0, 0)))?;
+    Ok((engine.trainer_from(plan)?, model))
 }
 
 /// Trains some steps and answers the losses and the digest of the weights.

@@ -313,8 +313,8 @@ fn serve_in(arguments: &StepArguments, folder: PathBuf) -> CommandResult<Footpri
         Tensor::from_vec(tokens, (arguments.batch, arguments.seq), &Device::Cpu)
     };
     let loss = |step: u64| model.loss(&tokens((2 * step) << 32)?, &tokens((2 * step + 1) << 32)?);
-    let plan = engine.plan(AdamW::default(), || loss(0))?;
-    let mut trainer = engine.trainer(plan)?;
+    let plan = engine.plan(AdamW::default(), |_| loss(0))?;
+    let mut trainer = engine.trainer_from(plan)?;
     for line in std::io::stdin().lock().lines() {
         line?;
         let step = trainer.steps();

@@ -45,7 +45,7 @@ impl Sizes {
         let block = |vb, _| StreamedBlock::from_config(engine, &config, &none, tiles, vb);
         let model = Gpt::new(&config, engine.var_builder(), block)?;
         let workload = Workload { model, sizes: self, random: Stream::new(1, "tokens") };
-        let plan = engine.plan(AdamW::default(), || workload.loss(0, 0))?;
+        let plan = engine.plan(AdamW::default(), |_| workload.loss(0, 0))?;
         Ok((plan, workload))
     }
 }
@@ -98,7 +98,7 @@ fn measure_in(
         return Ok(None);
     }
     let predicted_s = plan.prediction().map_or(f64::NAN, |prediction| prediction.forecast.step_s);
-    let mut trainer = engine.trainer(plan)?;
+    let mut trainer = engine.trainer_from(plan)?;
     let mut measured = vec![];
     for number in 0..WARM_UP_STEPS + steps {
         let step = trainer.steps();
