@@ -116,7 +116,7 @@ impl Engine {
     /// they have no gradient and no moments.
     ///
     /// # Errors
-    /// [`Error::Unsupported`] if a parameter for which the rule holds was asked for before.
+    /// [`Error::Misuse`] if a parameter for which the rule holds was asked for before.
     pub fn freeze(&self, rule: impl Fn(&str, &[usize]) -> bool + Send + Sync + 'static) -> Result<()> {
         self.registry.freeze(Arc::new(rule))
     }
@@ -124,7 +124,7 @@ impl Engine {
     /// Makes a part of the model that is fetched, run and released as one. Its name is the builder's prefix.
     ///
     /// # Errors
-    /// [`Error::Unsupported`] for nested segments, names that are taken, and parameters that cannot be held.
+    /// [`Error::Misuse`] for nested segments, names that are taken, and parameters that cannot be held.
     pub fn segment<M: Send + Sync + 'static>(
         &self,
         vb: VarBuilder<'static>,
@@ -186,7 +186,7 @@ impl Engine {
             observed,
             check: &|plan| match plan.uses_disk() && !has_disk {
                 true => Err(Error::Configuration(
-                    "a placement on disk needs a folder: set directory (--dir)".into(),
+                    "a placement on disk needs a folder: set Config::directory".into(),
                 )),
                 false => Ok(()),
             },

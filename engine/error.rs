@@ -1,8 +1,8 @@
 //! The one error type of the engine: what happened, where, and what to do about it.
 
-use ferrozero_offload::Stopped;
+use ferrozero_offload::{Stopped, Tier};
 use std::any::Any;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 /// Result of engine calls.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
@@ -30,7 +30,11 @@ pub enum Error {
     },
     /// An error of the numeric kernels.
     #[error("numeric kernel: {0}")]
-    Kernel(String),
+    Kernel(#[from] ferrozero_kernels::Error),
+    /// An error of the numeric kernels on a CUDA device.
+    #[cfg(feature = "cuda")]
+    #[error("numeric kernel: {0}")]
+    CudaKernel(#[from] ferrozero_kernels::cuda::CudaError),
     /// A setting that cannot be used.
     #[error("configuration: {0}")]
     Configuration(String),
@@ -39,7 +43,7 @@ pub enum Error {
         "the plan needs {needed_bytes} bytes of {tier} memory and the budget is {budget_bytes} bytes. \
          {culprit}. The least that works is {least_bytes} bytes ({least_mib} MiB): raise {} to that, \
          or make the model, the batch or the sequence smaller",
-        if *.tier == ferrozero_offload::Tier::Device { "--device-memory" } else { "--memory" },
+        limit_of(*.tier),
         least_mib = .least_bytes.div_ceil(1 << 20)
     )]
     BudgetTooSmall {
@@ -59,7 +63,7 @@ pub enum Error {
         "the device is out of memory ({reason}): the plan counts {planned_bytes} bytes there; {used_bytes} \
          are in use, by this process and others, and {free_bytes} are free. The last commit is intact: go on \
          from it with a smaller batch or sequence, with boundaries on host or disk, or with a lower \
-         --device-memory, which leaves more to the model's own tensors"
+         Config::device_memory_bytes, which leaves more to the model's own tensors"
     )]
     DeviceMemory {
         /// Bytes of the device that the plan counts; 0 where there is none yet.
@@ -145,7 +149,9 @@ pub enum Error {
         mismatch: String,
     },
     /// A folder that already holds a checkpoint.
-    #[error("{path} already holds a checkpoint: go on from it with --resume, or choose another --dir")]
+    #[error(
+        "{path} already holds a checkpoint: go on from it with Config::resume, or choose another Config::directory"
+    )]
     CheckpointExists {
         /// Folder of the checkpoint.
         path: PathBuf,
@@ -166,9 +172,23 @@ pub enum Error {
         /// What is wrong with them, with the tensor.
         reason: String,
     },
-    /// A part of the model that the engine cannot run.
+    /// A model, a file or a machine that the engine cannot work with.
     #[error("{0}")]
     Unsupported(String),
+    /// Calls that contradict each other, such as two segments of one name or a parameter that nobody has.
+    #[error("{0}")]
+    Misuse(String),
+    /// The system gave no thread.
+    #[error("the {name} thread could not be started: {source}; check the limit on threads")]
+    Thread {
+        /// What it was to do.
+        name: String,
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// A state that no user, file or device should be able to cause. The last commit is as it was.
+    #[error("internal error: {0}; please report it")]
+    Internal(String),
     /// Code of the user's that a queue runs, such as initial values, or of the engine's, panicked.
     #[error("the {queue} thread panicked: {text}; the last commit is as it was")]
     Panicked {
@@ -218,6 +238,11 @@ impl From<Stopped> for Error {
     }
 }
 
+/// The setting that limits a tier.
+fn limit_of(tier: Tier) -> &'static str {
+    if tier == Tier::Device { "Config::device_memory_bytes" } else { "Config::memory_bytes" }
+}
+
 fn in_parameters(names: &[String]) -> String {
     if names.is_empty() { String::new() } else { format!(", in {}", list_names(names)) }
 }
@@ -234,10 +259,15 @@ fn list_names(names: &[String]) -> String {
 /// A state that no user can cause: reported as an error all the same, so that the last commit stays
 /// reachable.
 pub fn internal(what: &str) -> Error {
-    Error::Unsupported(format!("internal error: {what}; please report it"))
+    Error::Internal(what.to_owned())
 }
 
 impl Error {
+    /// What makes the system's error with a file the engine's.
+    pub(crate) fn file(path: &Path) -> impl Fn(std::io::Error) -> Self + Copy + '_ {
+        |source| Self::File { path: path.to_owned(), source }
+    }
+
     /// A panic of a queue's thread.
     pub(crate) fn panicked(queue: &'static str, panic: &(dyn Any + Send)) -> Self {
         let text = panic.downcast_ref::<&str>().copied();

@@ -55,7 +55,7 @@ impl Registry {
         let mut state = self.state();
         let late = state.parameters.iter().find(|known| known.trainable && rule(&known.name, &known.shape));
         if let Some(parameter) = late {
-            return Err(Error::Unsupported(format!(
+            return Err(Error::Misuse(format!(
                 "parameter {} was made before it was to be frozen: freeze first, then make the model",
                 parameter.name
             )));
@@ -68,20 +68,18 @@ impl Registry {
     pub fn begin_segment(&self, name: &str) -> Result<usize> {
         let mut state = self.state();
         if state.sealed {
-            return Err(Error::Unsupported(format!(
+            return Err(Error::Misuse(format!(
                 "segment {name} was made after the plan: make the model first"
             )));
         }
         if let Some(outer) = state.building {
             let outer = &state.segments[outer];
-            return Err(Error::Unsupported(format!(
+            return Err(Error::Misuse(format!(
                 "segment {name} is made inside segment {outer}: they cannot nest"
             )));
         }
         if state.segments.iter().any(|other| other == name) {
-            return Err(Error::Unsupported(format!(
-                "two segments have the name {name:?}: names must differ"
-            )));
+            return Err(Error::Misuse(format!("two segments have the name {name:?}: names must differ")));
         }
         state.segments.push(name.to_owned());
         let index = state.segments.len() - 1;
@@ -101,9 +99,7 @@ impl Registry {
         let mut state = self.state();
         state.sealed = true;
         if state.parameters.is_empty() {
-            return Err(Error::Unsupported(
-                "the model asked the engine's VarBuilder for no parameter".into(),
-            ));
+            return Err(Error::Misuse("the model asked the engine's VarBuilder for no parameter".into()));
         }
         let resident = state.segments.len();
         let mut members = vec![vec![]; resident + 1];
@@ -134,7 +130,7 @@ impl Registry {
             let segment = state.building;
             let parameter = &mut state.parameters[index];
             if parameter.shape != shape.dims() {
-                return Err(Error::Unsupported(format!(
+                return Err(Error::Misuse(format!(
                     "parameter {name} was asked for with shape {:?} and again with {:?}",
                     parameter.shape,
                     shape.dims()
@@ -148,13 +144,11 @@ impl Registry {
             return Ok(parameter.tensor.clone());
         }
         if state.sealed {
-            return Err(Error::Unsupported(format!(
-                "parameter {name} was asked for after the plan was made"
-            )));
+            return Err(Error::Misuse(format!("parameter {name} was asked for after the plan was made")));
         }
         let of_engine = state.device.get_or_insert_with(|| (dtype, device.clone()));
         if of_engine.0 != dtype || !of_engine.1.same_device(device) {
-            return Err(Error::Unsupported(format!(
+            return Err(Error::Misuse(format!(
                 "parameter {name} was asked for as {dtype:?} on {:?}, and others as {:?} on {:?}: all \
                  parameters are of the type and on the device of the engine's configuration",
                 device.location(),
@@ -196,7 +190,7 @@ impl SimpleBackend for Registry {
         let state = self.state();
         let index = state.by_name.get(name).copied();
         index.map(|index| state.parameters[index].tensor.clone()).ok_or_else(|| {
-            Error::Unsupported(format!(
+            Error::Misuse(format!(
                 "parameter {name} was asked for without a shape, which only known ones can be"
             ))
             .into()

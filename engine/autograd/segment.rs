@@ -80,10 +80,10 @@ fn call(
     inputs: &[&Tensor],
 ) -> Result<Tensor> {
     if inputs.is_empty() {
-        return Err(Error::Unsupported("a segment needs an input".into()));
+        return Err(Error::Misuse("a segment needs an input".into()));
     }
     if tensor_storage::is_vacant(inputs[0]) {
-        return Err(Error::Unsupported(
+        return Err(Error::Misuse(
             "the input of this segment has left the device as the boundary of an earlier one: a tensor that \
              two segments read needs boundaries on the device"
                 .into(),

@@ -1,5 +1,6 @@
 //! The command line.
 
+mod advice;
 mod bench;
 mod checkpoint;
 mod config;
@@ -111,7 +112,10 @@ fn perform(command: Command) -> ExitCode {
     match observe().and_then(|()| execute(command)) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            output::say_error(&error);
+            output::say_error(&advice::in_options(error.to_string()));
+            if let Some(advice) = advice::advice(&*error) {
+                output::say_next(advice);
+            }
             ExitCode::FAILURE
         }
     }

@@ -14,14 +14,14 @@ pub enum DataError {
         source: std::io::Error,
     },
     /// Nothing to train on.
-    #[error("no text in {place}: give a text file, or a folder with text files, with --data PATH")]
+    #[error("no text in {place}: give a text file, or a folder with text files")]
     Empty {
         /// Where text was looked for.
         place: String,
     },
     /// Less than training and validation need.
     #[error(
-        "the data has {tokens} tokens and at least {needed} are needed: give more text, or a shorter --seq"
+        "the data has {tokens} tokens and at least {needed} are needed: give more text, or shorter sequences"
     )]
     TooSmall {
         /// Tokens of the data.

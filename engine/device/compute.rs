@@ -113,14 +113,14 @@ fn check_products(device: &Device, dtype: DType, products: Products) -> Result<(
     if !device.is_cpu() || dtype != DType::F32 {
         return Err(Error::Configuration(
             "products of bf16 are for f32 on the CPU device: with another dtype, as on a CUDA device with \
-             --dtype bf16, matrices are multiplied in that type anyway; use products of f32 (--products f32)"
+             bf16, matrices are multiplied in that type anyway; use products of f32"
                 .into(),
         ));
     }
     if !products.is_native() {
         return Err(Error::Configuration(
             "this processor has no matrix tiles for bf16 (Intel's AMX), or the system does not grant them: \
-             products of bf16 would be slower than those of f32; use products of f32 (--products f32)"
+             products of bf16 would be slower than those of f32; use products of f32"
                 .into(),
         ));
     }
@@ -283,7 +283,11 @@ impl ComputeDevice {
     /// The error of a device that has no memory left, with what the plan counts beside what is used.
     pub fn explain(&self, error: Error, planned_bytes: u64) -> Error {
         let reason = error.to_string();
-        let of_device = matches!(error, Error::Candle(_) | Error::Offload(_) | Error::Kernel(_));
+        #[cfg(feature = "cuda")]
+        let of_kernel = matches!(error, Error::CudaKernel(_));
+        #[cfg(not(feature = "cuda"))]
+        let of_kernel = false;
+        let of_device = of_kernel || matches!(error, Error::Candle(_) | Error::Offload(_));
         if !(self.is_apart() && of_device && reason.contains("OUT_OF_MEMORY")) {
             return error;
         }
@@ -395,8 +399,12 @@ impl ComputeDevice {
             let within = run.entry_start..run.entry_start + run.elements;
             match slot[run.entry].as_cpu_mut() {
                 Some(CpuStorage::F32(to)) => to[within].copy_from_slice(from),
-                Some(CpuStorage::BF16(to)) => convert::narrow(pool, from, &mut to[within]).map_err(kernel)?,
-                Some(CpuStorage::F16(to)) => convert::narrow(pool, from, &mut to[within]).map_err(kernel)?,
+                Some(CpuStorage::BF16(to)) => {
+                    convert::narrow(pool, from, &mut to[within]).map_err(Error::Kernel)?
+                }
+                Some(CpuStorage::F16(to)) => {
+                    convert::narrow(pool, from, &mut to[within]).map_err(Error::Kernel)?
+                }
                 _ => return Err(internal("a slot of another type")),
             }
         }
@@ -591,8 +599,4 @@ pub enum Gradient<'a> {
     BF16(&'a [bf16]),
     /// Of type f16.
     F16(&'a [f16]),
-}
-
-fn kernel(error: ferrozero_kernels::Error) -> Error {
-    Error::Kernel(error.to_string())
 }

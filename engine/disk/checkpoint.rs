@@ -169,7 +169,7 @@ impl Checkpoint {
     /// Values of a parameter.
     ///
     /// # Errors
-    /// [`Error::Unsupported`] for an unknown name, and what reading finds.
+    /// [`Error::Misuse`] for an unknown name, and what reading finds.
     pub fn parameter(&self, name: &str) -> Result<Vec<f32>> {
         let mut all = vec![0.0; self.layout.elements_of(name)?];
         self.show(name, &mut |first, values| {

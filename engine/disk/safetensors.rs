@@ -37,7 +37,7 @@ pub(crate) fn export_safetensors(
 }
 
 fn failed(path: &Path) -> impl Fn(io::Error) -> Error {
-    move |source| Error::File { path: path.to_owned(), source }
+    Error::file(path)
 }
 
 /// Writes to `partial` what is to be at `path`: the length of the table of contents, that table, and the tensors as it has them.
@@ -106,7 +106,7 @@ const LONGEST_HEADER_BYTES: u64 = 100_000_000;
 
 impl SafetensorsFile {
     pub(crate) fn open(path: &Path) -> Result<Self> {
-        let failed = |source| Error::File { path: path.to_owned(), source };
+        let failed = Error::file(path);
         let damaged = |reason: String| Error::Safetensors { path: path.to_owned(), reason };
         let mut file = File::open(path).map_err(failed)?;
         let file_bytes = file.metadata().map_err(failed)?.len();
@@ -155,7 +155,7 @@ impl SafetensorsFile {
         let mut bytes = vec![0; size * out.len().min(PUT_ELEMENTS)];
         for part in out.chunks_mut(PUT_ELEMENTS) {
             let bytes = &mut bytes[..size * part.len()];
-            let failed = |source| Error::File { path: self.path.clone(), source };
+            let failed = Error::file(&self.path);
             self.file.read_exact_at(bytes, place).map_err(failed)?;
             decode(dtype, bytes, part);
             place += bytes.len() as u64;

@@ -86,7 +86,7 @@ pub fn open(config: &Config) -> Result<Option<Store>> {
     }
     let Some(directory) = &config.directory else {
         return Err(Error::Configuration(
-            "resume needs the checkpoint's folder: set directory (--dir)".into(),
+            "resume needs the checkpoint's folder: set Config::directory".into(),
         ));
     };
     Ok(Some(Store::open(directory, options(config, 0))?))

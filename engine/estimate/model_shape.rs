@@ -178,8 +178,7 @@ impl ModelShape {
     /// [`Error::File`], [`Error::Configuration`] for sizes that are missing or wrong, [`Error::Unsupported`]
     /// for other families.
     pub fn from_hugging_face(path: &Path, sequence: usize) -> Result<Self> {
-        let text =
-            std::fs::read_to_string(path).map_err(|source| Error::File { path: path.to_owned(), source })?;
+        let text = std::fs::read_to_string(path).map_err(Error::file(path))?;
         let wrong = |what: String| Error::Configuration(format!("{}: {what}", path.display()));
         let value: Value = serde_json::from_str(&text).map_err(|error| wrong(error.to_string()))?;
         let shape = match value.get("model_type").and_then(Value::as_str) {

@@ -230,7 +230,7 @@ impl Question {
         match self.machine.disk_bytes {
             Some(limit) if needed > limit => Err(Error::Configuration(format!(
                 "the disk must hold {} and may hold {}: states are kept twice so that a kill loses nothing \
-                 (--in-place keeps them once), or make the model smaller",
+                 (in place they are kept once), or make the model smaller",
                 Bytes(needed),
                 Bytes(limit)
             ))),

@@ -123,9 +123,7 @@ impl Executor {
         let dispatcher = std::thread::Builder::new()
             .name("ferrozero dispatcher".into())
             .spawn(move || dispatcher.run())
-            .map_err(|error| {
-                Error::Unsupported(format!("the dispatcher thread could not be started: {error}"))
-            })?;
+            .map_err(|source| Error::Thread { name: "dispatcher".into(), source })?;
         Ok(Self { events, dispatcher: Some(dispatcher) })
     }
 
@@ -213,9 +211,7 @@ impl Worker {
                     }
                 }
             })
-            .map_err(|error| {
-                Error::Unsupported(format!("the {} thread could not be started: {error}", queue.name()))
-            })?;
+            .map_err(|source| Error::Thread { name: queue.name().into(), source })?;
         Ok(Self { jobs: Some(jobs), thread: Some(thread) })
     }
 }

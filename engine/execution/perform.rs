@@ -374,7 +374,7 @@ impl Performer {
                             accumulate(&self.pool, target, values, scale, how, &mut measured)
                         }
                     }
-                    .map_err(|error| Error::Kernel(error.to_string()))?;
+                    .map_err(Error::Kernel)?;
                 }
             }
         }
@@ -445,8 +445,7 @@ impl Performer {
                 first_moment: &mut *first_moment,
                 second_moment: &mut *second_moment,
             };
-            adamw(&self.pool, &step, state, &gradient[within_piece], None)
-                .map_err(|error| Error::Kernel(error.to_string()))?;
+            adamw(&self.pool, &step, state, &gradient[within_piece], None).map_err(Error::Kernel)?;
             self.check_finite(group, numbers.step, &[master, first_moment, second_moment])?;
         }
         Ok(())

@@ -14,7 +14,7 @@ use std::path::Path;
 /// # Errors
 /// [`Error::File`], and [`Error::Weights`] for what is no GGUF file.
 pub(super) fn read(path: &Path) -> Result<Content> {
-    let file = File::open(path).map_err(|source| Error::File { path: path.to_owned(), source })?;
+    let file = File::open(path).map_err(Error::file(path))?;
     Content::read(&mut BufReader::new(file)).map_err(|error| Error::Weights {
         path: path.to_owned(),
         reason: format!("its table of contents cannot be read as GGUF: {error}"),
@@ -193,7 +193,7 @@ fn frequency_factors(path: &Path, content: &Content) -> Result<Option<Vec<f32>>>
     if info.shape.elem_count() > LONGEST_FACTORS {
         return Err(damaged(format!("{:?} are not the factors of a head's pairs", info.shape)));
     }
-    let mut file = File::open(path).map_err(|source| Error::File { path: path.to_owned(), source })?;
+    let mut file = File::open(path).map_err(Error::file(path))?;
     let factors = content.tensor(&mut file, FREQUENCY_FACTORS, &Device::Cpu);
     let factors = factors.and_then(|factors| factors.dequantize(&Device::Cpu)?.flatten_all()?.to_vec1());
     factors.map(Some).map_err(|error| damaged(format!("it cannot be read: {error}")))

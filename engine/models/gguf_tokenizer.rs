@@ -31,7 +31,7 @@ const QWEN2_WORDS: &str = concat!(
 const SPACE: &str = "▁";
 
 /// What to do about a tokenizer that cannot be read.
-const OTHER: &str = "give another tokenizer with --tokenizer";
+const OTHER: &str = "give another tokenizer";
 
 /// Reads the tokenizer of a GGUF file.
 ///

@@ -44,7 +44,7 @@ impl Adapting {
             targets.iter().find(|target| !layers.iter().any(|layer| is_named(layer, target)))
         {
             return Err(Error::Configuration(format!(
-                "--lora-targets: no layer of this model has a name that ends with {unknown}; there are {}",
+                "no layer of this model has a name that ends with {unknown}; there are {}",
                 layers.join(", ")
             )));
         }

@@ -99,7 +99,7 @@ impl LlamaConfig {
         if sequence > longest {
             return Err(Error::Configuration(format!(
                 "{source}: sequences of {sequence} tokens are longer than the {longest} that the model is \
-                 made for: choose a shorter --seq"
+                 made for: choose shorter sequences"
             )));
         }
         config.checked(source)

@@ -155,7 +155,7 @@ impl Pretrained {
         // Newer folders keep the template in a file of its own.
         let path = self.path.join("chat_template.jinja");
         if path.exists() {
-            let template = std::fs::read_to_string(&path).map_err(|source| Error::File { path, source })?;
+            let template = std::fs::read_to_string(&path).map_err(Error::file(&path))?;
             configuration["chat_template"] = template.into();
         }
         Ok(configuration)
@@ -265,8 +265,7 @@ impl Pretrained {
 }
 
 fn read_json(path: &Path) -> Result<Value> {
-    let text =
-        std::fs::read_to_string(path).map_err(|source| Error::File { path: path.to_owned(), source })?;
+    let text = std::fs::read_to_string(path).map_err(Error::file(path))?;
     let invalid = |error| Error::Configuration(format!("{} is not valid JSON: {error}", path.display()));
     serde_json::from_str(&text).map_err(invalid)
 }

@@ -222,7 +222,7 @@ impl Weights {
         naming: &Naming,
         stored_name: StoredName,
     ) -> Result<Self> {
-        let failed = |source| Error::File { path: path.to_owned(), source };
+        let failed = Error::file(path);
         let file = Arc::new(File::open(path).map_err(failed)?);
         let file_bytes = file.metadata().map_err(failed)?.len();
         let shared: Arc<Path> = path.into();
@@ -301,8 +301,7 @@ fn files_of(folder: &Path) -> Result<Vec<PathBuf>> {
         return Ok(vec![folder.join("model.safetensors")]);
     }
     let wrong = |reason: String| Error::Weights { path: index.clone(), reason };
-    let text =
-        std::fs::read_to_string(&index).map_err(|source| Error::File { path: index.clone(), source })?;
+    let text = std::fs::read_to_string(&index).map_err(Error::file(&index))?;
     let value: Value =
         serde_json::from_str(&text).map_err(|error| wrong(format!("it is not valid JSON: {error}")))?;
     let map = value.get("weight_map").and_then(Value::as_object);

@@ -47,7 +47,7 @@ impl ChromeTrace {
     /// # Errors
     /// [`Error::File`].
     pub fn create(path: &Path, plan: &Plan) -> Result<Self> {
-        let failed = |source| Error::File { path: path.to_owned(), source };
+        let failed = Error::file(path);
         let mut this = Self {
             path: path.to_owned(),
             file: BufWriter::new(File::create(path).map_err(failed)?),
@@ -76,7 +76,7 @@ impl ChromeTrace {
     /// # Errors
     /// [`Error::File`].
     pub fn append(&mut self, trace: &Trace) -> Result<()> {
-        self.try_append(trace).map_err(|source| Error::File { path: self.path.clone(), source })
+        self.try_append(trace).map_err(Error::file(&self.path))
     }
 
     fn try_append(&mut self, trace: &Trace) -> std::io::Result<()> {

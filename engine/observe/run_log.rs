@@ -279,7 +279,7 @@ impl RunLog {
         let line = serde_json::to_string(record).map_err(std::io::Error::from);
         // In one piece, so that a kill leaves whole lines.
         let written = line.and_then(|line| self.file.write_all(format!("{line}\n").as_bytes()));
-        written.map_err(|source| Error::File { path: self.path.clone(), source })
+        written.map_err(Error::file(&self.path))
     }
 }
 
@@ -311,7 +311,7 @@ impl History {
     /// [`Error::File`] and [`Error::RunLog`] with the line that cannot be read.
     pub fn read(directory: &Path) -> Result<Self> {
         let path = directory.join(FILE);
-        let bytes = std::fs::read(&path).map_err(|source| Error::File { path: path.clone(), source })?;
+        let bytes = std::fs::read(&path).map_err(Error::file(&path))?;
         let mut history: Option<Self> = None;
         for (number, line) in (1..).zip(whole_lines(&bytes).split_inclusive(|&byte| byte == b'\n')) {
             let wrong = |reason: String| Error::RunLog { path: path.clone(), line: number, reason };

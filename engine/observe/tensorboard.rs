@@ -92,7 +92,7 @@ impl EventFile {
         record.extend(masked_checksum(&length).to_le_bytes());
         record.extend(message);
         record.extend(masked_checksum(message).to_le_bytes());
-        self.file.write_all(&record).map_err(|source| Error::File { path: self.path.clone(), source })
+        self.file.write_all(&record).map_err(Error::file(&self.path))
     }
 }
 

@@ -133,9 +133,7 @@ impl Description {
         let gpu = GPUS.iter().find(|gpu| gpu.name == self.device).ok_or_else(|| {
             let known: Vec<_> = GPUS.iter().map(|gpu| gpu.name).collect();
             let (device, known) = (&self.device, known.join(", "));
-            Error::Configuration(format!(
-                "device {device:?} is in no table: use one of {known}, or --machine"
-            ))
+            Error::Configuration(format!("device {device:?} is in no table: use one of {known}"))
         })?;
         let (read, write) = self.drive.as_deref().map_or(Ok((1e9, 1e9)), drive_speeds)?;
         let memory = self.host_bytes_per_s.unwrap_or(HOST_BYTES_PER_S);

@@ -69,8 +69,7 @@ impl Machine {
     /// # Errors
     /// [`Error::File`], and [`Error::Configuration`] where a number is missing, unknown or not above zero.
     pub fn from_file(path: &Path) -> Result<Self> {
-        let text =
-            std::fs::read_to_string(path).map_err(|source| Error::File { path: path.to_owned(), source })?;
+        let text = std::fs::read_to_string(path).map_err(Error::file(path))?;
         let wrong = |what: String| Error::Configuration(format!("{}: {what}", path.display()));
         let machine: Self = serde_json::from_str(&text).map_err(|error| wrong(error.to_string()))?;
         let numbers = [
@@ -113,7 +112,7 @@ impl Machine {
     /// # Errors
     /// [`Error::File`].
     pub fn save(&self, path: &Path) -> Result<()> {
-        let failed = |source| Error::File { path: path.to_owned(), source };
+        let failed = Error::file(path);
         let mut text = serde_json::to_string_pretty(self).map_err(|error| failed(error.into()))?;
         text.push('\n');
         std::fs::write(path, text).map_err(failed)

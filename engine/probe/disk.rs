@@ -346,7 +346,6 @@ impl Disk {
             first_moment: &mut first_moment.as_f32_mut()[..elements],
             second_moment: &mut second_moment.as_f32_mut()[..elements],
         };
-        adamw(&self.pool, &adamw_step(self.step), state, gradient, None)
-            .map_err(|error| Error::Kernel(error.to_string()))
+        adamw(&self.pool, &adamw_step(self.step), state, gradient, None).map_err(Error::Kernel)
     }
 }

@@ -219,8 +219,7 @@ fn memory_speeds(threads: usize, effort: Effort) -> Result<[f64; 3]> {
 
 fn quick_disk(directory: &Path, threads: usize) -> Result<[f64; 3]> {
     let made = existing(directory).map(Path::to_owned);
-    std::fs::create_dir_all(directory)
-        .map_err(|source| Error::File { path: directory.to_owned(), source })?;
+    std::fs::create_dir_all(directory).map_err(Error::file(directory))?;
     let speeds = disk_bytes_per_s(directory, QUICK_DISK_BYTES, threads, QUICK);
     // A refused plan leaves nothing behind: removes the folders that were made here, if nothing else was put there.
     for path in directory.ancestors().take_while(|path| made.as_deref() != Some(*path)) {
@@ -290,8 +289,7 @@ fn crossing_bytes_per_s(pool: &Pool, effort: Effort) -> Result<[f64; 2]> {
     })?;
     let mut statistics = GradientStatistics::default();
     let down_s = seconds(effort, || {
-        accumulate(pool, &mut to, &from, 1.0, Accumulate::Overwrite, &mut statistics)
-            .map_err(|error| Error::Kernel(error.to_string()))
+        accumulate(pool, &mut to, &from, 1.0, Accumulate::Overwrite, &mut statistics).map_err(Error::Kernel)
     })?;
     Ok([bytes / up_s, bytes / down_s])
 }

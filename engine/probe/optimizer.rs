@@ -25,7 +25,7 @@ pub fn adamw_step(step: u64) -> AdamWStep {
 
 /// The optimizer's threads.
 pub fn pool(threads: usize) -> Result<Pool> {
-    Pool::new(threads).map_err(|error| Error::Kernel(error.to_string()))
+    Pool::new(threads).map_err(Error::Kernel)
 }
 
 /// Master parameters, moments and gradient, in memory as the engine has it.
@@ -67,7 +67,7 @@ impl Runs {
         };
         let started = Instant::now();
         adamw(pool, &adamw_step(step), state, &gradient.as_f32()[..self.elements], None)
-            .map_err(|error| Error::Kernel(error.to_string()))?;
+            .map_err(Error::Kernel)?;
         Ok(started.elapsed().as_secs_f64())
     }
 }

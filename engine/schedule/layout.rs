@@ -163,7 +163,7 @@ impl Layout {
     /// column on.
     ///
     /// # Errors
-    /// [`Error::Unsupported`] for an unknown name.
+    /// [`Error::Misuse`] for an unknown name.
     pub fn find(&self, name: &str) -> Result<Vec<(usize, usize)>> {
         let entries = self.groups.iter().enumerate().flat_map(|(group, of_group)| {
             of_group.table.iter().enumerate().map(move |(index, entry)| (group, index, entry))
@@ -175,7 +175,7 @@ impl Layout {
             })
             .collect();
         if found.is_empty() {
-            return Err(Error::Unsupported(format!("the model has no parameter {name}")));
+            return Err(Error::Misuse(format!("the model has no parameter {name}")));
         }
         found.sort_unstable();
         Ok(found.into_iter().map(|(_, group, index)| (group, index)).collect())
@@ -184,7 +184,7 @@ impl Layout {
     /// Elements of a parameter.
     ///
     /// # Errors
-    /// [`Error::Unsupported`] for an unknown name.
+    /// [`Error::Misuse`] for an unknown name.
     pub fn elements_of(&self, name: &str) -> Result<usize> {
         Ok(self.find(name)?.iter().map(|&(group, index)| self.groups[group].table[index].elements).sum())
     }

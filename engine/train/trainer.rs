@@ -87,7 +87,7 @@ impl Trainer {
         compute.keep_freed(base_heap_bytes + plan.heap_bytes());
         let threads =
             config.threads.or_else(|| std::thread::available_parallelism().ok().map(Into::into)).unwrap_or(1);
-        let pool = Pool::new(threads).map_err(|error| Error::Kernel(error.to_string()))?;
+        let pool = Pool::new(threads).map_err(Error::Kernel)?;
         let tensors = Arc::new(GroupTensors::new(&plan.layout, &parameters));
         let host = Budget::new(Tier::Host, plan.host_bytes());
         let device = Budget::new(Tier::Device, plan.device_buffer_bytes());
@@ -464,7 +464,7 @@ impl Trainer {
 
     fn begin_commit(&mut self, user: serde_json::Value) -> Result<Arc<Store>> {
         let Some(store) = self.stores.state.clone() else {
-            return Err(Error::Configuration("a commit needs a folder: set directory (--dir)".into()));
+            return Err(Error::Configuration("a commit needs a folder: set Config::directory".into()));
         };
         tracing::debug!(step = self.step, "commit");
         self.settle()?;
@@ -480,7 +480,7 @@ impl Trainer {
     /// Values of a parameter, brought from wherever they are.
     ///
     /// # Errors
-    /// [`Error::Unsupported`] for an unknown name, and errors of the tiers.
+    /// [`Error::Misuse`] for an unknown name, and errors of the tiers.
     pub fn parameter(&self, name: &str) -> Result<Vec<f32>> {
         let mut all = vec![0.0; self.plan.layout.elements_of(name)?];
         self.show(name, &mut |first, values| {

@@ -48,9 +48,8 @@ pub fn abreast<T: Send>(
         for micro_batch in micro_batches {
             match start(micro_batch) {
                 Ok(thread) => threads.push(thread),
-                Err(error) => {
-                    let text = format!("the thread of a micro-batch could not be started: {error}");
-                    fail(Ok(Error::Unsupported(text)));
+                Err(source) => {
+                    fail(Ok(Error::Thread { name: "micro-batch".into(), source }));
                     break;
                 }
             }

@@ -1,6 +1,6 @@
 //! The CUDA device's side: its kernels, its streams, and what is copied between a lease and its storage.
 
-use super::{CudaFault, DeviceCounts, Moved, kernel};
+use super::{CudaFault, DeviceCounts, Moved};
 use crate::device::tensor_storage::TensorStorage;
 use crate::error::{Error, Result, internal};
 use crate::schedule::layout::Run;
@@ -28,7 +28,7 @@ pub(super) fn narrow_into(pool: &Pool, from: &[f32], dtype: DType, staging: &mut
         DType::BF16 => convert::narrow(pool, from, to.reinterpret_cast_mut::<bf16>()),
         _ => convert::narrow(pool, from, to.reinterpret_cast_mut::<f16>()),
     }
-    .map_err(kernel)
+    .map_err(Error::Kernel)
 }
 
 /// The stream that a queue uses.
@@ -56,8 +56,8 @@ pub(super) struct Parts {
 impl Parts {
     pub(super) fn new(device: &CudaDevice, fault: Option<CudaFault>) -> Result<Self> {
         let streams = Cuda::new(device.cuda_stream(), fault)?;
-        let kernels = Kernels::load(streams.context()).map_err(cuda_kernel)?;
-        let number = Mutex::new(Pinned::new(streams.context(), 1).map_err(cuda_kernel)?);
+        let kernels = Kernels::load(streams.context()).map_err(Error::CudaKernel)?;
+        let number = Mutex::new(Pinned::new(streams.context(), 1).map_err(Error::CudaKernel)?);
         Ok(Self { streams, kernels, statistics: Mutex::new(None), number })
     }
 
@@ -89,7 +89,7 @@ impl Parts {
         let start = layout.start_offset();
         let values = storage.as_cuda_slice::<f32>()?.slice(start..start + 1);
         let stream = self.streams.stream(Lane::Compute);
-        let fetch = || Ok(lock(&self.number).fetch(stream, &values).map_err(cuda_kernel)?[0]);
+        let fetch = || Ok(lock(&self.number).fetch(stream, &values).map_err(Error::CudaKernel)?[0]);
         self.streams.fetch::<f32, Error>(fetch).map_err(candle_core::Error::wrap)
     }
 
@@ -98,9 +98,11 @@ impl Parts {
         let within = run.entry_start..run.entry_start + run.elements;
         let stream = self.streams.stream(Lane::Upload);
         self.streams.launch(|| match slot.as_cuda_mut().map(|slot| &mut slot.slice) {
-            Some(CudaStorageSlice::F32(to)) => stream
-                .memcpy_dtod(&from, &mut to.slice_mut(within))
-                .map_err(|error| Error::Kernel(format!("copying masters on the device: {error}"))),
+            Some(CudaStorageSlice::F32(to)) => {
+                stream.memcpy_dtod(&from, &mut to.slice_mut(within)).map_err(|source| {
+                    CudaError::Driver { doing: "copying masters on the device", source }.into()
+                })
+            }
             Some(CudaStorageSlice::BF16(to)) => self.narrow(&from, to, within),
             Some(CudaStorageSlice::F16(to)) => self.narrow(&from, to, within),
             _ => Err(internal("a slot of another type")),
@@ -114,7 +116,7 @@ impl Parts {
         within: Range<usize>,
     ) -> Result<()> {
         let stream = self.streams.stream(Lane::Upload);
-        self.kernels.narrow(stream, from, &mut to.slice_mut(within)).map_err(cuda_kernel)
+        self.kernels.narrow(stream, from, &mut to.slice_mut(within)).map_err(Error::CudaKernel)
     }
 
     pub(super) fn accumulate(
@@ -130,12 +132,12 @@ impl Parts {
         let of_group = match &mut *statistics {
             Some(of_group) => of_group,
             none => {
-                let new = || DeviceStatistics::new(stream, piece_elements).map_err(cuda_kernel);
+                let new = || DeviceStatistics::new(stream, piece_elements).map_err(Error::CudaKernel);
                 none.insert(self.streams.allocate(new)?)
             }
         };
         if first {
-            self.streams.launch(|| of_group.reset(stream).map_err(cuda_kernel))?;
+            self.streams.launch(|| of_group.reset(stream).map_err(Error::CudaKernel))?;
         }
         let target = f32_of_mut(target)?;
         for run in runs {
@@ -144,21 +146,27 @@ impl Parts {
             self.streams.launch(|| match gradients[run.entry].as_cuda().map(|gradient| &gradient.slice) {
                 Some(CudaStorageSlice::F32(from)) => {
                     let from = from.slice(within);
-                    self.kernels.accumulate(stream, &mut to, &from, scale, how, of_group).map_err(cuda_kernel)
+                    self.kernels
+                        .accumulate(stream, &mut to, &from, scale, how, of_group)
+                        .map_err(Error::CudaKernel)
                 }
                 Some(CudaStorageSlice::BF16(from)) => {
                     let from = from.slice(within);
-                    self.kernels.accumulate(stream, &mut to, &from, scale, how, of_group).map_err(cuda_kernel)
+                    self.kernels
+                        .accumulate(stream, &mut to, &from, scale, how, of_group)
+                        .map_err(Error::CudaKernel)
                 }
                 Some(CudaStorageSlice::F16(from)) => {
                     let from = from.slice(within);
-                    self.kernels.accumulate(stream, &mut to, &from, scale, how, of_group).map_err(cuda_kernel)
+                    self.kernels
+                        .accumulate(stream, &mut to, &from, scale, how, of_group)
+                        .map_err(Error::CudaKernel)
                 }
                 _ => Err(internal("a gradient of another type")),
             })?;
         }
         // The gradients may be freed after this, so it waits.
-        self.streams.fetch(|| of_group.read(stream).map_err(cuda_kernel))
+        self.streams.fetch(|| of_group.read(stream).map_err(Error::CudaKernel))
     }
 
     pub(super) fn update(
@@ -174,12 +182,9 @@ impl Parts {
         };
         let gradient = f32_of(gradient)?.slice(range);
         let stream = self.streams.stream(Lane::Optimizer);
-        self.streams.launch(|| self.kernels.adamw(stream, step, state, &gradient, None).map_err(cuda_kernel))
+        self.streams
+            .launch(|| self.kernels.adamw(stream, step, state, &gradient, None).map_err(Error::CudaKernel))
     }
-}
-
-fn cuda_kernel(error: CudaError) -> Error {
-    Error::Kernel(error.to_string())
 }
 
 fn f32_of(run: &TensorStorage) -> Result<&CudaSlice<f32>> {
