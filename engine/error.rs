@@ -268,6 +268,16 @@ impl Error {
         |source| Self::File { path: path.to_owned(), source }
     }
 
+    /// Whether the driver of a device may have caused it.
+    pub(crate) fn can_be_of_device(&self) -> bool {
+        match self {
+            Self::Candle(_) | Self::Offload(_) => true,
+            #[cfg(feature = "cuda")]
+            Self::CudaKernel(_) => true,
+            _ => false,
+        }
+    }
+
     /// A panic of a queue's thread.
     pub(crate) fn panicked(queue: &'static str, panic: &(dyn Any + Send)) -> Self {
         let text = panic.downcast_ref::<&str>().copied();

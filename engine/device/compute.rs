@@ -283,12 +283,7 @@ impl ComputeDevice {
     /// The error of a device that has no memory left, with what the plan counts beside what is used.
     pub fn explain(&self, error: Error, planned_bytes: u64) -> Error {
         let reason = error.to_string();
-        #[cfg(feature = "cuda")]
-        let of_kernel = matches!(error, Error::CudaKernel(_));
-        #[cfg(not(feature = "cuda"))]
-        let of_kernel = false;
-        let of_device = of_kernel || matches!(error, Error::Candle(_) | Error::Offload(_));
-        if !(self.is_apart() && of_device && reason.contains("OUT_OF_MEMORY")) {
+        if !(self.is_apart() && error.can_be_of_device() && reason.contains("OUT_OF_MEMORY")) {
             return error;
         }
         // Where not even that is known, there is nothing to be told.
