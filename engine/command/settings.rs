@@ -56,8 +56,8 @@ pub struct RunArguments {
     #[arg(long, value_name = "DIR")]
     pub stripe: Vec<PathBuf>,
     /// Keep states once and not twice on disk: a kill between two commits then loses the run
-    #[arg(long)]
-    pub in_place: bool,
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true")]
+    pub in_place: Option<bool>,
     /// Seed of initial values and of the data's order
     #[arg(long)]
     pub seed: Option<u64>,

@@ -48,8 +48,8 @@ pub struct FinetuneArguments {
     #[arg(long, value_delimiter = ',')]
     pub lora_targets: Vec<String>,
     /// Write the whole model with its adapters in its weights, and not the adapters in the format of PEFT
-    #[arg(long)]
-    pub lora_merge: bool,
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true")]
+    pub lora_merge: Option<bool>,
     /// What it has in common with other commands.
     #[command(flatten)]
     #[serde(flatten)]

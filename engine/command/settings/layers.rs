@@ -122,9 +122,7 @@ pub fn resolve<S: Settings>(
     }
     let mut given = to_value(arguments)?;
     if let Value::Object(given) = &mut given {
-        let is_given = |value: &Value| {
-            !(value.is_null() || *value == Value::Bool(false) || value.as_array().is_some_and(Vec::is_empty))
-        };
+        let is_given = |value: &Value| !(value.is_null() || value.as_array().is_some_and(Vec::is_empty));
         given.retain(|_, value| is_given(value));
     }
     overlay(&mut value, given);

@@ -181,6 +181,19 @@ mod tests {
     }
 
     #[test]
+    fn what_a_file_turns_on_the_command_line_turns_off() {
+        let in_place = |options: &str| {
+            let command = <TrainArguments as clap::Args>::augment_args(clap::Command::new("train"));
+            let matches = command.try_get_matches_from(format!("train{options}").split(' ')).unwrap();
+            let arguments = <TrainArguments as clap::FromArgMatches>::from_arg_matches(&matches).unwrap();
+            resolve_file(r#"{ "in_place": true }"#, arguments).unwrap().run.in_place
+        };
+        assert!(in_place(""), "what is not given leaves the file's");
+        assert!(in_place(" --in-place") && in_place(" --in-place=true"));
+        assert!(!in_place(" --in-place=false"));
+    }
+
+    #[test]
     fn a_file_is_json_or_toml_or_deepspeeds() {
         let folder = tempfile::tempdir().unwrap();
         let of = |name: &str, text: &str| {
