@@ -95,8 +95,8 @@ impl TiledLinear {
         Tensor::cat(&outputs.collect::<candle_core::Result<Vec<_>>>()?, D::Minus1)
     }
 
-    /// Mean cross-entropy of `targets` [N] of u32 for `hidden` [N, inputs] by way of logits, of which only a
-    /// part of a tile's exists at a time: the log-sums of the tiles are summed. There must be no bias.
+    /// Mean cross-entropy of `targets` `[N]` of u32 for `hidden` `[N, inputs]` by way of logits. Only a part of
+    /// a tile's logits exists at a time: the log-sums of the tiles are summed. There must be no bias.
     ///
     /// # Errors
     /// As [`Segment::call`], and for a target that is none of the outputs.

@@ -23,7 +23,7 @@ pub struct Packed {
     pub inputs: Tensor,
     /// The token after each.
     pub targets: Tensor,
-    /// Places among all targets that are to be learnt [N].
+    /// Places among all targets that are to be learnt `[N]`.
     pub counted: Tensor,
 }
 

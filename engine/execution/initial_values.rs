@@ -9,14 +9,15 @@ pub trait InitialValues: fmt::Debug + Send + Sync {
     /// Compares the model's parameters, names and shapes, with what is there, before anything is read.
     ///
     /// # Errors
-    /// [`Error::Weights`] naming the first tensor that is missing, of another shape, or left over.
+    /// [`Error::Weights`](crate::Error::Weights) naming the first tensor that is missing,
+    /// of another shape, or left over.
     fn check(&self, parameters: &[(String, Vec<usize>)]) -> Result<()>;
 
     /// Fills `out` with the elements from `first_element` of the parameter `name`, or answers false if the
     /// parameter is one that starts with random numbers.
     ///
     /// # Errors
-    /// [`Error::Weights`] and [`Error::File`].
+    /// [`Error::Weights`](crate::Error::Weights) and [`Error::File`](crate::Error::File).
     fn fill(&self, name: &str, first_element: usize, out: &mut [f32]) -> Result<bool>;
 
     /// As [`Self::fill`], for a matrix of which the model has the columns `columns` of `all` as a parameter

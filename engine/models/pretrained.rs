@@ -335,7 +335,7 @@ impl<L: Module, G: Module> LanguageModel<L, G> {
         }
     }
 
-    /// Mean cross-entropy of `targets` after `tokens`, both [B, T], at the places `counted` [N], numbers
+    /// Mean cross-entropy of `targets` after `tokens`, both `[B, T]`, at the places `counted` `[N]`, numbers
     /// below B·T, or at all.
     ///
     /// # Errors

@@ -48,7 +48,7 @@ pub trait Settings: Default + Serialize + DeserializeOwned + schemars::JsonSchem
     /// The settings of a file, over the defaults.
     ///
     /// # Errors
-    /// As [`resolve`].
+    /// As `resolve`.
     fn from_file(path: &Path) -> Result<Self> {
         resolve(&Value::Null, Some(path), None)
     }
