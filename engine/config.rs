@@ -14,6 +14,7 @@ use ferrozero_offload::io::FaultPlan;
 use ferrozero_offload::{BackendChoice, Tier};
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 
 /// Settings of an engine. Everything has a default; what is none is found out or not limited.
 #[derive(Debug, Clone)]
@@ -28,7 +29,8 @@ pub struct Config {
     /// everything else is computed in f32.
     pub products: Products,
     /// Bytes of host memory for everything that the engine uses, and on the CPU device for the model's
-    /// tensors too.
+    /// tensors too: there it needs [`CountingAllocator`](crate::CountingAllocator), which counts them, or
+    /// `working_bytes`.
     pub memory_bytes: Option<u64>,
     /// Bytes that may be device memory.
     pub device_memory_bytes: Option<u64>,
@@ -76,6 +78,9 @@ pub struct Config {
     /// Micro-batches that run vertically, all of them through a segment before the next one, so that its
     /// parameters cross once for all; none: what makes steps shortest.
     pub vertical: Option<usize>,
+    /// The longest that a micro-batch's own code may take from one segment to the next while others of its
+    /// step wait for it; the step then fails. It ends a wait for what one of those holds.
+    pub turn_limit: Duration,
     /// Calls of segments that keep the graph of their forward, from the last one on, and are not computed
     /// again in the backward; none: what makes steps shortest, within the limit of memory.
     pub kept: Option<usize>,
@@ -121,6 +126,7 @@ impl Default for Config {
             gradient_sets: None,
             updates: None,
             vertical: None,
+            turn_limit: Duration::from_secs(300),
             kept: None,
             machine: None,
             #[cfg(feature = "testing")]

@@ -2,6 +2,7 @@
 
 mod builder;
 
+use crate::autograd::dropout::{Dropping, Place};
 use crate::autograd::registry::{GroupTensors, Registry};
 use crate::autograd::rehearsal::Rehearsal;
 use crate::autograd::segment::Segment;
@@ -69,6 +70,14 @@ impl Engine {
         let fault = None;
         let device = ComputeDevice::new(&config.device, config.dtype, config.products, fault)?;
         let device = Arc::new(device);
+        let is_counted = device.is_apart() || device.used_bytes() > 0 || config.working_bytes.is_some();
+        if config.memory_bytes.is_some() && !is_counted {
+            return invalid(
+                "memory_bytes is set and nobody counts what candle's tensors take: install the counting \
+                 allocator in your program (#[global_allocator] static ALLOCATOR: ferrozero::CountingAllocator = \
+                 ferrozero::CountingAllocator;), or say with working_bytes what they take at most",
+            );
+        }
         let opened = stores::open(&config)?;
         let piece_bytes = match &opened {
             Some(store) => store.piece_bytes(),
@@ -241,8 +250,16 @@ impl Engine {
             // The same computing in the same time: what two rehearsals differ by is chance, which must not
             // choose.
             let compute = observed[0].1.compute.clone();
-            let moved = Observed { compute, ..self.rehearse(layout, tensors, first, loss)? };
-            observed.extend(away.into_iter().map(|home| (home, moved.clone())));
+            match self.rehearse(layout, tensors, first, loss) {
+                Ok(moved) => {
+                    let moved = Observed { compute, ..moved };
+                    observed.extend(away.into_iter().map(|home| (home, moved.clone())));
+                }
+                // The model reads a boundary again, beside the segment whose input it is.
+                Err(error) => {
+                    tracing::warn!(%error, "boundaries stay on the device: the model reads one again");
+                }
+            }
         }
         Ok(observed)
     }
@@ -257,7 +274,8 @@ impl Engine {
         let moves = boundary_home != Tier::Device;
         let run = |rehearsal: Arc<Rehearsal>, finish: &dyn Fn(&Rehearsal, &Tensor) -> Result<()>| {
             let pass = || {
-                let loss = ops::before_backward(loss)?;
+                let place = Place { seed: 0, step: 0, micro_batch: 0, call: None };
+                let loss = Dropping::at(place).during(|| ops::before_backward(loss))?;
                 self.passes.report(finish(&rehearsal, &loss))
             };
             let pass = || self.device.computing(pass);

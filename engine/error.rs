@@ -106,6 +106,53 @@ pub enum Error {
         /// Name of the segment.
         segment: String,
     },
+    /// A segment within a segment.
+    #[error(
+        "segment {inner} ran within segment {outer}: the closure of a segment must not call another one, nor \
+         capture its output. Call them one after the other, and give {outer} that output among the inputs of \
+         Segment::call"
+    )]
+    NestedSegment {
+        /// The segment that was running.
+        outer: String,
+        /// The one that was called, or whose output was captured.
+        inner: String,
+    },
+    /// A segment that computed something else in the backward pass than in the forward pass.
+    #[error(
+        "segment {segment} gave another output when it was computed again in the backward pass, so its \
+         gradients would be wrong: it draws random numbers (dropout, rand), counts its calls, or reads what has \
+         changed. Draw with ferrozero::dropout, or give the segment what varies as an input"
+    )]
+    NotRepeatable {
+        /// Name of the segment.
+        segment: String,
+    },
+    /// An input that is larger than the one that the memory was planned for.
+    #[error(
+        "segment {segment} was given an input of shape {found:?}, and the memory is planned for {planned:?}: \
+         make the plan with the largest batch there will be"
+    )]
+    LargerThanPlanned {
+        /// Name of the segment.
+        segment: String,
+        /// Shape of the input.
+        found: Vec<usize>,
+        /// Its shape in the rehearsal.
+        planned: Vec<usize>,
+    },
+    /// A micro-batch that kept others waiting.
+    #[error(
+        "micro-batch {micro_batch} did not come to its next segment for {seconds} s while the others of its \
+         step waited for it: it may wait for a lock that one of those holds. Let go of locks before a segment \
+         runs, or set vertical = 1; if its own code takes that long, raise turn_limit"
+    )]
+    Stuck {
+        /// Its number within the step, from 0.
+        micro_batch: usize,
+        /// Seconds that the others waited.
+        seconds: u64,
+    },
     /// A gradient that is infinite or not a number.
     #[error(
         "step {step}: {count} gradient values of {group} are infinite or NaN; nothing of that group was \
@@ -233,8 +280,11 @@ impl From<Error> for candle_core::Error {
 }
 
 impl From<Stopped> for Error {
-    fn from(Stopped: Stopped) -> Self {
-        Self::Stopped("another micro-batch of the step failed".into())
+    fn from(stopped: Stopped) -> Self {
+        match stopped {
+            Stopped::Failed => Self::Stopped("another micro-batch of the step failed".into()),
+            Stopped::Late { runner, seconds } => Self::Stuck { micro_batch: runner, seconds },
+        }
     }
 }
 

@@ -8,6 +8,10 @@
 //! use ferrozero::candle_core::{self, DType, Device, Module, Tensor};
 //! use ferrozero::{AdamW, Engine, candle_nn, ops};
 //!
+//! // Counts what candle's tensors take, for `memory_bytes`.
+//! #[global_allocator]
+//! static ALLOCATOR: ferrozero::CountingAllocator = ferrozero::CountingAllocator;
+//!
 //! /// A part of a model: plain candle.
 //! struct Block {
 //!     weight: Tensor,
@@ -85,6 +89,7 @@ pub use candle_core;
 pub use candle_nn;
 pub use ferrozero_kernels::ops;
 
+pub use autograd::dropout::dropout;
 pub use autograd::gradient::Gradient;
 pub use autograd::segment::Segment;
 pub use config::Config;

@@ -1,7 +1,7 @@
 //! What a segment's module computes, and the graph by which it came to it where that is kept.
 
 use crate::device::tensor_storage::{self, TensorStorage};
-use candle_core::{DType, Shape, Tensor, bail};
+use candle_core::{CpuStorage, DType, Shape, Tensor, bail};
 use ferrozero_kernels::ops;
 
 /// Runs the user's part on given inputs.
@@ -15,6 +15,8 @@ pub struct Output {
     pub shape: Shape,
     /// How, if that is kept.
     pub graph: Option<Graph>,
+    /// A checksum of the values, where the segment computed them.
+    pub fingerprint: Option<u64>,
 }
 
 /// How a segment's module came to its output, until its backward.
@@ -47,7 +49,7 @@ impl Output {
 
     /// Values alone.
     pub fn from_values(values: TensorStorage, shape: Shape) -> Self {
-        Self { values, shape, graph: None }
+        Self { values, shape, graph: None, fingerprint: None }
     }
 
     fn new(value: Tensor, shared: bool, graph: Option<Graph>) -> candle_core::Result<Self> {
@@ -56,7 +58,8 @@ impl Output {
         }
         let shape = value.shape().clone();
         let values = if shared { tensor_storage::copy(&value)? } else { tensor_storage::into_run(value)? };
-        Ok(Self { values, shape, graph })
+        let fingerprint = values.as_cpu().and_then(fingerprint);
+        Ok(Self { values, shape, graph, fingerprint })
     }
 }
 
@@ -66,5 +69,53 @@ pub fn leaf_of(input: &Tensor) -> candle_core::Result<Tensor> {
         Ok(tensor_storage::copy(input)?.into_tensor(input.shape(), true))
     } else {
         Ok(input.detach())
+    }
+}
+
+/// A checksum of the bits of a tensor on the CPU device: equal ones have equal bits, as far as chance goes.
+pub fn fingerprint_of(tensor: &Tensor) -> Option<u64> {
+    tensor_storage::with_cpu(tensor, fingerprint).flatten()
+}
+
+fn fingerprint(values: &CpuStorage) -> Option<u64> {
+    match values {
+        CpuStorage::F32(values) => Some(checksum(values, |value| value.to_bits())),
+        CpuStorage::BF16(values) => Some(checksum(values, |value| value.to_bits().into())),
+        CpuStorage::F16(values) => Some(checksum(values, |value| value.to_bits().into())),
+        _ => None,
+    }
+}
+
+/// Each lane is the value of a polynomial with an odd base, and so is their sum over the lanes.
+fn checksum<T: Copy>(values: &[T], bits: impl Fn(T) -> u32) -> u64 {
+    const LANES: usize = 16;
+    const BASE: u32 = 0x9E37_79B1;
+    let mut sums = [0u32; LANES];
+    let (lanes, rest) = values.as_chunks::<LANES>();
+    for lane in lanes {
+        for (sum, &value) in sums.iter_mut().zip(lane) {
+            *sum = sum.wrapping_mul(BASE).wrapping_add(bits(value));
+        }
+    }
+    let all = sums.into_iter().chain(rest.iter().map(|&value| bits(value)));
+    all.fold(0u64, |sum, part| sum.wrapping_mul(0x9E37_79B9_7F4A_7C15).wrapping_add(part.into()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_fingerprint_tells_numbers_apart_that_differ_in_one_or_in_their_order() {
+        let values: Vec<f32> = (0..67).map(|i| (i as f32).sin()).collect();
+        let of = |values: &[f32]| checksum(values, f32::to_bits);
+        for at in 0..values.len() {
+            let mut other = values.clone();
+            other[at] = f32::from_bits(other[at].to_bits() ^ 1);
+            assert_ne!(of(&values), of(&other), "{at}");
+            let mut other = values.clone();
+            other.swap(at, (at + 16) % 67);
+            assert_ne!(of(&values), of(&other), "{at}");
+        }
     }
 }

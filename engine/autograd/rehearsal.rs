@@ -3,6 +3,9 @@
 //! are skipped. That gives the order of the segments, the shapes of boundaries, the parameters that no
 //! gradient reaches, the working memory of the model's own tensors, and the time of computing.
 
+mod measured;
+
+use crate::autograd::dropout::{Dropping, Place};
 use crate::autograd::gradient::{GradientSink, ResidentGradients};
 use crate::autograd::output::Output;
 use crate::autograd::registry::GroupTensors;
@@ -13,25 +16,15 @@ use crate::planner::observed::{KeptGraph, Observed};
 use crate::planner::simulator::{Compute, ComputeTime};
 use crate::schedule::layout::Layout;
 use crate::schedule::operation::Call;
-use crate::statistics::median;
 use crate::sync::lock;
 use candle_core::{DType, Shape, Tensor};
+use measured::{Measured, Pass};
 use std::any::TypeId;
 use std::cell::Cell;
 use std::collections::hash_map::Entry;
 use std::collections::{BTreeSet, HashMap};
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
-
-/// One computing of the loss.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-enum Pass {
-    /// Finds code cold, and measures memory: nothing that is freed is kept.
-    #[default]
-    WarmUp,
-    /// Measures time, with freed tensors kept as in a run.
-    Timed,
-}
 
 /// Timed passes at most: a model of few short segments is timed more than once.
 const MOST_TIMED_PASSES: usize = 3;
@@ -55,6 +48,8 @@ struct Known {
     backward: Measured,
     /// The part of the backward that is the forward again.
     again: Measured,
+    /// Whether its output comes from something that gets a gradient.
+    is_tracked: bool,
     /// Of the parameters that it shares with other segments, in their order, whether a gradient came.
     shared: Vec<bool>,
     /// A forward whose graph is kept: its peak, and what stays of it beside its output.
@@ -67,49 +62,6 @@ impl Known {
         let forward = self.kept_peak_bytes.saturating_sub(self.backward.bytes);
         let backward = self.kept_bytes.saturating_sub(self.again.bytes);
         KeptGraph { bytes: self.kept_bytes, beyond_bytes: forward.max(backward) }
-    }
-}
-
-/// What runs of one kind of segment took, in one direction.
-#[derive(Debug, Clone, Default)]
-struct Measured {
-    /// Most bytes beyond the parameters.
-    bytes: u64,
-    /// Seconds of each run of the warm-up, and then of each timed one.
-    seconds: Vec<f64>,
-}
-
-impl Measured {
-    /// Timed runs that are worth their time: the first finds memory cold.
-    const LEAST_RUNS: usize = 2;
-    /// Short runs are worth more of them, because their time varies more.
-    const ENOUGH_S: f64 = 0.3;
-    const MOST_RUNS: usize = 8;
-
-    fn is_known(&self, pass: Pass) -> bool {
-        let runs = self.seconds.len();
-        match pass {
-            Pass::WarmUp => runs >= 1,
-            Pass::Timed => runs >= Self::LEAST_RUNS && self.is_enough(),
-        }
-    }
-
-    fn is_enough(&self) -> bool {
-        self.seconds.len() >= Self::MOST_RUNS || self.seconds.iter().sum::<f64>() >= Self::ENOUGH_S
-    }
-
-    fn add(&mut self, bytes: u64, seconds: f64) {
-        self.bytes = self.bytes.max(bytes);
-        self.seconds.push(seconds);
-    }
-
-    /// The median of the warm runs.
-    fn typical_s(&self) -> f64 {
-        match self.seconds.as_slice() {
-            [] => 0.0,
-            [cold] => *cold,
-            [_, warm @ ..] => median(warm.to_vec()),
-        }
     }
 }
 
@@ -145,6 +97,23 @@ struct Findings {
 }
 
 impl Findings {
+    /// Calls, with the order in which candle went back through them.
+    fn calls(&self) -> Vec<Call> {
+        let back = self.turns.iter().filter_map(|(turn, _)| match turn {
+            Turn::Backward(call) => Some(*call),
+            Turn::Forward(_) => None,
+        });
+        let back: Vec<usize> = back.collect();
+        let in_reverse = back.iter().copied().eq((0..self.calls.len()).rev());
+        let places: HashMap<_, _> = back.into_iter().zip(0..).collect();
+        let call = |(index, (call, _)): (usize, &(Call, Kind))| {
+            let backward = if in_reverse { Some(0) } else { places.get(&index).copied() };
+            let boundary_moves = call.boundary_moves && backward.is_some();
+            Call { backward, boundary_moves, ..call.clone() }
+        };
+        self.calls.iter().enumerate().map(call).collect()
+    }
+
     /// By call.
     fn kept(&self) -> Vec<KeptGraph> {
         let known = |kind: &Kind| self.known.get(kind).map(Known::kept).unwrap_or_default();
@@ -181,6 +150,8 @@ pub struct Rehearsal {
     moves_boundaries: bool,
     base_bytes: u64,
     findings: Mutex<Findings>,
+    /// The group of the segment that runs.
+    active: Mutex<Option<usize>>,
     /// When the last turn ended, or the rehearsal began.
     user_code_since: Mutex<Instant>,
     resident_gradients: Mutex<ResidentGradients>,
@@ -195,6 +166,18 @@ pub struct Trial {
     boundary_elements: usize,
     moves: bool,
     known: bool,
+    /// Whether it has an input or a parameter that wants a gradient.
+    wants_gradients: bool,
+    _active: Active,
+}
+
+/// As long as a segment runs.
+struct Active(Arc<Rehearsal>);
+
+impl Drop for Active {
+    fn drop(&mut self) {
+        *lock(&self.0.active) = None;
+    }
 }
 
 impl Rehearsal {
@@ -216,6 +199,7 @@ impl Rehearsal {
             moves_boundaries,
             base_bytes: device.used_bytes(),
             findings: Mutex::default(),
+            active: Mutex::default(),
             user_code_since: Mutex::new(Instant::now()),
             resident_gradients: Mutex::default(),
         });
@@ -237,7 +221,7 @@ impl Rehearsal {
             return Err(Error::MissingGradient { names: findings.missing.iter().cloned().collect() });
         }
         Ok(Observed {
-            calls: findings.calls.iter().map(|(call, _)| call.clone()).collect(),
+            calls: findings.calls(),
             working_bytes: (findings.peak_bytes > 0).then_some(findings.peak_bytes),
             parked_bytes: findings.parked_bytes,
             kept: if findings.peak_bytes > 0 { findings.kept() } else { vec![] },
@@ -293,17 +277,11 @@ impl Rehearsal {
         findings.after_s = after_s;
         findings.missing.extend(missing);
         // A segment without a backward: nothing reached its parameters.
-        for (call, kind) in findings.calls.clone() {
-            if findings.known.get(&kind).is_none_or(|known| known.backward.seconds.is_empty()) {
-                let table = &self.layout.groups[call.group].table;
-                findings
-                    .missing
-                    .extend(table.iter().filter(|entry| entry.trainable).map(|entry| entry.name.clone()));
-            }
-        }
-        let called: BTreeSet<usize> = findings.calls.iter().map(|(call, _)| call.group).collect();
+        let calls = findings.calls();
+        let reached = calls.iter().filter(|call| call.backward.is_some()).map(|call| call.group);
+        let reached: BTreeSet<usize> = reached.collect();
         for (index, group) in self.layout.groups.iter().enumerate() {
-            if index != resident && !called.contains(&index) {
+            if index != resident && !reached.contains(&index) {
                 let names =
                     group.table.iter().filter(|entry| entry.trainable).map(|entry| entry.name.clone());
                 findings.missing.extend(names);
@@ -334,6 +312,7 @@ impl Rehearsal {
 
     /// A segment's forward begins.
     pub fn begin_forward(self: &Arc<Self>, group: usize, code: TypeId, inputs: &[&Tensor]) -> Result<Trial> {
+        let active = self.activate(group)?;
         let before_s = self.user_code_s()?;
         self.note_peak();
         self.note_parked();
@@ -342,10 +321,12 @@ impl Rehearsal {
         let moves = first.track_op()
             && first.dtype() == self.device.dtype()
             && bytes.is_multiple_of(4)
-            && tensor_storage::owns_plain_storage(first);
+            && tensor_storage::owns_plain_storage(first)
+            && !inputs[1..].iter().any(|other| tensor_storage::share_storage(first, other));
         let boundary_elements = if moves { bytes / 4 } else { 0 };
         let kind = self.kind(group, code, inputs);
-        let call = Call { group, boundary_elements, boundary_moves: moves };
+        let shapes = inputs.iter().map(|input| input.dims().to_vec()).collect();
+        let call = Call { inputs: shapes, ..Call::new(group, boundary_elements, moves) };
         let mut findings = lock(&self.findings);
         let known = findings.known.get(&kind).is_some_and(|known| known.forward.is_known(findings.pass));
         findings.calls.push((call, kind.clone()));
@@ -354,17 +335,29 @@ impl Rehearsal {
         drop(findings);
         let moves = moves && self.moves_boundaries;
         let elements = first.elem_count();
-        Ok(Trial { rehearsal: self.clone(), call, kind, group, boundary_elements: elements, moves, known })
+        Ok(Trial {
+            rehearsal: self.clone(),
+            call,
+            kind,
+            group,
+            boundary_elements: elements,
+            moves,
+            known,
+            wants_gradients: self.trains(group) || inputs.iter().any(|input| input.track_op()),
+            _active: active,
+        })
     }
 
     /// A segment's backward begins.
     pub fn begin_backward(self: &Arc<Self>, call: usize, inputs: &[Tensor]) -> Result<Trial> {
+        let group = lock(&self.findings).calls[call].0.group;
+        let active = self.activate(group)?;
         let before_s = self.user_code_s()?;
         self.note_peak();
         self.note_parked();
         let mut findings = lock(&self.findings);
         findings.turns.push((Turn::Backward(call), before_s));
-        let (Call { group, boundary_moves, .. }, kind) = findings.calls[call].clone();
+        let (Call { boundary_moves, .. }, kind) = findings.calls[call].clone();
         let known = findings.known.get(&kind).filter(|known| known.backward.is_known(findings.pass));
         let shared = known.map_or(vec![], |known| known.shared.clone());
         let known = known.is_some();
@@ -372,7 +365,35 @@ impl Rehearsal {
         self.give_shared(group, &shared)?;
         let moves = boundary_moves && self.moves_boundaries && tensor_storage::is_vacant(&inputs[0]);
         let boundary_elements = inputs[0].elem_count();
-        Ok(Trial { rehearsal: self.clone(), call, kind, group, boundary_elements, moves, known })
+        Ok(Trial {
+            rehearsal: self.clone(),
+            call,
+            kind,
+            group,
+            boundary_elements,
+            moves,
+            known,
+            wants_gradients: true,
+            _active: active,
+        })
+    }
+
+    /// Whether a segment has a parameter that is trained, of its own or shared with others.
+    fn trains(&self, group: usize) -> bool {
+        let resident = &self.layout.groups[self.layout.resident()].table;
+        let shared = self.tensors.shared(group).iter().map(|&entry| &resident[entry]);
+        self.layout.groups[group].table.iter().chain(shared).any(|entry| entry.trainable)
+    }
+
+    /// A segment's turn begins. None is within another's.
+    fn activate(self: &Arc<Self>, group: usize) -> Result<Active> {
+        let mut active = lock(&self.active);
+        if let Some(outer) = *active {
+            let name = |group: usize| self.layout.groups[group].name.clone();
+            return Err(Error::NestedSegment { outer: name(outer), inner: name(group) });
+        }
+        *active = Some(group);
+        Ok(Active(self.clone()))
     }
 
     /// Gradients of zero for the parameters that a segment which is skipped shares with others, where those
@@ -404,6 +425,12 @@ impl Trial {
     /// Number of the call.
     pub fn call(&self) -> usize {
         self.call
+    }
+
+    /// Whether gradients may come back to it.
+    pub fn goes_back(&self) -> bool {
+        let is_tracked = |known: &Known| known.is_tracked;
+        self.wants_gradients || lock(&self.rehearsal.findings).known.get(&self.kind).is_some_and(is_tracked)
     }
 
     /// Whether a segment of this kind has been run.
@@ -455,6 +482,7 @@ impl Trial {
         let held_bytes = device.used_bytes().saturating_sub(before_bytes);
         let mut findings = lock(&self.rehearsal.findings);
         let known = findings.known.entry(self.kind.clone()).or_default();
+        known.is_tracked = output.graph.is_some_and(|graph| graph.end.track_op());
         known.kept_peak_bytes = bytes;
         known.kept_bytes = held_bytes.saturating_sub(value_bytes);
         Ok(())
@@ -514,7 +542,8 @@ impl Trial {
         device.reset_peak();
         device.synchronize()?;
         let started = Instant::now();
-        let result = run();
+        let place = Place { seed: 0, step: 0, micro_batch: 0, call: Some(self.call) };
+        let result = Dropping::at(place).during(run);
         device.synchronize()?;
         let seconds = started.elapsed().as_secs_f64();
         let bytes = device.peak_bytes().saturating_sub(with_parameters_bytes);

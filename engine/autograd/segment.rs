@@ -8,7 +8,7 @@
 //! with sublinear memory cost", arXiv 1604.06174). Where the schedule says that the forward keeps its graph,
 //! the operation holds it until then, and nothing is computed again.
 
-use crate::autograd::output::{Graph, Output, RunModule, leaf_of};
+use crate::autograd::output::{Graph, Output, RunModule, fingerprint_of, leaf_of};
 use crate::autograd::segment_call::{Backward, Gradients, Passes};
 use crate::device::tensor_storage::{self, TensorStorage};
 use crate::error::{Error, Result};
@@ -94,7 +94,7 @@ fn call(
         true => Output::with_graph(&*run, inputs),
         false => Output::alone(&*run, inputs),
     });
-    let Output { mut values, shape, graph } = match output {
+    let Output { mut values, shape, graph, fingerprint } = match output {
         Ok(output) => output,
         Err(error) => {
             forward.finish(None)?;
@@ -112,7 +112,9 @@ fn call(
     let tracked: Vec<Tensor> = inputs.iter().filter(|input| input.track_op()).cloned().collect();
     let first = inputs[0].clone();
     let graph = Mutex::new(graph);
-    let operation = SegmentOperation { passes: passes.clone(), group, call, run, inputs, output, graph };
+    let passes_of = passes.clone();
+    let operation =
+        SegmentOperation { passes: passes_of, group, call, run, inputs, output, fingerprint, graph };
     let node = match tracked.as_slice() {
         // The parameters are not in the graph, so without a tracked input candle would not come back to this
         // segment.
@@ -146,6 +148,8 @@ struct SegmentOperation {
     inputs: Vec<Tensor>,
     /// What the module computed, until the graph's node takes it.
     output: Mutex<Option<(TensorStorage, Shape)>>,
+    /// Of that, to know whether the recompute gives the same.
+    fingerprint: Option<u64>,
     /// The graph of the forward, where that is kept.
     graph: Mutex<Option<Graph>>,
 }
@@ -185,16 +189,39 @@ impl SegmentOperation {
         }
         let boundary = backward.take_boundary()?;
         let moved = boundary.is_some();
-        let first = &self.inputs[0];
-        let restores = boundary.is_none() && first.track_op() && tensor_storage::owns_plain_storage(first);
-        let mut leaves = vec![match boundary {
+        let (first, others) = (&self.inputs[0], &self.inputs[1..]);
+        // Nobody looks at the input meanwhile, so that it need not be copied.
+        let restores = !moved
+            && first.track_op()
+            && tensor_storage::owns_plain_storage(first)
+            && !others.iter().any(|other| tensor_storage::share_storage(first, other));
+        let leaf = match boundary {
             Some(values) => self.passes.leaves().fill(values, first.shape())?,
             None if restores => self.passes.leaves().fill(tensor_storage::take(first)?, first.shape())?,
             None => leaf_of(first)?,
-        }];
+        };
+        let mut gradients = self.recompute(&mut backward, leaf.clone(), upstream);
+        if restores {
+            tensor_storage::fill(first, self.passes.leaves().take(&leaf)?)?;
+            // The closure has captured a view of the input.
+            if gradients.as_ref().is_err_and(tensor_storage::is_of_vacant) {
+                gradients = self.recompute(&mut backward, leaf_of(first)?, upstream);
+            }
+        }
+        if moved {
+            backward.return_boundary(self.passes.leaves().take(&leaf)?)?;
+        }
+        self.finish(backward, gradients)
+    }
+
+    /// Computes the segment again from its first input, and goes back through it.
+    fn recompute(&self, backward: &mut Backward, first: Tensor, upstream: &Tensor) -> Result<Gradients> {
+        let mut leaves = vec![first];
         for input in &self.inputs[1..] {
             leaves.push(leaf_of(input)?);
         }
+        let fingerprint = self.fingerprint.filter(|_| backward.has_inputs());
+        let mut differs = false;
         let gradients = backward.compute(|sink| {
             let mut store = ops::recompute(|| {
                 let output = (self.run)(&leaves)?;
@@ -202,21 +229,24 @@ impl SegmentOperation {
                 if output.shape() != upstream.shape() {
                     bail!("a segment gave {:?} and, run again, {:?}", upstream.shape(), output.shape())
                 }
+                // The value of a closing layer is not computed again.
+                let again = fingerprint_of(&output);
+                differs = fingerprint.zip(again).is_some_and(|(once, again)| once != again);
+                if differs {
+                    bail!("a segment gave two outputs")
+                }
                 output.apply_op1(Inject(upstream.clone()))?.backward()
             })?;
             let of_inputs: Vec<Option<Tensor>> = leaves.iter().map(|leaf| store.remove(leaf)).collect();
-            if of_inputs[0].is_none() && first.track_op() {
+            if of_inputs[0].is_none() && self.inputs[0].track_op() {
                 sink.note_cut_input();
             }
             Ok((of_inputs, sink.collect(&mut store)?))
         });
-        if restores {
-            tensor_storage::fill(first, self.passes.leaves().take(&leaves[0])?)?;
+        match differs {
+            true => Err(self.passes.not_repeatable(self.group)),
+            false => gradients,
         }
-        if moved {
-            backward.return_boundary(self.passes.leaves().take(&leaves[0])?)?;
-        }
-        self.finish(backward, gradients)
     }
 
     /// The backward of a graph that was kept.

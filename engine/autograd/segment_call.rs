@@ -1,6 +1,7 @@
 //! What a segment does at the moment it is called: nothing outside of a step, a measured trial in the
 //! rehearsal, and what the schedule says in a training step or an evaluation.
 
+use crate::autograd::dropout::{Dropping, Place};
 use crate::autograd::gradient::{GradientObserver, GradientSink, Observation, ResidentGradients};
 use crate::autograd::output::Output;
 use crate::autograd::registry::GroupTensors;
@@ -10,7 +11,7 @@ use crate::device::tensor_storage::{self, Leaves, TensorStorage};
 use crate::error::{Error, Result, internal};
 use crate::execution::executor::{ComputeRequest, Executor, Grant};
 use crate::schedule::layout::Layout;
-use crate::schedule::operation::{Operation, Queue};
+use crate::schedule::operation::{Call, Operation, Queue};
 use crate::sync::lock;
 use candle_core::{Tensor, TensorId};
 use ferrozero_offload::Baton;
@@ -40,8 +41,14 @@ pub struct ScheduledPass {
     pub layout: Arc<Layout>,
     /// The tensors of the model.
     pub tensors: Arc<GroupTensors>,
+    /// What the rehearsal saw of each call.
+    pub calls: Arc<[Call]>,
+    /// Whether memory is planned for inputs of their size in the rehearsal.
+    pub bounds_inputs: bool,
     /// Whether gradients are wanted.
     pub train: bool,
+    /// Seed of the run, and number of the step.
+    pub seed_and_step: (u64, u64),
     /// What computing waited for.
     pub stall: Mutex<Stall>,
     /// Whose turn it is of the micro-batches that run vertically.
@@ -64,6 +71,32 @@ impl ScheduledPass {
     pub fn observation(&self, micro_batch: usize) -> Option<Observation> {
         let observer = self.observer.clone()?;
         Some(Observation { observer, micro_batch, loss_scale: self.loss_scale })
+    }
+
+    /// Whether the inputs of a call are of sizes that memory is planned for.
+    fn check_inputs(&self, call: usize, moves: bool, inputs: &[&Tensor]) -> Result<()> {
+        let Call { group, inputs: planned, .. } = &self.calls[call];
+        for (at, (input, planned)) in inputs.iter().zip(planned).enumerate() {
+            let (rank, sizes) = (input.rank(), input.dims().iter().zip(planned));
+            let is_within = rank == planned.len() && sizes.clone().all(|(size, planned)| size <= planned);
+            // A boundary that leaves the device has a place of its size.
+            let has_place = !(moves && at == 0) || input.elem_count() == planned.iter().product::<usize>();
+            if self.bounds_inputs && !is_within || !has_place {
+                let segment = self.layout.groups[*group].name.clone();
+                let found = input.dims().to_vec();
+                return Err(Error::LargerThanPlanned { segment, found, planned: planned.clone() });
+            }
+        }
+        Ok(())
+    }
+
+    /// What dropouts do in a micro-batch, within a call or outside of segments.
+    pub fn dropping(&self, micro_batch: usize, call: Option<usize>) -> Dropping {
+        let (seed, step) = self.seed_and_step;
+        match self.train {
+            true => Dropping::at(Place { seed, step, micro_batch, call }),
+            false => Dropping::Off,
+        }
     }
 
     /// Gives the resident parameters to their tensors.
@@ -192,20 +225,30 @@ impl Passes {
     }
 
     fn outside(&self, group: usize) -> Error {
+        Error::OutsideStep { segment: self.name(group) }
+    }
+
+    /// The error of a segment whose recompute gave something else.
+    pub fn not_repeatable(&self, group: usize) -> Error {
+        Error::NotRepeatable { segment: self.name(group) }
+    }
+
+    fn name(&self, group: usize) -> String {
         let names = lock(&self.0.names).clone();
-        Error::OutsideStep { segment: names.get(group).cloned().unwrap_or_else(|| format!("number {group}")) }
+        names.get(group).cloned().unwrap_or_else(|| format!("number {group}"))
     }
 
     /// A segment's forward begins.
     pub fn begin_forward(&self, group: usize, kind: TypeId, inputs: &[&Tensor]) -> Result<Forward> {
         match self.mode() {
             Mode::Idle => Err(self.outside(group)),
-            Mode::Rehearsal(rehearsal) => {
-                let trial = rehearsal.begin_forward(group, kind, inputs)?;
-                Ok(Forward::Trial(trial))
-            }
+            Mode::Rehearsal(rehearsal) => Ok(Forward::Trial(rehearsal.begin_forward(group, kind, inputs)?)),
             Mode::Scheduled(pass) => {
-                let granted = Granted::begin(&pass, ComputeRequest::Forward(group))?;
+                let mut granted = Granted::begin(&pass, ComputeRequest::Forward(group))?;
+                let Grant { operation, held, .. } = granted.grant()?;
+                if let Operation::Forward { call, .. } = *operation {
+                    pass.check_inputs(call, held.passage.is_some(), inputs)?;
+                }
                 Ok(Forward::Scheduled { pass, group, granted })
             }
         }
@@ -305,9 +348,11 @@ impl Forward {
     /// The call that this is in the graph; none where no graph is kept.
     pub fn graph_call(&mut self) -> Option<usize> {
         match self {
-            Self::Trial(trial) => Some(trial.call()),
+            Self::Trial(trial) => trial.goes_back().then(|| trial.call()),
             Self::Scheduled { pass, granted, .. } => match granted.grant().ok()?.operation {
-                Operation::Forward { call, .. } if pass.train => Some(call),
+                Operation::Forward { call, .. } if pass.train && pass.calls[call].backward.is_some() => {
+                    Some(call)
+                }
                 _ => None,
             },
         }
@@ -359,6 +404,12 @@ impl Backward {
     /// Whether the rehearsal has seen a segment like this one, so that it need not run again.
     pub fn is_known(&self) -> bool {
         matches!(self, Self::Trial(trial) if trial.is_known())
+    }
+
+    /// Whether the inputs are those of the forward: in a rehearsal a boundary that left the device is
+    /// replaced.
+    pub fn has_inputs(&self) -> bool {
+        !matches!(self, Self::Trial(trial) if trial.moves_boundary())
     }
 
     /// The boundary, if it had left the device.
@@ -426,9 +477,16 @@ fn with_parameters<T>(
     granted: &mut Granted,
     run: impl FnOnce() -> candle_core::Result<T>,
 ) -> Result<T> {
-    let slot = granted.grant()?.held.slot.take().ok_or_else(|| internal("a grant without its slot"))?;
+    let Grant { operation, held, .. } = granted.grant()?;
+    let dropping = match *operation {
+        Operation::Forward { call, micro_batch, .. } | Operation::Backward { call, micro_batch, .. } => {
+            pass.dropping(micro_batch, Some(call))
+        }
+        _ => Dropping::Off,
+    };
+    let slot = held.slot.take().ok_or_else(|| internal("a grant without its slot"))?;
     pass.tensors.fill(group, slot)?;
-    let result = run();
+    let result = dropping.during(run);
     granted.grant()?.held.slot = Some(pass.tensors.take(group)?);
     Ok(result?)
 }

@@ -3,6 +3,7 @@
 //! A vacant tensor keeps its identity, shape and type while its storage lies in a tier. Its place is held by
 //! a storage of a type that no operation accepts, so using it is an error and never a wrong number.
 
+use crate::error::Error;
 use candle_core::backend::{BackendDevice, BackendStorage};
 use candle_core::cpu_backend::CpuDevice;
 use candle_core::op::BackpropOp;
@@ -335,6 +336,11 @@ pub fn is_vacant(tensor: &Tensor) -> bool {
     storage_dtype(&storage) == VACANT && tensor.dtype() != VACANT
 }
 
+/// Whether an error came of using a tensor without storage.
+pub fn is_of_vacant(error: &Error) -> bool {
+    error.to_string().contains(&format!("{VACANT:?}"))
+}
+
 /// Whether the whole storage of a tensor is its own elements in order, so that it can be taken and given
 /// back.
 pub fn owns_plain_storage(tensor: &Tensor) -> bool {
@@ -349,6 +355,17 @@ pub fn owns_plain_storage(tensor: &Tensor) -> bool {
 pub fn share_storage(one: &Tensor, other: &Tensor) -> bool {
     let address = |tensor: &Tensor| std::ptr::from_ref::<Storage>(&tensor.storage_and_layout().0) as usize;
     address(one) == address(other)
+}
+
+/// Runs something on the elements of a tensor as they lie, where they are one run on the CPU device.
+pub fn with_cpu<T>(tensor: &Tensor, run: impl FnOnce(&CpuStorage) -> T) -> Option<T> {
+    if !owns_plain_storage(tensor) {
+        return None;
+    }
+    match &*tensor.storage_and_layout().0 {
+        Storage::Cpu(storage) => Some(run(storage)),
+        _ => None,
+    }
 }
 
 /// A copy of the elements as one run.

@@ -385,7 +385,7 @@ impl ModelShape {
             // Tiles read what they compute with and the sum so far.
             let tensors = if tiled && group % of_block > 0 { 2 } else { 1 };
             let boundary_elements = (tensors * tokens * self.hidden * element_bytes).div_ceil(4);
-            Call { group, boundary_elements, boundary_moves: true }
+            Call::new(group, boundary_elements, true)
         });
         calls.collect()
     }

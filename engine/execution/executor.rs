@@ -2,6 +2,8 @@
 //! moment; it hands them to the queues as dependencies allow and takes them back. Queues never share memory,
 //! they pass it on.
 
+mod describe;
+
 use crate::device::compute::{BufferMemory, Done};
 use crate::device::tensor_storage::TensorStorage;
 use crate::error::{Error, Result, internal};
@@ -111,6 +113,7 @@ impl Executor {
             received,
             order: Order::new(),
             compute: None,
+            computing: None,
             asked_s: 0.0,
             norm: None,
             drain: None,
@@ -251,6 +254,8 @@ struct Dispatcher {
     order: Order<Note>,
     // What the training thread waits for.
     compute: Option<(ComputeRequest, Reply<Grant>)>,
+    /// What it computes at the moment.
+    computing: Option<Operation>,
     /// When it began to wait for it, in seconds since the start.
     asked_s: f64,
     norm: Option<Reply<(Norm, Trace)>>,
@@ -307,6 +312,11 @@ impl Dispatcher {
             Event::Run { operations, context } => self.admit(operations, context),
             Event::Compute { request, reply } => {
                 self.asked_s = self.started.elapsed().as_secs_f64();
+                // It would wait for the end of the one that asks.
+                if let Some(outer) = self.computing {
+                    let (outer, inner) = (self.segment_of(outer), self.segment_asked_for(request));
+                    self.fail(Error::NestedSegment { outer, inner });
+                }
                 self.compute = Some((request, reply));
             }
             Event::Finished { id, held, result } => self.finished(id, *held, result),
@@ -344,6 +354,9 @@ impl Dispatcher {
             _ => None,
         };
         self.put_back(&operation, held);
+        if operation.queue() == Queue::Compute {
+            self.computing = None;
+        }
         let event = TraceEvent {
             operation,
             step: note.context.adamw.step,
@@ -417,32 +430,6 @@ impl Dispatcher {
         matches
     }
 
-    fn describe(&self, operation: &Operation) -> String {
-        let name = |call: usize| &self.performer.layout.groups[self.performer.calls[call].group].name;
-        match *operation {
-            Operation::Forward { call, .. } => format!("the forward of {}", name(call)),
-            Operation::Backward { call, .. } => format!("the backward of {}", name(call)),
-            Operation::Attach { .. } => "the start of a pass".into(),
-            _ => "the end of the pass".into(),
-        }
-    }
-
-    fn describe_request(&self, request: ComputeRequest) -> String {
-        match request {
-            ComputeRequest::Forward(group) => {
-                format!("the forward of {}", self.performer.layout.groups[group].name)
-            }
-            ComputeRequest::Backward(call) => {
-                format!(
-                    "the backward of {}",
-                    self.performer.layout.groups[self.performer.calls[call].group].name
-                )
-            }
-            ComputeRequest::Attach => "the start of a pass".into(),
-            ComputeRequest::Detach => "the end of the pass".into(),
-        }
-    }
-
     fn start(&mut self, id: u64, operation: Operation) {
         let held = match self.take(&operation) {
             Some(held) => held,
@@ -465,6 +452,7 @@ impl Dispatcher {
             }
             _ if queue == Queue::Compute => {
                 let Some((_, reply)) = self.compute.take() else { return };
+                self.computing = Some(operation);
                 if let Err(unsent) = reply.send(Ok(Grant { operation, held, id }))
                     && let Ok(grant) = unsent.into_inner()
                 {

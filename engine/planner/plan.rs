@@ -396,6 +396,11 @@ impl Plan {
         &self.buffer_plan.placements
     }
 
+    /// Whether a limit of memory was granted.
+    pub(crate) fn is_limited(&self) -> bool {
+        self.limits.memory_bytes.is_some() || self.limits.device_bytes.is_some()
+    }
+
     /// Whether any state has its home on disk.
     pub fn uses_disk(&self) -> bool {
         self.disk_home_bytes() > 0
@@ -413,7 +418,9 @@ fn kept_bytes(observed: &Observed, buffer_plan: &BufferPlan) -> u64 {
         graph.bytes + if stays(call) { 4 * call.boundary_elements as u64 } else { 0 }
     };
     let all: u64 = buffer_plan.vertical as u64 * kept.iter().map(bytes_of).sum::<u64>();
-    let last = kept.last().map_or(0, bytes_of);
+    // The one that goes back first, where that is known to be the last.
+    let in_reverse = observed.calls.iter().all(|call| call.backward == Some(0));
+    let last = kept.last().filter(|_| in_reverse).map_or(0, bytes_of);
     all - last + kept.iter().map(|(_, graph)| graph.beyond_bytes).max().unwrap_or(0)
 }
 

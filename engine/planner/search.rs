@@ -400,7 +400,7 @@ mod tests {
         };
         let groups = (0..=GROUPS).map(group).collect();
         let layout = Arc::new(Layout { groups, piece_elements: 4 * ALIGNMENT_ELEMENTS });
-        let call = |group| Call { group, boundary_elements: 0, boundary_moves: false };
+        let call = |group| Call::new(group, 0, false);
         let limits = Limits {
             memory_bytes: None,
             device_bytes: None,

@@ -341,7 +341,7 @@ mod tests {
     }
 
     fn calls() -> Vec<Call> {
-        vec![Call { group: 0, boundary_elements: 1, boundary_moves: false }]
+        vec![Call::new(0, 1, false)]
     }
 
     /// States on disk, or on a device that has memory of its own and computes in 16 bits.

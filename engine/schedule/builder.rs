@@ -63,19 +63,20 @@ impl<'a> Builder<'a> {
         let mut draft = self.draft();
         draft.pending.fill(pending);
         let resident = self.layout.resident();
-        for call in self.calls {
+        for call in self.calls.iter().filter(|call| call.backward.is_some()) {
             draft.accumulations[call.group].0 += self.accumulate;
         }
         draft.accumulations[resident].0 = self.accumulate;
         draft.attach();
+        let backward_order = Call::backward_order(self.calls);
         for micro_batches in self.abreast() {
             for call in 0..self.calls.len() {
                 for micro_batch in micro_batches.clone() {
                     draft.forward(call, micro_batch, true);
                 }
             }
-            for call in (0..self.calls.len()).rev() {
-                draft.backward(call, micro_batches.clone());
+            for (at, &call) in backward_order.iter().enumerate() {
+                draft.backward(call, backward_order.get(at + 1).copied(), micro_batches.clone());
             }
             for micro_batch in micro_batches.clone() {
                 let gradients = draft.next_gradient_set();
@@ -325,7 +326,8 @@ impl Draft<'_> {
     fn forward(&mut self, call: usize, micro_batch: usize, train: bool) {
         let slot = self.fetch(self.builder.calls[call].group);
         let passage = (train && self.moves(call)).then(|| self.next_passage());
-        let keeps = train && self.builder.buffer_plan.keeps(call);
+        let goes_back = self.builder.calls[call].backward.is_some();
+        let keeps = train && goes_back && self.builder.buffer_plan.keeps(call);
         self.operations.push(Operation::Forward { call, micro_batch, slot, passage, keeps });
         let Some(passage) = passage else { return };
         for piece in 0..self.boundary_pieces(call) {
@@ -368,13 +370,14 @@ impl Draft<'_> {
         Some(passage)
     }
 
-    fn backward(&mut self, call: usize, micro_batches: Range<usize>) {
+    /// The backward of a call, behind which that of `next` comes.
+    fn backward(&mut self, call: usize, next: Option<usize>, micro_batches: Range<usize>) {
         let group = self.builder.calls[call].group;
         for micro_batch in micro_batches.clone() {
             let passage = self.load_boundary(call, micro_batch);
             let slot = self.fetch(group);
-            if let Some(before) = call.checked_sub(1).filter(|_| micro_batch > micro_batches.start) {
-                self.fetch_beside(self.builder.calls[before].group, slot);
+            if let Some(next) = next.filter(|_| micro_batch > micro_batches.start) {
+                self.fetch_beside(self.builder.calls[next].group, slot);
             }
             let gradients = self.next_gradient_set();
             let kept = self.builder.buffer_plan.keeps(call);

@@ -86,6 +86,26 @@ pub struct Call {
     pub boundary_elements: usize,
     /// Whether the boundary can leave the device: plain storage that only this call reads.
     pub boundary_moves: bool,
+    /// Where its backward comes among those of a micro-batch; those of equal places run in the reverse order
+    /// of their forwards. None where candle does not come back to it.
+    pub backward: Option<usize>,
+    /// Shapes of its inputs, where the memory that it computes in is planned for them.
+    pub inputs: Vec<Vec<usize>>,
+}
+
+impl Call {
+    /// One of a chain, whose calls go back in the reverse of their order.
+    pub fn new(group: GroupIndex, boundary_elements: usize, boundary_moves: bool) -> Self {
+        Self { group, boundary_elements, boundary_moves, backward: Some(0), inputs: vec![] }
+    }
+
+    /// The calls of a micro-batch in the order in which candle goes back through them.
+    pub fn backward_order(calls: &[Self]) -> Vec<usize> {
+        let back = (0..calls.len()).rev().filter_map(|call| Some((calls[call].backward?, call)));
+        let mut order: Vec<_> = back.collect();
+        order.sort_by_key(|(place, _)| *place);
+        order.into_iter().map(|(_, call)| call).collect()
+    }
 }
 
 /// A run of bytes on disk that pieces are cut from.

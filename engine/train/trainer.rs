@@ -1,5 +1,6 @@
 //! The trainer: steps, evaluations, commits and exports, each by running a schedule.
 
+use crate::autograd::dropout::Dropping;
 use crate::autograd::gradient::{Gradient, GradientObserver, GradientSink};
 use crate::autograd::registry::{GroupTensors, Parameter};
 use crate::autograd::segment_call::{Mode, Passes, ScheduledPass};
@@ -14,7 +15,7 @@ use crate::execution::perform::{Performer, StateCommit, StepContext};
 use crate::planner::optimizer::check_learning_rate;
 use crate::planner::plan::Plan;
 use crate::schedule::layout::{Layout, Put};
-use crate::schedule::operation::{Operation, Queue};
+use crate::schedule::operation::{Call, Operation, Queue};
 use crate::schedule::trace::Trace;
 use crate::sync::lock;
 use crate::train::vertical::abreast;
@@ -65,6 +66,8 @@ pub struct Trainer {
     train_schedules: [Vec<Operation>; 2],
     /// The micro-batch of each compute operation of a training step.
     turns: Vec<usize>,
+    /// What the rehearsal saw of each call.
+    calls: Arc<[Call]>,
     /// Schedules of an evaluation, without and with pending updates.
     evaluate_schedules: [Vec<Operation>; 2],
 }
@@ -153,6 +156,7 @@ impl Trainer {
             observer: None,
             train_schedules,
             turns,
+            calls: plan.calls.clone().into(),
             evaluate_schedules: [false, plan.clip.is_some()]
                 .map(|pending| plan.schedule(|builder| builder.evaluate(pending))),
             config,
@@ -346,9 +350,12 @@ impl Trainer {
             device: self.compute.clone(),
             layout: self.plan.layout.clone(),
             tensors: self.tensors.clone(),
+            calls: self.calls.clone(),
             train,
+            seed_and_step: (self.config.seed, self.step + 1),
             stall: Mutex::default(),
-            baton: Baton::new(turns),
+            baton: Baton::new(turns, self.config.turn_limit),
+            bounds_inputs: self.plan.is_limited(),
             resident_gradients: (0..places).map(|_| Mutex::default()).collect(),
             observer: self.observer.clone(),
             loss_scale: self.loss_scale.map_or(1.0, |scale| scale.scale),
@@ -395,7 +402,8 @@ impl Trainer {
     fn micro_batch(&self, pass: &Arc<ScheduledPass>, loss: &Loss, micro_batch: usize) -> Result<f32> {
         let step = self.step + 1;
         let compute = || {
-            let loss = ops::before_backward(|| loss(micro_batch))?;
+            let dropping = pass.dropping(micro_batch, None);
+            let loss = dropping.during(|| ops::before_backward(|| loss(micro_batch)))?;
             let value = self.compute.number(&loss.to_dtype(DType::F32)?)?;
             if !value.is_finite() {
                 return self.passes.report(Err(Error::NonFiniteLoss { step, loss: value }));
@@ -435,7 +443,7 @@ impl Trainer {
         self.run(&self.evaluate_schedules)?;
         let pass = self.pass(false);
         pass.attach()?;
-        let run = || self.compute.computing(run);
+        let run = || Dropping::Off.during(|| self.compute.computing(run));
         let result = self.passes.explain(self.passes.within(Mode::Scheduled(pass.clone()), run))?;
         pass.detach(None)?;
         self.note_heap();

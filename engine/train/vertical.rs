@@ -67,6 +67,8 @@ pub fn abreast<T: Send>(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::sync::mpsc::channel;
+    use std::time::Duration;
 
     const TURNS: [usize; 12] = [0, 1, 2, 0, 1, 2, 0, 0, 1, 1, 2, 2];
 
@@ -80,7 +82,7 @@ mod tests {
     /// Runs each micro-batch through its turns, and answers the order in which they came and what came of it.
     /// `fails` is the number of the turn that fails, from 1.
     fn run(fails: Option<(usize, End)>) -> (Vec<usize>, thread::Result<Result<Vec<usize>>>) {
-        let baton = Baton::new(TURNS.to_vec());
+        let baton = Baton::new(TURNS.to_vec(), Duration::from_secs(60));
         let order = Mutex::new(vec![]);
         let each = |micro_batch| {
             for _ in TURNS.iter().filter(|&&turn| turn == micro_batch) {
@@ -117,5 +119,26 @@ mod tests {
             assert_eq!(order, TURNS[..turn]);
             assert_eq!(*end.unwrap_err().downcast::<&str>().unwrap(), "by itself");
         }
+    }
+
+    #[test]
+    fn one_that_waits_for_what_another_holds_is_told_and_none_waits_for_ever() {
+        let baton = Baton::new(vec![0, 1, 0, 1], Duration::from_millis(20));
+        let (guard, held) = channel::<()>();
+        let (guard, held) = (Mutex::new(Some(guard)), Mutex::new(held));
+        let end = abreast(&baton, 0..2, |micro_batch| {
+            let _guard = (micro_batch == 0).then(|| lock(&guard).take());
+            if micro_batch == 1 {
+                // Returns when the other micro-batch lets go of its guard.
+                let _ = lock(&held).recv();
+            }
+            for _ in 0..2 {
+                baton.await_turn()?;
+                baton.end_turn();
+            }
+            Ok(())
+        });
+        let error = end.unwrap_err();
+        assert!(matches!(error, Error::Stuck { micro_batch: 1, .. }), "{error}");
     }
 }

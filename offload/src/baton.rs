@@ -8,16 +8,34 @@ use loom::sync::{Condvar, Mutex, MutexGuard};
 #[cfg(not(loom))]
 use std::sync::{Condvar, Mutex, MutexGuard};
 
-/// Another thread failed, and this one is to end too.
+use std::time::Duration;
+
+/// Why a thread is to end.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-#[error("another thread of the same race failed")]
-pub struct Stopped;
+pub enum Stopped {
+    /// Another thread failed.
+    #[error("another thread of the same race failed")]
+    Failed,
+    /// The thread that had the baton did not come to its next turn in time.
+    #[error("runner {runner} had the baton and did not come to its next turn for {seconds} s")]
+    Late {
+        /// Its number.
+        runner: usize,
+        /// Seconds that the others waited.
+        seconds: u64,
+    },
+}
+
+/// A wait is counted in these, so that time in which the process did not run is not.
+const TICK: Duration = Duration::from_secs(1);
 
 /// Passed from thread to thread: only the one that has it goes on. A runner is a thread, by its number.
 #[derive(Debug)]
 pub struct Baton {
     race: Mutex<Race>,
     passed: Condvar,
+    /// The longest that a runner may take between two turns while others wait.
+    limit: Duration,
 }
 
 #[derive(Debug, Default)]
@@ -28,23 +46,29 @@ struct Race {
     over: usize,
     /// The runner that has the baton.
     holder: usize,
+    /// Whether the holder is within its turn, and not on its way to it.
+    within: bool,
+    /// How often a turn began or ended.
+    events: u64,
     /// Set when a runner has failed: the others end too.
-    stopped: bool,
+    stopped: Option<Stopped>,
 }
 
 impl Race {
     /// Gives the baton to the runner whose turn comes next. Behind the last one nobody waits for it.
     fn pass_on(&mut self) {
         self.holder = self.turns.get(self.over).copied().unwrap_or(self.holder);
+        self.events += 1;
     }
 }
 
 impl Baton {
-    /// For turns of these runners, one after another.
-    pub fn new(turns: Vec<usize>) -> Self {
+    /// For turns of these runners, one after another, of which none may take longer than `limit` from one
+    /// turn of its own to the next while others wait: it may be waiting for what one of those holds.
+    pub fn new(turns: Vec<usize>, limit: Duration) -> Self {
         let mut race = Race { turns, ..Race::default() };
         race.pass_on();
-        Self { race: Mutex::new(race), passed: Condvar::new() }
+        Self { race: Mutex::new(race), passed: Condvar::new(), limit }
     }
 
     fn race(&self) -> MutexGuard<'_, Race> {
@@ -59,13 +83,25 @@ impl Baton {
     /// Waits until a runner has the baton.
     ///
     /// # Errors
-    /// [`Stopped`] where another runner failed.
+    /// [`Stopped`] where another runner failed, or has not come to its turn in time.
     pub fn take(&self, runner: usize) -> Result<(), Stopped> {
         let mut race = self.race();
-        while race.holder != runner && !race.stopped {
-            race = self.passed.wait(race).unwrap_or_else(PoisonError::into_inner);
+        let (mut waited, mut seen) = (Duration::ZERO, race.events);
+        let tick = TICK.min(self.limit);
+        while race.holder != runner && race.stopped.is_none() {
+            let (now, ended) = self.passed.wait_timeout(race, tick).unwrap_or_else(PoisonError::into_inner);
+            race = now;
+            if race.within || race.events != seen {
+                (waited, seen) = (Duration::ZERO, race.events);
+            } else if ended.timed_out() {
+                waited += tick;
+            }
+            if waited >= self.limit && race.holder != runner && race.stopped.is_none() {
+                race.stopped = Some(Stopped::Late { runner: race.holder, seconds: waited.as_secs() });
+                self.passed.notify_all();
+            }
         }
-        if race.stopped { Err(Stopped) } else { Ok(()) }
+        race.stopped.map_or(Ok(()), Err)
     }
 
     /// The holder has come to its next turn: waits until that is the next of all.
@@ -75,12 +111,17 @@ impl Baton {
     pub fn await_turn(&self) -> Result<(), Stopped> {
         let runner = self.holder();
         self.leave();
-        self.take(runner)
+        self.take(runner)?;
+        self.race().within = true;
+        Ok(())
     }
 
     /// The holder's turn is over. It goes on until it comes to its next one.
     pub fn end_turn(&self) {
-        self.race().over += 1;
+        let mut race = self.race();
+        race.over += 1;
+        race.events += 1;
+        race.within = false;
     }
 
     /// The holder does nothing more for now: the runner whose turn comes next may go on.
@@ -91,7 +132,7 @@ impl Baton {
 
     /// A runner has failed: all that wait, or come to wait, are told so.
     pub fn stop(&self) {
-        self.race().stopped = true;
+        self.race().stopped.get_or_insert(Stopped::Failed);
         self.passed.notify_all();
     }
 }

@@ -12,6 +12,7 @@
 use ferrozero_offload::*;
 use loom::sync::Arc;
 use loom::thread;
+use std::time::Duration;
 
 /// Preemptions of threads that are tried in one run of two threads; published bugs need two.
 const PREEMPTIONS: usize = 3;
@@ -179,7 +180,7 @@ fn the_baton_makes_one_order_of_threads_and_none_waits_for_ever() {
     for fails in 0..=TURNS.len() {
         // One more preemption takes minutes.
         explore_with(2, move || {
-            let baton = Arc::new(Baton::new(TURNS.to_vec()));
+            let baton = Arc::new(Baton::new(TURNS.to_vec(), Duration::from_secs(1)));
             let order = std::sync::Arc::new(std::sync::Mutex::new(vec![]));
             let others = [1, 2].map(|runner| {
                 let (baton, order) = (baton.clone(), order.clone());

@@ -416,3 +416,12 @@ fn a_panic_in_an_evaluation_comes_through_and_stops_the_trainer() {
     let error = trainer.commit(serde_json::Value::Null).unwrap_err();
     assert!(matches!(error, Error::Stopped(_)), "{error}");
 }
+
+/// This program has no allocator that counts.
+#[test]
+fn a_limit_of_memory_that_nobody_counts_is_refused() {
+    let config = || Config { memory_bytes: Some(16 << 20), ..Config::default() };
+    let error = Engine::new(config()).map(drop).unwrap_err();
+    assert!(matches!(&error, Error::Configuration(text) if text.contains("CountingAllocator")), "{error}");
+    Engine::new(Config { working_bytes: Some(1 << 20), ..config() }).unwrap();
+}

@@ -11,6 +11,7 @@
 //! | [`closing_linear`] | `[.., in], residual [.., out] → [.., out]` | the end of a block, not computed where only gradients are asked for |
 //! | [`layer_norm`], [`rms_norm`] | `[.., C] → [.., C]` | statistics, scale and shift |
 //! | [`gelu`], [`silu`], [`swiglu`], [`gated_silu`] | element by element | the whole formula, one pass each way |
+//! | [`dropout`] | any shape | mask by counter, scale |
 //! | [`softmax_last_dim`], [`causal_softmax`] | `[.., T, S]` | scale, mask and softmax |
 //! | [`rope`], [`rope_i`] | `[B, H, T, D]` | both halves of the rotation |
 //! | [`rope_by_position`] | `[B, T, H·D]` | the same on heads that lie side by side |
@@ -37,6 +38,7 @@ mod attention;
 mod cross_entropy;
 #[cfg(feature = "cuda")]
 mod cuda;
+mod dropout;
 mod embedding;
 mod error;
 mod input;
@@ -54,6 +56,7 @@ mod vector;
 pub use activation::{gated_silu, gelu, silu, swiglu};
 pub use attention::{causal_attention, grouped_causal_attention};
 pub use cross_entropy::{cross_entropy, linear_cross_entropy};
+pub use dropout::{Draw, dropout};
 pub use embedding::{embedding, to_device};
 pub use error::OpError;
 pub use linear::linear;

@@ -100,11 +100,7 @@ fn case() -> impl Strategy<Value = Case> {
                     }
                 }
                 let calls = order.iter().zip(boundaries);
-                let calls = calls.map(|(&group, (boundary_elements, boundary_moves))| Call {
-                    group,
-                    boundary_elements,
-                    boundary_moves,
-                });
+                let calls = calls.map(|(&group, (elements, moves))| Call::new(group, elements, moves));
                 Case {
                     layout: layout.clone(),
                     calls: calls.collect(),
@@ -295,7 +291,7 @@ proptest! {
 fn no_operation_of_a_step_is_superfluous() {
     let parameters = [(3000, true), (100, true)];
     let layout = layout(&[parameters.to_vec(), parameters.to_vec()], &parameters, ALIGNMENT_ELEMENTS);
-    let calls = [0, 1, 0].map(|group| Call { group, boundary_elements: 2500, boundary_moves: true });
+    let calls = [0, 1, 0].map(|group| Call::new(group, 2500, true));
     let steps = [
         (Tier::Disk, 2, 1, true, 0),
         (Tier::Host, 1, 1, false, 2),

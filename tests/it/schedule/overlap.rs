@@ -35,8 +35,7 @@ fn costed(
 ) -> (Forecast, Trace) {
     let kinds = vec![vec![(LAYER_ELEMENTS, true)]; LAYERS];
     let layout: Layout = layout(&kinds, &[(10, true)], ALIGNMENT_ELEMENTS);
-    let calls: Vec<Call> =
-        (0..LAYERS).map(|group| Call { group, boundary_elements: 1, boundary_moves: true }).collect();
+    let calls: Vec<Call> = (0..LAYERS).map(|group| Call::new(group, 1, true)).collect();
     let device = DeviceKind { dtype: DType::BF16, apart: true };
     let passes = gradient_passes_through(&calls, accumulate, vertical, clip);
     let needs = Needs { layout: &layout, calls: &calls, gradient_passes_through: passes, device };
