@@ -17,6 +17,67 @@
 //! Results have the same bits for every number of threads, on every instruction set, and for every cut into
 //! pieces at multiples of [`UNIT_ELEMENTS`](crate::format::UNIT_ELEMENTS). [`Muon`]'s products of matrices
 //! are the exception: they are the `gemm` crate's, and depend on the instruction set.
+//!
+//! An optimizer of your own is a page. It says what it keeps, and updates elements in f32. It need not know of
+//! formats, threads or pieces:
+//!
+//! ```
+//! use ferrozero_kernels::optimizer::*;
+//! use ferrozero_kernels::{Error, Pool};
+//! use std::sync::Arc;
+//!
+//! /// Steps of one size against the sign of a momentum (Bernstein et al., "signSGD", arXiv 1802.04434).
+//! #[derive(Debug)]
+//! struct Signum {
+//!     momentum: f32,
+//! }
+//!
+//! impl Optimizer for Signum {
+//!     fn name(&self) -> &'static str {
+//!         "Signum"
+//!     }
+//!
+//!     fn validate(&self) -> Result<(), Error> {
+//!         if (0.0..1.0).contains(&self.momentum) {
+//!             return Ok(());
+//!         }
+//!         let value = self.momentum.to_string();
+//!         Err(Error::Setting { name: "momentum", value, needed: "a number from 0 to below 1" })
+//!     }
+//!
+//!     fn states(&self) -> Vec<State> {
+//!         vec![State { name: "momentum", values: Values::Signed }]
+//!     }
+//!
+//!     fn update(&self, _: Tools<'_>, step: &Step, part: Part<'_, '_>) {
+//!         let [momentum] = part.states else { return };
+//!         let rate = step.learning_rate as f32;
+//!         for ((p, &g), m) in part.parameters.iter_mut().zip(part.gradient).zip(momentum.iter_mut()) {
+//!             *m = *m * self.momentum + g * (1.0 - self.momentum);
+//!             *p -= rate * if *m == 0.0 { 0.0 } else { m.signum() };
+//!         }
+//!     }
+//! }
+//!
+//! // Masters in f32, the momentum in 8 bits: two streams of bytes.
+//! let formats = Formats { masters: Masters::F32, states: States::EightBit };
+//! let stored = StoredOptimizer::new(Arc::new(Signum { momentum: 0.9 }), formats, 0)?;
+//! let mut masters = [1f32; 3];
+//! let mut momentum = vec![0; stored.streams()[1].format.bytes(3)];
+//! let piece = Piece {
+//!     shape: &[3],
+//!     group: 0,
+//!     first_element: 0,
+//!     streams: &mut [bytemuck::cast_slice_mut(&mut masters), &mut momentum],
+//!     gradient: Gradient::F32(&[0.5, -0.5, 0.0]),
+//!     copy: None,
+//!     scratch: &mut [],
+//! };
+//! let step = Step { number: 1, learning_rate: 0.5, weight_decay: 0.0, gradient_scale: 1.0 };
+//! stored.update(&Pool::new(1)?, &step, piece)?;
+//! assert_eq!(masters, [0.5, 1.5, 1.0]);
+//! # Ok::<(), Error>(())
+//! ```
 
 mod adafactor;
 mod adagrad;
