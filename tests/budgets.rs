@@ -7,7 +7,6 @@ use candle_nn::Init;
 use ferrozero::internals::models::cache::{LayerCache, scores_bytes};
 use ferrozero::internals::models::linear::Adapting;
 use ferrozero::internals::models::pretrained::Pretrained;
-use ferrozero::internals::planner::machine::Machine;
 use ferrozero::{
     AdamW, BackendChoice, Checkpoint, Config, CountingAllocator, Engine, Error, Placement, Tier,
 };
@@ -15,7 +14,7 @@ use ferrozero_offload::memory;
 use safetensors::SafeTensors;
 use std::path::Path;
 use std::process::Command;
-use support::{engine_model, tokens, train, trainer};
+use support::{engine_model, machine, tokens, train, trainer};
 
 #[global_allocator]
 static ALLOCATOR: CountingAllocator = CountingAllocator;
@@ -55,7 +54,7 @@ fn config(memory_bytes: Option<u64>) -> Config {
     let backend = BackendChoice::Pool;
     let directory = Some(tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap().keep());
     // A described machine, so that what other programs do meanwhile chooses no plan.
-    let machine = Some(Machine::default());
+    let machine = Some(machine());
     Config { memory_bytes, piece_bytes: Some(16384), backend, directory, machine, ..Config::default() }
 }
 

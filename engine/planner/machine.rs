@@ -67,28 +67,48 @@ impl Machine {
     /// Reads a machine's numbers.
     ///
     /// # Errors
-    /// [`Error::File`], and [`Error::Configuration`] where a number is missing, unknown or not above zero.
+    /// [`Error::File`], and [`Error::Configuration`] where a number is missing, unknown or none that a
+    /// machine has.
     pub fn from_file(path: &Path) -> Result<Self> {
         let text = std::fs::read_to_string(path).map_err(Error::file(path))?;
         let wrong = |what: String| Error::Configuration(format!("{}: {what}", path.display()));
         let machine: Self = serde_json::from_str(&text).map_err(|error| wrong(error.to_string()))?;
+        machine.check().map_err(|error| match error {
+            Error::Configuration(what) => wrong(what),
+            other => other,
+        })?;
+        Ok(machine)
+    }
+
+    /// Refuses numbers that no machine has, with which a plan would have no end.
+    ///
+    /// # Errors
+    /// [`Error::Configuration`] names the number.
+    pub fn check(&self) -> Result<()> {
         let numbers = [
-            ("disk_read_bytes_per_s", Some(machine.disk_read_bytes_per_s)),
-            ("disk_write_bytes_per_s", Some(machine.disk_write_bytes_per_s)),
-            ("disk_mixed_bytes_per_s", machine.disk_mixed_bytes_per_s),
-            ("upload_bytes_per_s", Some(machine.upload_bytes_per_s)),
-            ("download_bytes_per_s", Some(machine.download_bytes_per_s)),
-            ("optimizer_bytes_per_s", Some(machine.optimizer_bytes_per_s)),
-            ("memory_bytes_per_s", machine.memory_bytes_per_s),
-            ("device_memory_bytes_per_s", machine.device_memory_bytes_per_s),
-            ("matmul_f32_flop_per_s", machine.matmul_f32_flop_per_s),
-            ("matmul_bf16_flop_per_s", machine.matmul_bf16_flop_per_s),
-            ("attention_f32_flop_per_s", machine.attention_f32_flop_per_s),
-            ("attention_bf16_flop_per_s", machine.attention_bf16_flop_per_s),
+            ("disk_read_bytes_per_s", Some(self.disk_read_bytes_per_s)),
+            ("disk_write_bytes_per_s", Some(self.disk_write_bytes_per_s)),
+            ("disk_mixed_bytes_per_s", self.disk_mixed_bytes_per_s),
+            ("upload_bytes_per_s", Some(self.upload_bytes_per_s)),
+            ("download_bytes_per_s", Some(self.download_bytes_per_s)),
+            ("optimizer_bytes_per_s", Some(self.optimizer_bytes_per_s)),
+            ("memory_bytes_per_s", self.memory_bytes_per_s),
+            ("device_memory_bytes_per_s", self.device_memory_bytes_per_s),
+            ("matmul_f32_flop_per_s", self.matmul_f32_flop_per_s),
+            ("matmul_bf16_flop_per_s", self.matmul_bf16_flop_per_s),
+            ("attention_f32_flop_per_s", self.attention_f32_flop_per_s),
+            ("attention_bf16_flop_per_s", self.attention_bf16_flop_per_s),
         ];
-        match numbers.iter().find(|(_, number)| number.is_some_and(|number| number <= 0.0)) {
-            Some((name, _)) => Err(wrong(format!("{name} must be above 0"))),
-            None => Ok(machine),
+        let is_wrong = |speed: &f64| !speed.is_finite() || *speed < 1.0;
+        if let Some((name, speed)) =
+            numbers.iter().find_map(|(name, speed)| speed.filter(is_wrong).map(|speed| (name, speed)))
+        {
+            let text = format!("the machine's {name} is {speed:e}: it must be finite and at least 1");
+            return Err(Error::Configuration(text));
+        }
+        match self.processors {
+            Some(0) => Err(Error::Configuration("the machine's processors are 0: it must have one".into())),
+            _ => Ok(()),
         }
     }
 

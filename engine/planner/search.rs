@@ -89,9 +89,10 @@ impl Search<'_> {
     /// The plan that takes the least time on `machine`, of those that fit.
     ///
     /// # Errors
-    /// [`Error::BudgetTooSmall`] with what is missing, [`Error::Configuration`] for homes that cannot be, and
-    /// what `check` says.
+    /// [`Error::BudgetTooSmall`] with what is missing, [`Error::Configuration`] for homes and machines that
+    /// cannot be, and what `check` says.
     pub fn best(&self, machine: &Machine) -> Result<Plan> {
+        machine.check()?;
         let fitting = self.fitting(false).map_err(|error| self.with_what_would_fit(error))?;
         let moments: &[bool] = match self.limits.choices.updates {
             // Only where the norm comes first there is a choice of when updates are made.

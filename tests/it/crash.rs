@@ -4,8 +4,7 @@
 //!
 //! The long form: `scripts/crash_soak`.
 
-use crate::support::{tokens, train, trainer};
-use ferrozero::internals::planner::machine::Machine;
+use crate::support::{machine, tokens, train, trainer};
 use ferrozero::testing::{Fault, FaultKind, FaultPlan, FaultPoint};
 use ferrozero::{BackendChoice, Config, Engine, Placement, Tier};
 use std::io::{BufRead, BufReader};
@@ -59,7 +58,7 @@ fn config(way: usize) -> Config {
         placement: [Placement::All(Tier::Disk), Placement::All(Tier::Host)][way / 4 % 2].clone(),
         piece_bytes: Some(8192),
         // A described machine: each child would measure its own.
-        machine: Some(Machine::default()),
+        machine: Some(machine()),
         ..Config::default()
     }
 }

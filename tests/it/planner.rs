@@ -336,3 +336,22 @@ fn a_sliding_window_is_spared_where_the_engine_spares_it() {
     let there = || described("rtx4090-24g", 16, None);
     assert_eq!(step_s("64", there()), step_s("null", there()));
 }
+
+/// Numbers that no machine has: a plan made with them would have no end.
+#[test]
+fn machines_that_cannot_be_are_refused_by_the_name_of_the_number() {
+    let spoil: [(&str, fn(&mut Machine)); 5] = [
+        ("disk_read_bytes_per_s", |machine| machine.disk_read_bytes_per_s = 0.0),
+        ("upload_bytes_per_s", |machine| machine.upload_bytes_per_s = 1e-300),
+        ("optimizer_bytes_per_s", |machine| machine.optimizer_bytes_per_s = f64::NAN),
+        ("matmul_f32_flop_per_s", |machine| machine.matmul_f32_flop_per_s = Some(f64::INFINITY)),
+        ("processors", |machine| machine.processors = Some(0)),
+    ];
+    for (name, spoil) in spoil {
+        let mut machine = processor(8 * GIB);
+        spoil(&mut machine);
+        let shape = ModelShape::named("gpt2", 1024).unwrap();
+        let error = question(shape, 1, 1024, machine).answer().map(drop).unwrap_err();
+        assert!(matches!(&error, Error::Configuration(text) if text.contains(name)), "{name}: {error}");
+    }
+}

@@ -2,6 +2,7 @@
 
 use candle_core::{Device, Module, Result, Tensor};
 use candle_nn::{Init, VarBuilder};
+use ferrozero::internals::planner::machine::Machine;
 use ferrozero::{AdamW, Config, Engine, Segment, Trainer};
 
 /// A residual block of two layers, of plain candle operations.
@@ -53,6 +54,19 @@ impl<B: Module> Model<B> {
             xs = block.forward(&xs)?;
         }
         candle_nn::loss::cross_entropy(&xs.matmul(&self.embedding.t()?)?, &targets)
+    }
+}
+
+/// A described machine. Tests that plan often, or whose plans must not depend on what else runs meanwhile, do
+/// not measure their own.
+pub fn machine() -> Machine {
+    Machine {
+        disk_read_bytes_per_s: 2e9,
+        disk_write_bytes_per_s: 2e9,
+        upload_bytes_per_s: 8e9,
+        download_bytes_per_s: 8e9,
+        optimizer_bytes_per_s: 2e10,
+        ..Machine::default()
     }
 }
 

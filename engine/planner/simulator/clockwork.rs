@@ -104,8 +104,8 @@ impl<'a> Clockwork<'a> {
                 self.go_on();
             }
             self.advance();
-            let Some(next_s) = self.next_s() else { break };
-            submit_next = self.go_to(next_s);
+            let Some(elapsed_s) = self.until_next_s() else { break };
+            submit_next = self.go_on_for(elapsed_s);
         }
         self.trace
     }
@@ -176,23 +176,22 @@ impl<'a> Clockwork<'a> {
         Rates { processors, disk }
     }
 
-    /// When something happens next; none if nothing will.
-    fn next_s(&self) -> Option<f64> {
+    /// Seconds until something happens next; none if nothing will. Not a difference of moments: late in a long
+    /// step that would round to nothing, and nothing would ever end.
+    fn until_next_s(&self) -> Option<f64> {
         let rates = self.rates();
-        let ends = self.running.iter().map(|running| self.now_s + rates.left_s(running));
+        let ends = self.running.iter().map(|running| rates.left_s(running));
         let asks = match self.training_thread {
-            TrainingThread::Working(left_s) if self.is_working() => {
-                Some(self.now_s + left_s / rates.processors)
-            }
+            TrainingThread::Working(left_s) if self.is_working() => Some(left_s / rates.processors),
             _ => None,
         };
         ends.chain(asks).min_by(f64::total_cmp)
     }
 
-    /// Goes on to a moment and ends what ends there. Answers whether a step has returned.
-    fn go_to(&mut self, next_s: f64) -> bool {
+    /// Goes on for some time and ends what ends then. Answers whether a step has returned.
+    fn go_on_for(&mut self, elapsed_s: f64) -> bool {
         let rates = self.rates();
-        let elapsed_s = next_s - self.now_s;
+        let next_s = self.now_s + elapsed_s;
         if let TrainingThread::Working(left_s) = self.training_thread
             && self.is_working()
         {
