@@ -1,5 +1,6 @@
 //! `ferrozero inspect`, `verify`, `copy`, `export` and `import`: what can be done with a run's folder without its model.
 
+use super::output::plain;
 use super::{CommandResult, configuration};
 use crate::disk::checkpoint::{Checkpoint, GroupSummary, Summary};
 use crate::disk::import::import_safetensors;
@@ -90,6 +91,8 @@ pub fn inspect(arguments: FolderArguments) -> CommandResult {
         "group", "tensors", "parameters", "states"
     );
     for GroupSummary { name, tensors, parameters, bytes, homes: at } in &groups {
+        // The folder may be a stranger's.
+        let name = plain(name);
         println!("{name:<24}{tensors:>8}{parameters:>16}{:>12}  {}", Bytes(*bytes), homes(*at));
     }
     Ok(())
@@ -108,7 +111,7 @@ pub fn verify(arguments: FolderArguments) -> CommandResult {
         println!("{}", json!({ "bytes": bytes, "damage": damage }));
     }
     for piece in damage.iter().filter(|_| !arguments.json) {
-        println!("damaged: {} (parameters {})", piece.error, piece.parameters.join(", "));
+        println!("damaged: {} (parameters {})", plain(&piece.error), plain(piece.parameters.join(", ")));
     }
     match damage.len() {
         0 if arguments.json => Ok(()),

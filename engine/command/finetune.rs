@@ -8,7 +8,7 @@ pub use settings::{FinetuneArguments, FinetuneSettings};
 use super::journal::{About, Journal};
 use super::output::{Output, quoted};
 use super::pretrained::{chat_template, ends};
-use super::settings::resolve_run;
+use super::settings::{Resolved, resolve_run};
 use super::train::stop_flag;
 use super::{CommandResult, configuration};
 use crate::data::examples::Examples;
@@ -66,7 +66,8 @@ impl Progress {
 pub fn run(arguments: FinetuneArguments) -> CommandResult {
     let FinetuneArguments { model: path, run, .. } = &arguments;
     let output = Output::new(&run.reporting);
-    let (settings, committed): (FinetuneSettings, _) = resolve_run(&arguments, run)?;
+    let Resolved { settings, committed, resumes } =
+        resolve_run::<FinetuneSettings>(&arguments, run, &output)?;
     let missing = |what: &str| configuration(format!("{what}, or the same in the file of --config"));
     let text = settings.data.clone().ok_or_else(|| missing("say what to learn from with --data FILE"))?;
     let out = settings.out.clone().ok_or_else(|| missing("say where the result goes with --out DIR"))?;
@@ -82,7 +83,7 @@ pub fn run(arguments: FinetuneArguments) -> CommandResult {
     if committed.get("data").is_some_and(|stored| stored != data.fingerprint()) {
         output.say("notice: the data is not the data of the run that is resumed");
     }
-    let (model, trainer) = prepare(&settings, run.resume, &pretrained, &adapting, &data, &output)?;
+    let (model, trainer) = prepare(&settings, resumes, &pretrained, &adapting, &data, &output)?;
     let stop = stop_flag()?;
     let about = About {
         model: path.display().to_string(),

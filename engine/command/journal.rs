@@ -53,9 +53,9 @@ impl Journal {
     /// # Errors
     /// [`Error::File`](crate::Error::File) for a folder of `--tensorboard` or a file of `--trace` that cannot be written.
     pub fn begin(trainer: &Trainer, about: About, output: &Output) -> CommandResult<Self> {
-        let log = trainer.config().directory.as_deref().map(|directory| match trainer.steps() {
-            0 => RunLog::create(directory),
-            _ => RunLog::append(directory),
+        let log = trainer.folder().map(|folder| match trainer.steps() {
+            0 => RunLog::create(folder),
+            _ => RunLog::append(folder),
         });
         let Reporting { tensorboard, trace, .. } = about.reporting;
         let tensorboard = tensorboard.as_ref().map(|folder| EventFile::create(folder, trainer.steps()));

@@ -104,6 +104,7 @@ pub fn bench(name: &str) -> ExitCode {
 }
 
 fn perform(command: Command) -> ExitCode {
+    ferrozero_offload::report_file_size_limit();
     let trains = matches!(command, Command::Train(_) | Command::Finetune(_));
     if !trains {
         // A reader that goes away ends a command, as it does with other programs. It is no reason to stop training.

@@ -18,12 +18,27 @@ const NEXT: Style = AnsiColor::Green.on_default().bold();
 
 /// Tells what ended the command, in colour where standard error is a terminal that takes it (`NO_COLOR` is heeded).
 pub fn say_error(error: &dyn Display) {
-    anstream::eprintln!("{ERROR}error:{ERROR:#} {error}");
+    anstream::eprintln!("{ERROR}error:{ERROR:#} {}", plain(error));
 }
 
 /// Tells what to do next.
 pub fn say_next(text: impl Display) {
-    anstream::eprintln!("{NEXT}next:{NEXT:#} {text}");
+    anstream::eprintln!("{NEXT}next:{NEXT:#} {}", plain(text));
+}
+
+/// Text with names that may be a stranger's: what would move a terminal's cursor, change its colours or turn
+/// the direction of writing is shown as an escape. Line feeds and tabs stay.
+pub fn plain(text: impl Display) -> String {
+    let mut plain = String::new();
+    for character in text.to_string().chars() {
+        let turns = matches!(character, '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}');
+        match character {
+            '\n' | '\t' => plain.push(character),
+            _ if turns || character.is_control() => plain.extend(character.escape_unicode()),
+            _ => plain.push(character),
+        }
+    }
+    plain
 }
 
 /// An argument for the shell, in quotes where it needs them.
@@ -60,6 +75,7 @@ impl Output {
     /// Says something to people. Training goes on when nobody listens any more.
     pub fn say(&self, text: impl Display) {
         if !self.quiet {
+            let text = plain(text);
             let _ = self.bar.suspend(|| match self.json {
                 true => writeln!(std::io::stderr(), "{text}"),
                 false => writeln!(std::io::stdout(), "{text}"),
@@ -133,7 +149,13 @@ impl Output {
 
 #[cfg(test)]
 mod tests {
-    use super::quoted;
+    use super::{plain, quoted};
+
+    #[test]
+    fn what_a_terminal_would_obey_is_shown() {
+        assert_eq!(plain("h.0/é\tx\n"), "h.0/é\tx\n");
+        assert_eq!(plain("\u{1b}[2J\u{9b}31m\r\u{202e}\0"), r"\u{1b}[2J\u{9b}31m\u{d}\u{202e}\u{0}");
+    }
 
     #[test]
     fn what_a_shell_would_take_apart_is_quoted() {

@@ -2,8 +2,8 @@
 
 mod layers;
 
+pub(super) use layers::{Resolved, resolve, resolve_run, schema, with_defaults};
 pub use layers::{Settings, read_document};
-pub(super) use layers::{resolve, resolve_run, schema, with_defaults};
 
 use super::configuration;
 use super::overrides::Overrides;

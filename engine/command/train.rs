@@ -7,7 +7,7 @@ pub use settings::{TrainArguments, TrainSettings};
 use super::CommandResult;
 use super::journal::{About, Journal};
 use super::output::{Output, quoted};
-use super::settings::resolve_run;
+use super::settings::{Resolved, resolve_run};
 use crate::data::corpus::{Corpus, Dataset, TokenFile};
 use crate::data::sampling::{Sampling, generate};
 use crate::data::tokenizer::Tokenizer;
@@ -38,7 +38,8 @@ struct Training {
 /// Trains as the arguments say.
 pub fn run(arguments: TrainArguments) -> CommandResult {
     let mut output = Output::new(&arguments.run.reporting);
-    let (settings, committed): (TrainSettings, _) = resolve_run(&arguments, &arguments.run)?;
+    let Resolved { settings, committed, resumes } =
+        resolve_run::<TrainSettings>(&arguments, &arguments.run, &output)?;
     let tokenizer = match &settings.tokenizer {
         Some(path) => Tokenizer::from_file(path)?,
         None => Tokenizer::Bytes,
@@ -55,7 +56,7 @@ pub fn run(arguments: TrainArguments) -> CommandResult {
         output.say("notice: the data is not the data of the run that is resumed");
     }
     let stop = stop_flag()?;
-    let (model, trainer) = prepare(&settings, arguments.run.resume, &tokenizer, &data, &output)?;
+    let (model, trainer) = prepare(&settings, resumes, &tokenizer, &data, &output)?;
     let about = About {
         model: format!("GPT, {} blocks of width {}", settings.layers, settings.hidden),
         steps: settings.steps,

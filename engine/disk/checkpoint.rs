@@ -6,13 +6,18 @@ use crate::error::{Error, Result};
 use crate::schedule::buffer_plan::GroupPlacement;
 use crate::schedule::layout::{Group, Layout, Put, RESIDENT};
 use crate::schedule::operation::Stream;
-use ferrozero_offload::{Arena, Budget, Completion, Lease, Store, StoreOptions, Ticket, Tier, padded_bytes};
+use ferrozero_offload::{
+    Arena, Budget, Completion, ExtentId, Lease, Store, StoreOptions, Ticket, Tier, padded_bytes,
+};
 use serde::Serialize;
-use std::collections::VecDeque;
+use std::collections::{HashMap, VecDeque};
 use std::path::{Path, PathBuf};
 
 /// Pieces that are read at once.
 const PIECES_IN_FLIGHT: usize = 4;
+
+/// Bytes beyond which fewer pieces are read at once.
+const READ_BYTES_MAX: usize = 64 << 20;
 
 /// The last commit of a run, opened without a model.
 pub struct Checkpoint {
@@ -71,14 +76,15 @@ pub struct Damage {
 }
 
 impl Checkpoint {
-    /// Opens the last commit in a folder. No run may use the folder meanwhile.
+    /// Opens the last commit in a folder, to read it only: the folder may be another user's or on a read-only file system.
+    /// No run may use it meanwhile.
     ///
     /// # Errors
     /// What the disk store says of the folder; [`Error::CheckpointMismatch`] if no trainer wrote it.
     pub fn open(directory: &Path) -> Result<Self> {
-        let store = Store::open(directory, StoreOptions::default())?;
+        let store = Store::open_to_read(directory, StoreOptions::default())?;
         let (progress, user) = stores::committed(&store, directory)?;
-        let layout = layout_of(&progress.parameters, store.piece_bytes() / 4);
+        let layout = stored_layout(&progress.parameters, &store, directory)?;
         Ok(Self { directory: directory.to_owned(), store, progress, user, layout })
     }
 
@@ -113,6 +119,8 @@ impl Checkpoint {
     /// Of memory. Errors of the disk are damage.
     pub fn verify(&self, mut on_read: impl FnMut(u64)) -> Result<Vec<Damage>> {
         let mut damage = vec![];
+        let bytes = self.store.check_bytes();
+        let arena = Arena::new(&Budget::new(Tier::Host, bytes as u64), bytes)?;
         for (index, group) in self.layout.groups.iter().enumerate() {
             for stream in Stream::STATE {
                 let elements = stream.elements(&self.layout, index);
@@ -120,14 +128,13 @@ impl Checkpoint {
                     continue;
                 }
                 let extent = stream.extent_name(group);
-                self.read(&extent, 0..self.layout.piece_count(elements), |piece, _, result| {
+                self.store.check(self.extent(&extent)?, &arena, |piece, outcome| {
                     on_read(4 * self.layout.piece_range(elements, piece).len() as u64);
-                    if let Err(error) = result {
+                    if let Err(error) = outcome {
                         let parameters = self.layout.parameters_in(index, elements, piece);
                         let (extent, error) = (extent.clone(), error.to_string());
                         damage.push(Damage { extent, piece, parameters, error });
                     }
-                    Ok(())
                 })?;
             }
         }
@@ -141,20 +148,19 @@ impl Checkpoint {
         pieces: std::ops::Range<usize>,
         mut each: impl FnMut(usize, &Lease, Result<()>) -> Result<()>,
     ) -> Result<()> {
-        let id = self.store.extent(extent).ok_or_else(|| Error::CheckpointMismatch {
-            path: self.directory.clone(),
-            mismatch: format!("it has no {extent}"),
-        })?;
-        let bytes = padded_bytes(self.store.piece_bytes());
-        let budget = Budget::new(Tier::Host, (PIECES_IN_FLIGHT * bytes) as u64);
-        let arena = Arena::new(&budget, PIECES_IN_FLIGHT * bytes)?;
+        let id = self.extent(extent)?;
+        // Pieces are as long as whoever wrote the folder liked.
+        let bytes = padded_bytes(self.store.piece_bytes_of(id, 0)?);
+        let most_in_flight = (READ_BYTES_MAX / bytes).clamp(1, PIECES_IN_FLIGHT);
+        let arena_bytes = most_in_flight * bytes;
+        let arena = Arena::new(&Budget::new(Tier::Host, arena_bytes as u64), arena_bytes)?;
         let mut in_flight: VecDeque<(usize, Ticket)> = VecDeque::new();
         let mut finish = |(piece, ticket): (usize, Ticket)| {
             let Completion { lease, result } = ticket.wait();
             each(piece, &lease, result.map_err(Error::from))
         };
         for piece in pieces {
-            if in_flight.len() == PIECES_IN_FLIGHT
+            if in_flight.len() == most_in_flight
                 && let Some(oldest) = in_flight.pop_front()
             {
                 finish(oldest)?;
@@ -164,6 +170,13 @@ impl Checkpoint {
             in_flight.push_back((piece, ticket));
         }
         in_flight.into_iter().try_for_each(finish)
+    }
+
+    fn extent(&self, name: &str) -> Result<ExtentId> {
+        self.store.extent(name).ok_or_else(|| Error::CheckpointMismatch {
+            path: self.directory.clone(),
+            mismatch: format!("it has no {name}"),
+        })
     }
 
     /// Values of a parameter.
@@ -215,13 +228,44 @@ impl Checkpoint {
         let piece_bytes = self.store.piece_bytes();
         let options = StoreOptions { piece_bytes, stripes, in_place, ..StoreOptions::default() };
         let target = stores::create_state(directory, &stores::state_extents(&self.layout), options)?;
-        let bytes = PIECES_IN_FLIGHT * padded_bytes(piece_bytes);
+        let bytes = PIECES_IN_FLIGHT * padded_bytes(self.store.longest_piece_bytes());
         let arena = Arena::new(&Budget::new(Tier::Host, bytes as u64), bytes)?;
         self.store.copy_to(&target, &arena)?;
         let committed = self.store.committed();
         target.commit(committed.map(|commit| commit.application.clone()).unwrap_or_default())?;
         Ok(())
     }
+}
+
+/// The groups of a commit, which may be a stranger's: its extents must be there as the parameters ask for them.
+fn stored_layout(rows: &[ParameterRow], store: &Store, directory: &Path) -> Result<Layout> {
+    let mismatch = |mismatch: String| Err(Error::CheckpointMismatch { path: directory.to_owned(), mismatch });
+    let mut left = store.disk_bytes() / 4;
+    for row in rows {
+        let elements = row.shape.iter().try_fold(1_u64, |all, &size| all.checked_mul(size as u64));
+        match elements.and_then(|elements| left.checked_sub(elements)) {
+            Some(rest) => left = rest,
+            None => {
+                return mismatch(format!(
+                    "{} of shape {:?} is more than its files hold",
+                    row.name, row.shape
+                ));
+            }
+        }
+    }
+    let layout = layout_of(rows, store.piece_bytes() / 4);
+    let stored: HashMap<_, _> =
+        store.extents().iter().map(|extent| (&extent.spec.name, extent.spec.bytes)).collect();
+    for (_, name, bytes) in stores::state_extents(&layout) {
+        match stored.get(&name) {
+            Some(&found) if found == bytes => {}
+            Some(found) => {
+                return mismatch(format!("{name} has {found} bytes, and its parameters ask for {bytes}"));
+            }
+            None => return mismatch(format!("it has no {name}")),
+        }
+    }
+    Ok(layout)
 }
 
 /// The groups of a commit.

@@ -3,9 +3,11 @@
 use crate::error::{Error, Result, internal};
 use crate::schedule::layout::Put;
 use candle_core::DType;
+use ferrozero_offload::{Access, Folder};
 use half::{bf16, f16};
 use safetensors::tensor::{Dtype, Metadata, TensorInfo};
 use std::collections::HashMap;
+use std::ffi::OsStr;
 use std::fs::File;
 use std::io::{self, Read};
 use std::os::unix::fs::FileExt;
@@ -27,11 +29,21 @@ pub(crate) fn export_safetensors(
     parameters: &[(String, Vec<usize>)],
     put_all: &PutAll,
 ) -> Result<()> {
-    let partial = path.with_extension("safetensors.partial");
-    let written = write_safetensors(path, &partial, parameters, put_all);
-    let written = written.and_then(|()| std::fs::rename(&partial, path).map_err(failed(path)));
+    let above = path.parent().unwrap_or(Path::new(""));
+    let folder = Folder::open(above).map_err(failed(above))?;
+    let name = path.file_name().and_then(OsStr::to_str);
+    let name = name.ok_or_else(|| failed(path)(io::ErrorKind::InvalidFilename.into()))?;
+    let partial = format!("{name}.partial");
+    let written = folder.open_file(&partial, Access::Replace).map_err(failed(path));
+    let written = written.and_then(|file| {
+        write_safetensors(path, &file, parameters, put_all)?;
+        // What a full disk or a broken one has to say comes here at the latest, before the name.
+        file.sync_all().map_err(failed(path))
+    });
+    let named = || folder.rename(&partial, name).and_then(|()| folder.sync()).map_err(failed(path));
+    let written = written.and_then(|()| named());
     if written.is_err() {
-        let _ = std::fs::remove_file(&partial);
+        let _ = folder.unlink(&partial);
     }
     written
 }
@@ -40,10 +52,10 @@ fn failed(path: &Path) -> impl Fn(io::Error) -> Error {
     Error::file(path)
 }
 
-/// Writes to `partial` what is to be at `path`: the length of the table of contents, that table, and the tensors as it has them.
+/// Writes to `file` what is to be at `path`: the length of the table of contents, that table, and the tensors as it has them.
 fn write_safetensors(
     path: &Path,
-    partial: &Path,
+    file: &File,
     parameters: &[(String, Vec<usize>)],
     put_all: &PutAll,
 ) -> Result<()> {
@@ -65,7 +77,6 @@ fn write_safetensors(
     let mut contents = contents.map_err(failed(path))?;
     // The tensors begin at a multiple of 8.
     contents.resize(contents.len().next_multiple_of(8), b' ');
-    let file = File::create(partial).map_err(failed(path))?;
     file.write_all_at(&(contents.len() as u64).to_le_bytes(), 0).map_err(failed(path))?;
     file.write_all_at(&contents, 8).map_err(failed(path))?;
     let mut first_byte = 8 + contents.len() as u64;

@@ -13,9 +13,6 @@ use std::collections::{HashMap, HashSet};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-/// Folder of what no commit keeps, within the folder of the state.
-const SCRATCH: &str = "scratch";
-
 /// What the engine writes into a commit.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Progress {
@@ -75,7 +72,7 @@ fn options(config: &Config, piece_bytes: usize) -> StoreOptions {
         faults: config.faults.clone(),
         #[cfg(feature = "testing")]
         throttle: config.throttle.clone(),
-        ..StoreOptions::default()
+        temporary: false,
     }
 }
 
@@ -157,9 +154,9 @@ impl Stores {
             return Ok(());
         }
         let specs = specs(&scratches, ExtentKind::Scratch);
-        let stripes = config.stripes.iter().map(|stripe| stripe.join(SCRATCH)).collect();
-        let options = StoreOptions { stripes, in_place: false, ..options(config, piece_bytes) };
-        let store = Store::create(&directory.join(SCRATCH), specs, options)?;
+        // Beside the state, on the same disks, and under no name.
+        let options = StoreOptions { temporary: true, in_place: false, ..options(config, piece_bytes) };
+        let store = Store::create(directory, specs, options)?;
         let store = Arc::new(store);
         self.add(&store, scratches);
         self.scratch = Some(store);

@@ -12,11 +12,13 @@ use crate::planner::plan::{Plan, PlanRow};
 use crate::planner::simulator::Forecast;
 use crate::schedule::operation::Queue;
 use crate::train::report::{StepReport, Usage};
+use ferrozero_offload::{Access, Folder};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use std::collections::BTreeMap;
-use std::fs::{File, OpenOptions};
-use std::io::Write;
+use std::fs::File;
+use std::io::{BufRead, BufReader, Read, Seek, SeekFrom, Write};
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 /// Name of the file in the run's folder.
@@ -246,26 +248,26 @@ impl RunLog {
     ///
     /// # Errors
     /// [`Error::File`].
-    pub fn create(directory: &Path) -> Result<Self> {
-        let path = directory.join(FILE);
-        match File::create(&path) {
-            Ok(file) => Ok(Self { path, file }),
-            Err(source) => Err(Error::File { path, source }),
-        }
+    pub fn create(folder: &Folder) -> Result<Self> {
+        Self::open(folder, |file| file.set_len(0))
     }
 
     /// The log in the folder of a run that goes on, without a last line that was cut short.
     ///
     /// # Errors
     /// [`Error::File`].
-    pub fn append(directory: &Path) -> Result<Self> {
-        let path = directory.join(FILE);
-        let open = || -> std::io::Result<File> {
-            let file = OpenOptions::new().read(true).append(true).create(true).open(&path)?;
-            file.set_len(whole_lines(&std::fs::read(&path)?).len() as u64)?;
+    pub fn append(folder: &Folder) -> Result<Self> {
+        Self::open(folder, |file| file.set_len(whole_bytes(file)?))
+    }
+
+    fn open(folder: &Folder, prepare: impl Fn(&File) -> std::io::Result<()>) -> Result<Self> {
+        let path = folder.path().join(FILE);
+        let opened = folder.open_file(FILE, Access::Make).and_then(|mut file| {
+            prepare(&file)?;
+            file.seek(SeekFrom::End(0))?;
             Ok(file)
-        };
-        match open() {
+        });
+        match opened {
             Ok(file) => Ok(Self { path, file }),
             Err(source) => Err(Error::File { path, source }),
         }
@@ -283,10 +285,23 @@ impl RunLog {
     }
 }
 
-/// The bytes until the end of the last line that has one.
-fn whole_lines(bytes: &[u8]) -> &[u8] {
-    let end = bytes.iter().rposition(|&byte| byte == b'\n').map_or(0, |last| last + 1);
-    &bytes[..end]
+/// Longest line that is read, in bytes: a file of another kind in the log's place must not take all memory.
+const LINE_BYTES_MAX: u64 = 64 << 20;
+
+/// Bytes until the end of the last line that has one.
+fn whole_bytes(file: &File) -> std::io::Result<u64> {
+    let mut block = [0; 1 << 16];
+    let mut end = file.metadata()?.len();
+    while end > 0 {
+        let start = (end - 1) / block.len() as u64 * block.len() as u64;
+        let bytes = &mut block[..(end - start) as usize];
+        file.read_exact_at(bytes, start)?;
+        if let Some(last) = bytes.iter().rposition(|&byte| byte == b'\n') {
+            return Ok(start + last as u64 + 1);
+        }
+        end = start;
+    }
+    Ok(0)
 }
 
 /// A run as its log tells it.
@@ -311,11 +326,22 @@ impl History {
     /// [`Error::File`] and [`Error::RunLog`] with the line that cannot be read.
     pub fn read(directory: &Path) -> Result<Self> {
         let path = directory.join(FILE);
-        let bytes = std::fs::read(&path).map_err(Error::file(&path))?;
+        let failed = Error::file(&path);
+        let opened = Folder::open(directory).and_then(|folder| folder.open_file(FILE, Access::Read));
+        let mut file = BufReader::new(opened.map_err(failed)?);
         let mut history: Option<Self> = None;
-        for (number, line) in (1..).zip(whole_lines(&bytes).split_inclusive(|&byte| byte == b'\n')) {
+        let mut line = vec![];
+        for number in 1.. {
             let wrong = |reason: String| Error::RunLog { path: path.clone(), line: number, reason };
-            let record = serde_json::from_slice(line).map_err(|error| wrong(error.to_string()))?;
+            line.clear();
+            let read = (&mut file).take(LINE_BYTES_MAX).read_until(b'\n', &mut line).map_err(failed)?;
+            if read as u64 == LINE_BYTES_MAX {
+                return Err(wrong(format!("it has more than {LINE_BYTES_MAX} bytes")));
+            }
+            if !line.ends_with(b"\n") {
+                break;
+            }
+            let record = serde_json::from_slice(&line).map_err(|error| wrong(error.to_string()))?;
             match (record, &mut history) {
                 (Record::Start(start), None) => {
                     let (start, steps) = (*start, vec![]);

@@ -11,7 +11,7 @@ use ferrozero_offload::{
     Arena, Budget, ExtentId, ExtentKind, ExtentSpec, Lease, Store, StoreOptions, Tier, padded_bytes,
 };
 use serde::Serialize;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::Instant;
 
@@ -20,9 +20,6 @@ const STREAMS: usize = 3;
 
 /// Places in the pipeline that keep any disk busy: each holds one piece of every stream.
 pub const PLACES: usize = 12;
-
-/// Folder that is made where the disk is measured, and removed afterwards.
-const FOLDER: &str = "probe";
 
 /// Most bytes of the gradient in memory, so large that no cache holds it.
 const GRADIENT_BYTES_MAX: u64 = 128 << 20;
@@ -120,7 +117,7 @@ impl Spans {
     }
 }
 
-/// A store and the memory to sweep it. Its folder is removed when this is dropped.
+/// A store of files without names, and the memory to sweep it.
 pub struct Disk {
     store: Store,
     streams: [ExtentId; STREAMS],
@@ -131,16 +128,6 @@ pub struct Disk {
     gradient: Lease,
     pool: Pool,
     step: u64,
-    _folder: Folder,
-}
-
-/// What is measured leaves nothing behind.
-struct Folder(PathBuf);
-
-impl Drop for Folder {
-    fn drop(&mut self) {
-        let _ = std::fs::remove_dir_all(&self.0);
-    }
 }
 
 /// The end of one transfer.
@@ -172,19 +159,18 @@ impl Disk {
         if stream_bytes == 0 {
             return Err(Error::Configuration("bytes must be at least 12, one number of each stream".into()));
         }
-        let options = StoreOptions::default();
+        // Whatever the folder holds stays as it is, and a kill leaves nothing behind.
+        let options = StoreOptions { temporary: true, ..StoreOptions::default() };
         let piece_bytes = options.piece_bytes.min(usize::try_from(stream_bytes).unwrap_or(usize::MAX));
         // As long as the engine's buffers, so that the three streams of a place do not meet in the memory's banks.
         let lease_bytes = piece_bytes + STAGGER_BYTES;
         let gradient_bytes = (stream_bytes.min(GRADIENT_BYTES_MAX) as usize).max(lease_bytes);
         let arena_bytes = STREAMS * places * padded_bytes(lease_bytes) + padded_bytes(gradient_bytes);
         let arena = Arena::new(&Budget::new(Tier::Host, arena_bytes as u64), arena_bytes)?;
-        let folder = Folder(directory.join(FOLDER));
-        let _ = std::fs::remove_dir_all(&folder.0);
         let names = ["master", "first_moment", "second_moment"];
         let specs =
             names.map(|name| ExtentSpec { name: name.into(), bytes: stream_bytes, kind: ExtentKind::State });
-        let store = Store::create(&folder.0, specs.to_vec(), options)?;
+        let store = Store::create(directory, specs.to_vec(), options)?;
         let find = |name| store.extent(name).ok_or_else(|| internal("an extent without its name"));
         let streams = [find(names[0])?, find(names[1])?, find(names[2])?];
         let mut gradient = arena.lease(gradient_bytes)?;
@@ -197,8 +183,7 @@ impl Disk {
         }
         let pieces = store.piece_count(streams[0])?;
         let pool = pool(threads)?;
-        let mut disk =
-            Self { store, streams, pieces, places, leases, gradient, pool, step: 0, _folder: folder };
+        let mut disk = Self { store, streams, pieces, places, leases, gradient, pool, step: 0 };
         // A file system may have to note that reserved space was written; a run does that once, and so do we.
         for _ in 0..2 {
             disk.sweep(Sweep::Write)?;

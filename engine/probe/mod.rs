@@ -73,7 +73,7 @@ pub fn thorough(
     let threads = threads.unwrap_or(processors);
     let pool = pool(threads)?;
     next("memory");
-    let memory = memory_bytes_per_s(threads, THOROUGH);
+    let memory = memory_bytes_per_s(threads, THOROUGH)?;
     next("copies");
     let [upload, download] = match device.is_apart() {
         true => device::bus_bytes_per_s(device, THOROUGH)?,
@@ -263,19 +263,21 @@ fn seconds(effort: Effort, mut work: impl FnMut() -> Result<()>) -> Result<f64> 
 }
 
 /// All processors copy from one run to another: what is read and what is written both count.
-fn memory_bytes_per_s(threads: usize, effort: Effort) -> f64 {
+fn memory_bytes_per_s(threads: usize, effort: Effort) -> Result<f64> {
     let from = vec![1.0_f32; effort.elements];
     let mut to = vec![0.0_f32; effort.elements];
     let part = effort.elements.div_ceil(threads.max(1));
     let copied = seconds(effort, || {
         std::thread::scope(|scope| {
-            for (from, to) in from.chunks(part).zip(to.chunks_mut(part)) {
-                scope.spawn(move || to.copy_from_slice(from));
-            }
-        });
-        Ok(())
+            let mut parts = from.chunks(part).zip(to.chunks_mut(part));
+            parts.try_for_each(|(from, to)| {
+                let started =
+                    std::thread::Builder::new().spawn_scoped(scope, move || to.copy_from_slice(from));
+                started.map(drop).map_err(|source| ferrozero_offload::Error::Thread { source }.into())
+            })
+        })
     });
-    copied.map_or(0.0, |seconds| 2.0 * 4.0 * effort.elements as f64 / seconds)
+    Ok(2.0 * 4.0 * effort.elements as f64 / copied?)
 }
 
 /// Bytes a second of state up to the CPU device and down from it: a copy by one thread, and an accumulation by the pool.

@@ -24,7 +24,7 @@ use crossbeam::channel::unbounded;
 use ferrozero_kernels::Pool;
 use ferrozero_kernels::adamw::AdamWStep;
 use ferrozero_kernels::ops;
-use ferrozero_offload::{Baton, Budget, Notice, Reservation, Store, Tier};
+use ferrozero_offload::{Baton, Budget, Folder, Notice, Reservation, Store, Tier};
 use sha2::{Digest, Sha256};
 use std::collections::{HashMap, HashSet};
 use std::ops::Range;
@@ -231,6 +231,11 @@ impl Trainer {
     /// What could not be had as wished, such as pinned memory, with one sentence each.
     pub fn notices(&self) -> &[Notice] {
         &self.notices
+    }
+
+    /// The run's folder, as it was opened.
+    pub(crate) fn folder(&self) -> Option<&Folder> {
+        self.stores.state.as_ref()?.folder().map(Arc::as_ref)
     }
 
     /// Operations that finished since the last step's report. After a commit, everything that was begun is among them.

@@ -337,7 +337,8 @@ fn soak() {
         let way = draw(40) as usize;
         let folder = folder();
         for _ in 0..1 + draw(6) {
-            if draw(2) == 0 {
+            let chance = draw(3);
+            if chance == 0 {
                 let point = 1 + draw(POINTS.len() as u64 - 1) as usize;
                 let nth = draw([1, 400, 800, 24, 16, 8, 8, 4, 8][point]);
                 kills += u64::from(!outcome(spawn(folder.path(), way, point, nth)).0);
@@ -349,6 +350,10 @@ fn soak() {
                 let _ = receiver.recv_timeout(delay);
                 drop(sender);
                 kills += u64::from(child.try_wait().unwrap().is_none());
+                if chance == 1 {
+                    rename_under(child, folder.path());
+                    continue;
+                }
                 child.kill().unwrap();
                 child.wait().unwrap();
             }
@@ -360,6 +365,17 @@ fn soak() {
         }
     }
     println!("{kills} kills in {runs} runs: every run ended with the bits of one that was never killed");
+}
+
+/// Renames the folder of a child, which ends at its next commit, and gives it its name back.
+fn rename_under(child: Child, folder: &Path) {
+    let aside = folder.with_extension("aside");
+    std::fs::rename(folder, &aside).unwrap();
+    let status = child.wait_with_output().unwrap().status;
+    assert_eq!(status.signal(), None);
+    // A child that had not opened its folder yet has begun another run under its name.
+    let _ = std::fs::remove_dir_all(folder);
+    std::fs::rename(&aside, folder).unwrap();
 }
 
 /// What a child finds when it was killed before its first commit: no checkpoint, and it can start anew.

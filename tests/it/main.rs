@@ -9,6 +9,7 @@ mod crash;
 mod examples;
 mod faults;
 mod finetune;
+mod folders;
 mod gguf;
 mod parity;
 mod planner;

@@ -1,10 +1,12 @@
 //! How settings come together: defaults, then a resumed run's, then a file's, then the command line's.
 
+use super::super::output::Output;
 use super::super::{CommandResult, configuration, deepspeed};
 use super::{RunArguments, RunSettings};
 use crate::Engine;
 use crate::error::{Error, Result};
 use clap::Args;
+use ferrozero_offload::{Folder, Store};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
@@ -131,14 +133,32 @@ pub fn resolve<S: Settings>(
     Ok(settings)
 }
 
-/// The settings of a command, and what the commit that it goes on from says of its run: null where it begins.
+/// Settings of a command that trains.
+pub struct Resolved<S> {
+    pub settings: S,
+    /// What the commit that it goes on from says of its run: null where it begins.
+    pub committed: Value,
+    /// Whether there is such a commit.
+    pub resumes: bool,
+}
+
+/// The settings of a command. A run that is to be resumed and ended before its first commit starts from the
+/// beginning, and that is said.
 ///
 /// # Errors
-/// As [`resolve`], and those of the commit.
-pub fn resolve_run<S: Settings>(arguments: &impl Serialize, run: &RunArguments) -> CommandResult<(S, Value)> {
+/// As [`resolve`], those of the commit, and [`Error::Configuration`] for a folder of another kind.
+pub fn resolve_run<S: Settings>(
+    arguments: &impl Serialize,
+    run: &RunArguments,
+    output: &Output,
+) -> CommandResult<Resolved<S>> {
     let config = run.config.as_deref();
+    let begins = || -> CommandResult<Resolved<S>> {
+        let settings = resolve(arguments, config, None)?;
+        Ok(Resolved { settings, committed: Value::Null, resumes: false })
+    };
     if !run.resume {
-        return Ok((resolve(arguments, config, None)?, Value::Null));
+        return begins();
     }
     // The folder, before a checkpoint in it is known.
     let folder = match &run.dir {
@@ -148,9 +168,42 @@ pub fn resolve_run<S: Settings>(arguments: &impl Serialize, run: &RunArguments) 
             from_file["dir"].as_str().map_or_else(|| S::default().run().dir.clone(), PathBuf::from)
         }
     };
-    let committed = Engine::committed(&folder)?;
-    let settings = resolve(arguments, config, committed.get("settings").cloned())?;
-    Ok((settings, committed))
+    let committed = match Engine::committed(&folder) {
+        Err(Error::Offload(ferrozero_offload::Error::NoCommit { .. })) => {
+            refuse_other_contents(&folder)?;
+            output.say(format_args!(
+                "notice: {} holds no commit yet: the run starts from the beginning",
+                folder.display()
+            ));
+            return begins();
+        }
+        committed => committed?,
+    };
+    let mut stored = committed.get("settings").cloned();
+    if let Some(Value::Object(stored)) = &mut stored {
+        // The folder is the one that was found, whatever it was called when the commit was made.
+        stored.remove("dir");
+    }
+    let settings = resolve(arguments, config, stored)?;
+    Ok(Resolved { settings, committed, resumes: true })
+}
+
+/// Refuses a folder that has something in it and nothing of a run: its name may be a mistake.
+fn refuse_other_contents(path: &Path) -> Result<()> {
+    let names = match Folder::open(path).and_then(|folder| folder.names()) {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(()),
+        names => names.map_err(|source| Error::File { path: path.to_owned(), source })?,
+    };
+    match names.first() {
+        Some(name) if !names.iter().any(|name| Store::is_name_of_states(name)) => {
+            Err(configuration(format!(
+                "--resume: {} holds no run, but {}: choose the folder of the run with --dir, or leave --resume out",
+                path.display(),
+                name.display()
+            )))
+        }
+        _ => Ok(()),
+    }
 }
 
 /// The JSON schema of a file of settings. A setting is described as the option of its name is, which has the words already.
