@@ -194,7 +194,6 @@ fn bad_input_is_refused_with_what_to_do() {
     refused(&["--tokenizer", "missing.json"], &["missing.json"]);
     refused(&["--memory", "2MiB"], &["The least that works is", "h.0", "--memory"]);
     refused(&["--dir", "/proc/ferrozero"], &["/proc/ferrozero"]);
-    refused(&["--resume", "--dir", "nowhere"], &["nowhere"]);
     refused(&["--hidden", "33"], &["multiple of heads"]);
 }
 
