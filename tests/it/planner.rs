@@ -340,7 +340,8 @@ fn a_sliding_window_is_spared_where_the_engine_spares_it() {
 /// Numbers that no machine has: a plan made with them would have no end.
 #[test]
 fn machines_that_cannot_be_are_refused_by_the_name_of_the_number() {
-    let spoil: [(&str, fn(&mut Machine)); 5] = [
+    type Spoil = fn(&mut Machine);
+    let spoil: [(&str, Spoil); 5] = [
         ("disk_read_bytes_per_s", |machine| machine.disk_read_bytes_per_s = 0.0),
         ("upload_bytes_per_s", |machine| machine.upload_bytes_per_s = 1e-300),
         ("optimizer_bytes_per_s", |machine| machine.optimizer_bytes_per_s = f64::NAN),
