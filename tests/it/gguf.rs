@@ -191,7 +191,7 @@ fn a_tokenizer_that_is_not_known_is_named_with_what_to_do() {
     ] {
         write_model(&path, &[(key, value)]);
         let error = Pretrained::open(&path, 16).unwrap().tokenizer(None).err().unwrap().to_string();
-        assert!(error.contains(key) && error.contains("--tokenizer"), "{error}");
+        assert!(error.contains(key) && error.contains("give another tokenizer"), "{error}");
     }
     write_model(&path, &[("general.architecture", text("mamba"))]);
     let error = Pretrained::open(&path, 16).unwrap_err().to_string();

@@ -304,7 +304,7 @@ fn hugging_face_configurations_of_both_families_are_read() {
     let huge = llama.replace("\"vocab_size\": 32000", "\"vocab_size\": 4000000000");
     assert!(shape(&huge).unwrap_err().to_string().contains("every size"));
     let short = llama.replace("\"max_position_embeddings\": 4096", "\"max_position_embeddings\": 256");
-    assert!(shape(&short).unwrap_err().to_string().contains("--seq"));
+    assert!(shape(&short).unwrap_err().to_string().contains("choose shorter sequences"));
     // Qwen2.5 0.5B has biases, Qwen3 0.6B heads that are wider together than the model, and norms of them.
     let qwen2 = r#"{ "model_type": "qwen2", "vocab_size": 151936, "num_hidden_layers": 24, "hidden_size": 896,
         "num_attention_heads": 14, "num_key_value_heads": 2, "intermediate_size": 4864,

@@ -5,11 +5,13 @@ use super::super::{CommandResult, configuration, deepspeed};
 use super::{RunArguments, RunSettings};
 use crate::Engine;
 use crate::error::{Error, Result};
+use crate::observe::run_log;
 use clap::Args;
 use ferrozero_offload::{Folder, Store};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
+use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 
 /// A file as it is, JSON or, by its name, TOML.
@@ -168,9 +170,10 @@ pub fn resolve_run<S: Settings>(
             from_file["dir"].as_str().map_or_else(|| S::default().run().dir.clone(), PathBuf::from)
         }
     };
+    // Before anything is opened, because that makes a lock in the folder.
+    refuse_other_contents(&folder)?;
     let committed = match Engine::committed(&folder) {
         Err(Error::Offload(ferrozero_offload::Error::NoCommit { .. })) => {
-            refuse_other_contents(&folder)?;
             output.say(format_args!(
                 "notice: {} holds no commit yet: the run starts from the beginning",
                 folder.display()
@@ -194,7 +197,11 @@ fn refuse_other_contents(path: &Path) -> Result<()> {
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(()),
         names => names.map_err(|source| Error::File { path: path.to_owned(), source })?,
     };
-    match names.first() {
+    // What a run has before its states.
+    let early = [".lock", run_log::FILE];
+    let is_of_run =
+        |name: &OsString| Store::is_name_of_states(name) || early.iter().any(|early| name == early);
+    match names.iter().find(|name| !is_of_run(name)) {
         Some(name) if !names.iter().any(|name| Store::is_name_of_states(name)) => {
             Err(configuration(format!(
                 "--resume: {} holds no run, but {}: choose the folder of the run with --dir, or leave --resume out",
