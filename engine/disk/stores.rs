@@ -63,17 +63,17 @@ fn parameter_rows(layout: &Layout) -> Vec<ParameterRow> {
 }
 
 fn options(config: &Config, piece_bytes: usize) -> StoreOptions {
-    StoreOptions {
+    let options = StoreOptions {
         piece_bytes,
         in_place: config.in_place,
         stripes: config.stripes.clone(),
         backend: config.backend,
-        #[cfg(feature = "testing")]
-        faults: config.faults.clone(),
-        #[cfg(feature = "testing")]
-        throttle: config.throttle.clone(),
-        temporary: false,
-    }
+        ..StoreOptions::default()
+    };
+    #[cfg(feature = "testing")]
+    let options =
+        StoreOptions { faults: config.faults.clone(), throttle: config.throttle.clone(), ..options };
+    options
 }
 
 /// Opens the checkpoint that a configuration resumes.

@@ -24,7 +24,7 @@ use crossbeam::channel::unbounded;
 use ferrozero_kernels::Pool;
 use ferrozero_kernels::adamw::AdamWStep;
 use ferrozero_kernels::ops;
-use ferrozero_offload::{Baton, Budget, Folder, Notice, Reservation, Store, Tier};
+use ferrozero_offload::{Baton, Budget, Notice, Reservation, Store, Tier};
 use sha2::{Digest, Sha256};
 use std::collections::{HashMap, HashSet};
 use std::ops::Range;
@@ -234,7 +234,8 @@ impl Trainer {
     }
 
     /// The run's folder, as it was opened.
-    pub(crate) fn folder(&self) -> Option<&Folder> {
+    #[cfg(feature = "cli")]
+    pub(crate) fn folder(&self) -> Option<&ferrozero_offload::Folder> {
         self.stores.state.as_ref()?.folder().map(Arc::as_ref)
     }
 
